@@ -1,0 +1,181 @@
+"""`plan` and `convert`: find the stages of a model, show them, rebuild them in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import timm.layers
+import timm.utils
+import torch
+from torch import nn
+
+from .errors import ConversionError
+from .families import find_plan
+from .nn import BATCH_NORMS, Bypass, CountOnce, ShapeChecked, SkipNorm, Swapped, reset_norm, swap, twin_of, unswap
+from .plan import BY_HAND, Plan, StagePlan
+from .state import State, is_converted, state_of, unwrap
+from .switch import Switch
+
+PlanLike = Plan | Sequence[StagePlan | str] | Mapping[str, int]
+TWINS = ("copy", "fresh")
+
+
+def plan(model: nn.Module) -> Plan:
+    """What `convert` would do to a model: its stages, how they split, which norms switch.
+
+    Prints as a table; edit it and pass it as `convert(model, plan=...)`. The model is not changed.
+
+    Raises:
+        ConversionError: if no family knows the model's blocks.
+    """
+    _check_source(model)
+    return find_plan(model)
+
+
+def convert(
+    model: nn.Module, *, plan: PlanLike | None = None, twins: str = "copy", inplace: bool = True
+) -> nn.Module:
+    """Make a network any-depth: one set of weights, every depth, chosen at run time.
+
+    Refinement blocks learn to be bypassed and the norms of essential blocks get a second set of parameters, used
+    while they are; nothing else changes. Names, shapes and classes stay, and at full depth (the default) the net
+    computes bit for bit what the model computed. Convert after `torch.nn.SyncBatchNorm.convert_sync_batchnorm`,
+    before wrapping in DDP or `torch.compile`.
+
+    Args:
+        model: a classifier or feature extractor of timm or torchvision; or any model of runs of residual blocks, with
+            a plan.
+        plan: how to convert; None = `adn.plan(model)`. By hand: the names of the containers whose children are a
+            stage's blocks (`["layer1", "layer2"]`), a mapping from them to the number of essential blocks, or
+            `StagePlan`s.
+        twins: how the second norms start: "copy" of the first, or "fresh" (scale 1, shift 0, mean 0, variance 1) as
+            in the reference implementation. Also how they are filled when a state dict without them is loaded.
+        inplace: False converts a deep copy and leaves the model alone.
+
+    Returns:
+        The same object, any-depth, at full depth; see `set_depth`.
+
+    Raises:
+        ConversionError: if the model or the plan cannot be converted; the model is left untouched.
+    """
+    if twins not in TWINS:
+        raise ValueError(f"twins={twins!r}; pass one of {', '.join(map(repr, TWINS))}")
+    _check_source(model)
+    resolved = find_plan(model) if plan is None else Plan.read(model, plan).resolve(model)
+    for name in (norm for stage in resolved.flagged for norm in stage.norms):
+        if hasattr(model.get_submodule(name), "skip"):
+            raise ConversionError(f"norm {name!r} already has an attribute `skip`, where its twin would go")
+    if not inplace:
+        model = copy.deepcopy(model)
+    pairs = {name: twin_of(model.get_submodule(name), fresh=twins == "fresh")
+             for stage in resolved.flagged for name in stage.norms}
+    _attach(model, resolved, twins, pairs)
+    return model
+
+
+def convert_sync_batchnorm(net: nn.Module, process_group: object = None) -> nn.Module:
+    """Make every batch norm of a converted net synchronised, twins included, in place; returns the net.
+
+    torch's and timm's own converters drop the second set of a skip-aware norm (`set_depth` then raises). With a net
+    not yet converted, use either and convert afterwards: the result is the same.
+    """
+    return _with_plain_norms(net, lambda m: timm.layers.convert_sync_batchnorm(m, process_group))
+
+
+def freeze_batch_norm(net: nn.Module) -> nn.Module:
+    """Turn every batch norm of a converted net, twins included, into one with fixed statistics and no parameters
+    (torchvision's FrozenBatchNorm2d), in place; returns the net."""
+    return _with_plain_norms(net, timm.utils.freeze_batch_norm_2d)
+
+
+def detach(net: nn.Module) -> tuple[State, dict[str, nn.Module]]:
+    """Undo `convert` in place: the plain model at full depth remains.
+
+    Returns:
+        What `convert` knew, and the second norms by the names of the first.
+    """
+    state = state_of(net)
+    twins = {name: net.get_submodule(name)._modules.pop("skip")
+             for stage in state.plan.flagged for name in stage.norms}
+    for root in (net, *twins.values()):
+        for module in root.modules():
+            if isinstance(module, Swapped):
+                unswap(module)
+    del net.__dict__["_adn"]
+    for key, hook in list(net._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", hook) is _fill_twins:
+            del net._load_state_dict_pre_hooks[key]
+    return state, twins
+
+
+def _attach(model: nn.Module, plan: Plan, twins: str, pairs: dict[str, nn.Module]) -> State:
+    state = State(plan, [], twins, [])
+
+    def place(name: str, behaviour: type, switch: Switch) -> nn.Module:
+        module = model.get_submodule(name)
+        swap(module, behaviour, switch)
+        parent, _, child = name.rpartition(".")
+        state.placed.append((model.get_submodule(parent), child, module))
+        return module
+
+    for stage in plan.flagged:
+        switch = Switch()
+        state.switches.append(switch)
+        for name in stage.norms:
+            place(name, SkipNorm, switch).add_module("skip", pairs[name])
+        for name in (*stage.drop_paths, *stage.refinement_blocks):
+            place(name, Bypass, switch)
+        if plan.family == BY_HAND:
+            for name in stage.refinement_blocks:
+                swap(model.get_submodule(name), ShapeChecked)
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS) and module.track_running_stats:
+            swap(module, CountOnce)
+    # Not through __setattr__: the state holds modules that must not become children of the net.
+    model.__dict__["_adn"] = state
+    model.register_load_state_dict_pre_hook(_fill_twins)
+    return state
+
+
+def _with_plain_norms(net: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    inner = unwrap(net)
+    if inner is not net:
+        raise ValueError(f"pass the converted net itself, before it is wrapped in {type(net).__name__}")
+    depth = [switch.skip for switch in state_of(net).switches]
+    state, twins = detach(net)
+    changed = change(net)
+    assert changed is net, "a converted net has blocks, so it is no norm itself"
+    new = _attach(net, state.plan, state.twins, {name: change(twin) for name, twin in twins.items()})
+    new.origin, new.class_names = state.origin, state.class_names
+    for switch, skip in zip(new.switches, depth, strict=True):
+        switch.set(skip)
+    return net
+
+
+def _check_source(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"{type(model).__name__} is no torch.nn.Module")
+    if any(is_converted(m) for m in model.modules()):
+        raise ConversionError(f"this {type(model).__name__} is any-depth already; convert a model once")
+    if "_orig_mod" in model._modules or isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ConversionError(f"convert the model first, then wrap it in {type(model).__name__}")
+
+
+def _fill_twins(net: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    """Before loading: a state dict of the plain model fills the twins too. One with some twins is left as it is,
+    and a strict load reports those it lacks."""
+    state = state_of(net)
+    names = [f"{prefix}{name}." for stage in state.plan.flagged for name in stage.norms]
+    if any(key.startswith(f"{name}skip.") for name in names for key in state_dict):
+        return
+    for name in names:
+        norm = net.get_submodule(name[len(prefix) : -1])
+        plain = {key: value for key, value in state_dict.items() if key.startswith(name)}
+        if state.twins == "fresh":
+            reset_norm(norm.skip)
+            own = norm.skip.state_dict()
+            plain = {f"{name}{key}": own.get(key, value) for key, value in
+                     ((key[len(name) :], value) for key, value in plain.items())}
+        for key, value in plain.items():
+            state_dict[f"{name}skip.{key[len(name):]}"] = value.detach().clone() if torch.is_tensor(value) else value

@@ -1,0 +1,119 @@
+"""Where the stages of known models are: one short file per family.
+
+A family is a function from a model to its `StagePlan`s (none if the model is of another family), registered by
+`@family`. Files of this package are imported when it is, so a new family is a new file and nothing else. Stages are
+found by structure (containers and block classes), not by the class of the model, so feature extractors built from
+the same blocks convert too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import nn
+
+from ..errors import ConversionError
+from ..nn import is_norm
+from ..plan import Plan, StagePlan
+
+Finder = Callable[[nn.Module], list[StagePlan]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    name: str
+    find: Finder
+    timm_modules: tuple[str, ...]
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def family(*timm_modules: str) -> Callable[[Finder], Finder]:
+    """Register a finder under its function's name. `timm_modules`: the modules of `timm.models` it treats."""
+
+    def register(find: Finder) -> Finder:
+        name = find.__name__
+        FAMILIES[name] = Family(name, find, timm_modules)
+        return find
+
+    return register
+
+
+def find_plan(model: nn.Module) -> Plan:
+    """The plan of the first family that knows the model's blocks.
+
+    Raises:
+        ConversionError: if none does; it says what was looked for and what to pass.
+    """
+    for known in FAMILIES.values():
+        stages = known.find(model)
+        if stages:
+            return Plan(stages, known.name).resolve(model)
+    containers = [name for name, m in model.named_modules()
+                  if name and isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1][:6]
+    raise ConversionError(
+        f"no stages found in this {type(model).__name__}: looked for the blocks of {', '.join(FAMILIES)} (timm and "
+        "torchvision). If it is built from runs of residual blocks that keep their shape, say where they are: "
+        f"adn.convert(model, plan=[name of each stage's container]), e.g. plan={containers or ['layer1', 'layer2']}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- tools for families
+
+
+def runs(model: nn.Module, blocks: tuple[type, ...], keeps_shape: Callable[[nn.Module], bool]
+         ) -> Iterator[StagePlan]:
+    """Stages as runs of neighbouring blocks in one container: a stage begins at each block that changes the shape."""
+    for container, module in model.named_modules():
+        run: list[str] = []
+        children = list(module.named_children())
+        for name, child in children:
+            is_block = isinstance(child, blocks)
+            if run and not (is_block and keeps_shape(child)):
+                yield _stage(container, run, len(children))
+                run = []
+            if is_block:
+                run.append(name)
+        if run:
+            yield _stage(container, run, len(children))
+
+
+def _stage(container: str, run: list[str], children: int) -> StagePlan:
+    prefix = f"{container}." if container else ""
+    name = container if len(run) == children else f"{prefix}{run[0]}-{run[-1]}" if len(run) > 1 else prefix + run[0]
+    return StagePlan(name, [prefix + block for block in run])
+
+
+def norms_named(model: nn.Module, stage: StagePlan, names: Iterable[str]) -> list[str]:
+    """The norms of a stage's essential blocks whose own name is one of `names`."""
+    wanted = set(names)
+    return [f"{block}.{name}" for block in stage.essential_blocks
+            for name, module in model.get_submodule(block).named_modules()
+            if is_norm(module) and name.rpartition(".")[2] in wanted]
+
+
+def transition_norms(model: nn.Module, stages: list[StagePlan]) -> Iterator[tuple[str, StagePlan | None, StagePlan | None]]:
+    """(norm, stage before it, stage after it) for every norm outside the blocks, in the order of the model.
+
+    A block of a run of one (no flag) counts as outside. "Stage" here means one with a flag.
+    """
+    flagged = [stage for stage in stages if stage.has_flag]
+    owner = {block: stage for stage in flagged for block in stage.blocks}
+    ahead = list(flagged)
+    before: StagePlan | None = None
+    for name, module in model.named_modules():
+        stage = owner.get(name)
+        if stage is not None:
+            before = stage
+            if stage in ahead:
+                ahead.remove(stage)
+        elif is_norm(module) and not any(name.startswith(f"{block}.") for block in owner):
+            yield name, before, (ahead[0] if ahead else None)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,178 @@
+"""Modules that depend on a stage's flag.
+
+A module of the user's model is not replaced: its class is swapped for a subclass (behaviour below, then the
+module's own class), so that parameters, names, `isinstance`, deepcopy, pickle and everything timm or torchvision
+do with the module keep working. `swap` and `unswap` are the only ways in and out.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import timm.layers
+import torch
+import torchvision
+from torch import nn
+from torch.fx import Proxy
+
+from .switch import Switch, recomputing
+
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+FROZEN_NORMS = (torchvision.ops.FrozenBatchNorm2d, timm.layers.FrozenBatchNormAct2d)
+NORMS = (
+    nn.modules.batchnorm._NormBase,  # batch and instance norm, synchronised and with activation too
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    timm.layers.RmsNorm,
+    timm.layers.RmsNorm2d,
+    timm.layers.SimpleNorm,
+    timm.layers.SimpleNorm2d,
+    *FROZEN_NORMS,
+)
+DROP_PATHS = (timm.layers.DropPath, torchvision.ops.StochasticDepth)
+
+
+class Swapped:
+    """Base of the behaviours: rebuilds the generated class when a module is copied or unpickled."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _rebuild, (behaviours(self), original_class(self)), self.__getstate__()
+
+
+class SkipNorm(Swapped):
+    """A skip-aware norm: the module's own parameters and statistics, and a second set in its child `skip`.
+
+    The second set is used while the refinement path of the stage is bypassed. Only the set in use sees the
+    input: the other one gets no gradient and its statistics do not move.
+    """
+
+    switch: Switch
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.switch.bypassed():
+            return self.skip(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+
+class Bypass(Swapped):
+    """The identity while the refinement path is bypassed; hooks and children are not called then.
+
+    Put on refinement blocks, and on the DropPath of essential blocks (the base-net is the student of a
+    deterministic forward, as in the reference).
+    """
+
+    switch: Switch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        # While torch.fx traces, the module is always called, so that it stays in the graph as a leaf and goes on
+        # following its switch there.
+        if self.switch.bypassed() and not isinstance(x, Proxy):
+            return x
+        return super().__call__(*args, **kwargs)
+
+
+class ShapeChecked(Swapped):
+    """A refinement block of a hand-written plan: refuses to change the shape, without which it cannot be bypassed."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = super().forward(x, *args, **kwargs)
+        if not torch.is_tensor(y) or y.shape != x.shape:
+            result = tuple(y.shape) if torch.is_tensor(y) else type(y).__name__
+            raise RuntimeError(
+                f"a refinement block ({original_class(self).__name__}) turned {tuple(x.shape)} into {result}; only a "
+                "block that keeps the shape can be bypassed. Move it into the essential path of the plan"
+            )
+        return y
+
+
+class CountOnce(Swapped):
+    """Batch norm whose statistics move once per training forward, also under gradient checkpointing.
+
+    Recomputation during backward normalises with the batch's statistics but leaves the running ones alone.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not (self.training and recomputing() and self.track_running_stats):
+            return super().forward(x, *args, **kwargs)
+        self.track_running_stats = False
+        try:
+            return super().forward(x, *args, **kwargs)
+        finally:
+            self.track_running_stats = True
+
+
+_BEHAVIOURS = (SkipNorm, Bypass, ShapeChecked, CountOnce)
+
+
+@functools.cache
+def _subclass(mixins: tuple[type, ...], base: type) -> type:
+    cls = type("".join(m.__name__ for m in mixins) + base.__name__, (*mixins, base), {"__module__": __name__})
+    # torch.fx must not look inside: the flag read there would be frozen into the graph.
+    timm.layers.register_notrace_module(cls)
+    return cls
+
+
+def _rebuild(mixins: tuple[type, ...], base: type) -> nn.Module:
+    cls = _subclass(mixins, base)
+    return cls.__new__(cls)
+
+
+def behaviours(module: nn.Module) -> tuple[type, ...]:
+    """The behaviours swapped into a module, () for a plain one."""
+    return tuple(b for b in _BEHAVIOURS if isinstance(module, b))
+
+
+def original_class(module: nn.Module) -> type:
+    if not isinstance(module, Swapped):
+        return type(module)
+    return next(c for c in type(module).__mro__ if not issubclass(c, Swapped))
+
+
+def swap(module: nn.Module, behaviour: type, switch: Switch | None = None) -> None:
+    """Add a behaviour to a module in place. `switch` is what `SkipNorm` and `Bypass` follow."""
+    wanted = {*behaviours(module), behaviour}
+    module.__class__ = _subclass(tuple(b for b in _BEHAVIOURS if b in wanted), original_class(module))
+    if switch is not None:
+        module.__dict__["switch"] = switch
+
+
+def unswap(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    module.__class__ = original_class(module)
+    module.__dict__.pop("switch", None)
+
+
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, NORMS)
+
+
+def twin_of(norm: nn.Module, fresh: bool = False) -> nn.Module:
+    """A second parameter set for `norm`: a copy of it, or freshly initialised; hooks are not copied."""
+    twin = copy.deepcopy(norm)
+    for module in twin.modules():
+        for name, value in module.__dict__.items():
+            if name.endswith("_hooks") or name.startswith(("_forward_hooks_", "_forward_pre_hooks_")):
+                value.clear()
+    if fresh:
+        reset_norm(twin)
+    return twin
+
+
+def reset_norm(norm: nn.Module) -> None:
+    """Scale 1, shift 0, running mean 0, running variance 1, counter 0."""
+    with torch.no_grad():
+        for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+            tensor.fill_(1 if name in ("weight", "running_var") else 0)
+
+
+def fx_leaf_modules() -> list[type]:
+    """Classes that torch.fx must treat as leaves so that a traced graph keeps following the depth.
+
+    `torchvision.models.feature_extraction.create_feature_extractor(net, nodes,
+    tracer_kwargs={"leaf_modules": adn.fx_leaf_modules()})`; timm's own tracer knows them already.
+    """
+    return [c for c in timm.layers.get_notrace_modules() if issubclass(c, Swapped)]

@@ -1,0 +1,155 @@
+"""The depth of a converted net: set it, read it, list all.
+
+`convert` leaves a `State` on the net. Every function here takes the net itself or a wrapper around it
+(`torch.compile`, `DistributedDataParallel`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from .depth import Depth
+from .nn import original_class
+from .plan import Plan, StagePlan
+from .switch import Switch
+
+DepthLike = Depth | str | Iterable[bool | int]
+
+
+@dataclasses.dataclass
+class State:
+    """What `convert` knows of a net.
+
+    Attributes:
+        plan: the resolved plan it was converted by.
+        switches: one per stage with a flag.
+        twins: "copy" or "fresh": how twins absent from a state dict are filled.
+        placed: (parent, child name, module) of every module that follows a switch, to notice foreign replacements.
+        origin: what `create_model` was called with, so that `load` can call it again; None if unknown.
+        class_names: the labels of the classes, where known.
+    """
+
+    plan: Plan
+    switches: list[Switch]
+    twins: str
+    placed: list[tuple[nn.Module, str, nn.Module]]
+    origin: dict[str, Any] | None = None
+    class_names: list[str] | None = None
+
+    @property
+    def full(self) -> Depth:
+        return Depth([False] * len(self.switches))
+
+    @property
+    def base(self) -> Depth:
+        return Depth([True] * len(self.switches))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a converted net that has a flag: its plan, and the modules themselves."""
+
+    index: int
+    plan: StagePlan
+    essential: tuple[nn.Module, ...]
+    refinement: tuple[nn.Module, ...]
+    switch: Switch
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
+    def last_block(self) -> nn.Module:
+        """The block whose output leaves the stage at the depth that is set."""
+        return self.essential[-1] if self.switch.skip else self.refinement[-1]
+
+
+def unwrap(net: nn.Module) -> nn.Module:
+    """The converted net inside wrappers that hold it as `module` (DDP) or `_orig_mod` (torch.compile)."""
+    inner = net
+    while "_adn" not in inner.__dict__:
+        # Plain attribute access would see a user's own submodule called `module` as a wrapper only if it leads to a
+        # converted net, which is what is asked for.
+        child = inner._modules.get("_orig_mod", inner._modules.get("module"))
+        if child is None:
+            raise ValueError(f"this {type(net).__name__} is not any-depth: pass the net that adn.convert returned")
+        inner = child
+    return inner
+
+
+def state_of(net: nn.Module) -> State:
+    return unwrap(net).__dict__["_adn"]
+
+
+def is_converted(net: nn.Module) -> bool:
+    return "_adn" in net.__dict__
+
+
+def set_depth(net: nn.Module, depth: DepthLike) -> None:
+    """Run at `depth` from now on.
+
+    Costs a few Python assignments: nothing is allocated, compiled or synchronised. Depth is state of the net: two
+    threads that want two depths use two copies.
+
+    Raises:
+        ValueError: on a depth this net does not have; the net keeps the one it had.
+        RuntimeError: if other code has replaced modules that follow the depth.
+    """
+    state = state_of(net)
+    depth = Depth.parse(depth, (state.full, state.base))
+    for parent, name, module in state.placed:
+        if parent._modules.get(name) is not module:
+            _check_replaced(parent, name, module)
+    for switch, skip in zip(state.switches, depth, strict=True):
+        switch.set(skip)
+
+
+def get_depth(net: nn.Module) -> Depth:
+    """The depth the net runs at."""
+    return Depth([switch.skip for switch in state_of(net).switches])
+
+
+@contextlib.contextmanager
+def at_depth(net: nn.Module, depth: DepthLike) -> Iterator[nn.Module]:
+    """Run at `depth` inside the block, at the former depth after it, whatever happens inside."""
+    before = get_depth(net)
+    set_depth(net, depth)
+    try:
+        yield net
+    finally:
+        set_depth(net, before)
+
+
+def depths(net: nn.Module) -> list[Depth]:
+    """Every depth of the net, from FF..F (all of it) to TT..T (base), counting in binary."""
+    return Depth.every(state_of(net).full)
+
+
+def stages(net: nn.Module) -> list[Stage]:
+    """The stages that have a flag, in the order of the flags."""
+    inner, state = unwrap(net), state_of(net)
+    return [
+        Stage(i, plan, tuple(map(inner.get_submodule, plan.essential_blocks)),
+              tuple(map(inner.get_submodule, plan.refinement_blocks)), switch)
+        for i, (plan, switch) in enumerate(zip(state.plan.flagged, state.switches, strict=True))
+    ]
+
+
+def _check_replaced(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """A wrapper around the module (torch.compile, a checkpoint wrapper) still follows the depth; a substitute does
+    not, and going on would silently compute something else."""
+    current = parent._modules.get(name)
+    if current is not None and any(m is module for m in current.modules()):
+        return
+    now = "is gone" if current is None else f"has become {type(current).__name__}"
+    raise RuntimeError(
+        f"{original_class(module).__name__}"
+        f" {name!r}, which follows the depth, {now}: something replaced it after conversion. Use "
+        "adn.convert_sync_batchnorm / adn.freeze_batch_norm instead of torch's or timm's, or do it before adn.convert"
+    )

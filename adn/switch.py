@@ -1,0 +1,69 @@
+"""The run-time state of a stage: is its refinement path bypassed?
+
+Changing it writes Python attributes and nothing else: no allocation on a device, no compilation, no
+synchronisation.
+
+Gradient checkpointing runs a block's forward a second time during backward, when the depth may have moved on
+(self-distillation runs the super-net, then the base-net, then one backward). Every autograd node carries a number
+drawn from a per-thread counter when it is created, so a switch that remembers the counter's value at each change
+can tell which state was live when the node being differentiated was made. That works for any way to checkpoint,
+whoever calls it. The forward and the changes of depth must happen in one thread, as they do unless a net is shared
+between threads, which depth being state of the net already forbids.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import torch
+
+_graph_task = torch._C._current_graph_task_id
+_autograd_node = torch._C._current_autograd_node
+_next_sequence_number = torch._C._autograd._get_sequence_nr
+
+# A backward whose forward lies more changes of depth back than this cannot be served (and says so).
+_REMEMBERED_CHANGES = 4096
+
+
+def recomputing() -> bool:
+    """Is this forward running inside a backward pass, i.e. repeated by gradient checkpointing?"""
+    return not torch.compiler.is_compiling() and _graph_task() != -1
+
+
+class Switch:
+    """Shared by everything in one stage that depends on the stage's flag."""
+
+    __slots__ = ("skip", "_numbers", "_states")
+
+    def __init__(self, skip: bool = False) -> None:
+        self.skip = skip
+        self._numbers = [-1]
+        self._states = [skip]
+
+    def set(self, skip: bool) -> None:
+        if skip == self.skip:
+            return
+        self.skip = skip
+        self._numbers.append(_next_sequence_number())
+        self._states.append(skip)
+        if len(self._numbers) > _REMEMBERED_CHANGES:
+            del self._numbers[: _REMEMBERED_CHANGES // 2], self._states[: _REMEMBERED_CHANGES // 2]
+
+    def bypassed(self) -> bool:
+        """Is the refinement path bypassed in the forward that is running?"""
+        return self._at_forward() if recomputing() else self.skip
+
+    def _at_forward(self) -> bool:
+        node = _autograd_node()
+        if node is None:
+            return self.skip
+        i = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+        if i < 0:
+            raise RuntimeError(
+                f"a checkpointed forward is being recomputed after more than {_REMEMBERED_CHANGES // 2} changes of "
+                "depth; call backward sooner"
+            )
+        return self._states[i]
+
+    def __reduce__(self) -> tuple:
+        return Switch, (self.skip,)
