@@ -2,6 +2,7 @@
 
 from .convert import convert, convert_sync_batchnorm, freeze_batch_norm, plan
 from .depth import Depth
+from .distill import SelfDistillation
 from .errors import CheckpointError, ConversionError
 from .export import extract
 from .nn import fx_leaf_modules

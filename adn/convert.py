@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import timm.layers
-import timm.utils
 import torch
 from torch import nn
 
@@ -86,7 +85,7 @@ def convert_sync_batchnorm(net: nn.Module, process_group: object = None) -> nn.M
 def freeze_batch_norm(net: nn.Module) -> nn.Module:
     """Turn every batch norm of a converted net, twins included, into one with fixed statistics and no parameters
     (torchvision's FrozenBatchNorm2d), in place; returns the net."""
-    return _with_plain_norms(net, timm.utils.freeze_batch_norm_2d)
+    return _with_plain_norms(net, timm.layers.freeze_batch_norm_2d)
 
 
 def detach(net: nn.Module) -> tuple[State, dict[str, nn.Module]]:

@@ -30,6 +30,9 @@ NORMS = (
     timm.layers.RmsNorm2d,
     timm.layers.SimpleNorm,
     timm.layers.SimpleNorm2d,
+    *(getattr(timm.layers, f"EvoNorm2d{kind}") for kind in ("B0", "B1", "B2", "S0", "S1", "S2")),
+    timm.layers.FilterResponseNormAct2d,
+    timm.layers.FilterResponseNormTlu2d,
     *FROZEN_NORMS,
 )
 DROP_PATHS = (timm.layers.DropPath, torchvision.ops.StochasticDepth)
@@ -96,13 +99,16 @@ class CountOnce(Swapped):
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not (self.training and recomputing() and self.track_running_stats):
+        if not (self.training and recomputing() and self.num_batches_tracked is not None):
             return super().forward(x, *args, **kwargs)
-        self.track_running_stats = False
+        # The op must get its running statistics, since checkpointing compares what the two forwards saved: average
+        # the batch in with weight 0, and let another counter count.
+        counter, momentum = self.num_batches_tracked, self.momentum
+        self.num_batches_tracked, self.momentum = torch.zeros_like(counter), 0.0
         try:
             return super().forward(x, *args, **kwargs)
         finally:
-            self.track_running_stats = True
+            self.num_batches_tracked, self.momentum = counter, momentum
 
 
 _BEHAVIOURS = (SkipNorm, Bypass, ShapeChecked, CountOnce)
@@ -163,10 +169,10 @@ def twin_of(norm: nn.Module, fresh: bool = False) -> nn.Module:
 
 
 def reset_norm(norm: nn.Module) -> None:
-    """Scale 1, shift 0, running mean 0, running variance 1, counter 0."""
+    """Scale 1 (`v` in EvoNorm too), shift 0, running mean 0, running variance 1, counter 0."""
     with torch.no_grad():
         for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
-            tensor.fill_(1 if name in ("weight", "running_var") else 0)
+            tensor.fill_(1 if name in ("weight", "v", "running_var") else 0)
 
 
 def fx_leaf_modules() -> list[type]:

@@ -1,0 +1,60 @@
+"""The `adn` command: one file of this package per subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+
+DESCRIPTION = """\
+Any-depth networks: one set of weights, every depth, chosen at run time.
+
+A depth is written with one letter per stage, nearest the input first: T bypasses
+the stage's refinement path, F runs it. FFFF is the super-net, TTTT the base-net.
+"""
+
+# In the order in which a user meets them; a command not named here comes last.
+ORDER = ("demo", "train", "eval", "predict", "profile", "calibrate")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adn", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="adn COMMAND --help explains a command and gives examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"adn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    for name in sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
+        module = importlib.import_module(f"{__name__}.{name}")
+        summary = module.__doc__.strip().partition("\n")[0].rstrip(".")
+        command = commands.add_parser(
+            name, help=summary, description=module.__doc__.strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--traceback", action="store_true", help="show where an error was raised")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has gone: nothing to report, and nobody to report it to.
+        sys.stderr.close()
+        return 141
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if args.traceback:
+            raise
+        print(f"adn {args.command}: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,224 @@
+"""Self-distillation between a net's deepest and shallowest self.
+
+Adaptive Depth Networks (NeurIPS 2024), Algorithm 1: per batch the super-net learns from the labels, the base-net from
+the super-net, and all other depths come for free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .state import Stage, at_depth, stages
+
+Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+VARIANTS = ("neurips", "eq8", "labels")
+
+
+def distillation_kl(
+    teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0, top_classes: int | None = None
+) -> torch.Tensor:
+    """`T^2 KL(softmax(teacher / T) || softmax(student / T))`, summed over classes, mean over rows; teacher detached.
+
+    Args:
+        teacher, student: (B, C), any floating type; half precision is computed in float32.
+        top_classes: only the teacher's largest this many classes per row, both sides renormalised; None = all.
+
+    Returns:
+        A scalar.
+    """
+    teacher = teacher.detach()
+    if teacher.dtype in (torch.float16, torch.bfloat16):
+        teacher = teacher.float()
+    if student.dtype in (torch.float16, torch.bfloat16):
+        student = student.float()
+    if top_classes is not None and top_classes < teacher.shape[1]:
+        top = teacher.topk(top_classes, dim=1, sorted=False).indices
+        teacher, student = teacher.gather(1, top), student.gather(1, top)
+    kl = F.kl_div(
+        F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1), log_target=True,
+        reduction="batchmean",
+    )
+    return temperature**2 * kl
+
+
+def pool_features(feature: torch.Tensor, channel_dim: int) -> torch.Tensor:
+    """Global average over everything but batch and channels: (B, C, H, W) with channel_dim 1, or (B, ..., C) with -1,
+    to (B, C)."""
+    return feature.flatten(2).mean(2) if channel_dim == 1 else feature.flatten(1, -2).mean(1)
+
+
+class SelfDistillation(nn.Module):
+    """The training loss of an any-depth net, both passes inside one forward.
+
+    `loss = alpha * criterion(super(x), y) + (1 - alpha) * (KL over logits + sum of KL over stage features)`, where
+    every KL is `distillation_kl(super, base)`; only the super-net sees labels.
+
+        kd = adn.SelfDistillation(net, nn.CrossEntropyLoss())
+        losses = kd(x, y)            # runs the super-net, then the base-net
+        losses["loss"].backward()
+
+    For many GPUs wrap this module, not the net, in DistributedDataParallel: its forward uses every parameter, so no
+    search for unused ones is needed. `backward` is the way with a lower peak of memory.
+
+    Args:
+        net: a converted net whose output is logits (B, classes).
+        criterion: loss of (logits, targets); targets are whatever it takes, indices (B,) or mixed rows (B, classes).
+            None = cross-entropy.
+        alpha: weight of the super-net's loss, in [0, 1].
+        temperature: T of every KL.
+        top_classes: how many of the super-net's largest classes the logit KL compares; None = all.
+        features: stages (names, or indices into `adn.stages(net)`) whose pooled outputs are compared too, or "all".
+        variant: "neurips" (the above); "eq8", the earlier paper's Eq. 8: all stages and all classes; "labels", its
+            ablation without distillation: both nets learn from the labels.
+
+    Returns (of a call):
+        A dict of scalars: `loss`; its summands `super` and `base`, weighted; every term by name, unweighted: `task`,
+        `kl_logits`, `kl_<stage>` (or `task_base`). And, detached, the logits `super_logits`, `base_logits`.
+
+    Raises:
+        ValueError: if the net is not any-depth, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        criterion: Criterion | None = None,
+        alpha: float = 0.5,
+        temperature: float = 1.0,
+        top_classes: int | None = 500,
+        features: Sequence[str | int] | str = (),
+        variant: str = "neurips",
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r}; pass one of {', '.join(map(repr, VARIANTS))}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha={alpha}; pass a weight between 0 and 1")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}; pass a number above 0")
+        if top_classes is not None and top_classes < 1:
+            raise ValueError(f"top_classes={top_classes}; pass a number of classes, or None for all")
+        if variant == "eq8":
+            features, top_classes = "all", None
+        elif variant == "labels" and features:
+            raise ValueError('variant="labels" distils nothing; leave `features` empty')
+        self.net = net
+        self.criterion = F.cross_entropy if criterion is None else criterion
+        self.alpha = alpha
+        self.temperature = temperature
+        self.top_classes = top_classes
+        self.variant = variant
+        self.features = _chosen(stages(net), features)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Both passes: x (B, ...), y as the criterion takes it. The depth is what it was, afterwards."""
+        terms, logits, taps = self._super_pass(x, y)
+        terms |= self._base_pass(x, y, logits, taps)
+        terms["loss"] = terms["super"] + terms["base"]
+        return terms
+
+    def backward(self, x: torch.Tensor, y: torch.Tensor, scaler: Any = None) -> dict[str, torch.Tensor]:
+        """Both passes, each with its backward at once: the same gradients, the memory of one pass.
+
+        Adds to `.grad`; the caller zeroes and steps. Autocast, if any, is the caller's context.
+
+        Args:
+            scaler: a `torch.amp.GradScaler`; each loss is scaled before its backward.
+
+        Returns:
+            What a call returns, detached.
+
+        Raises:
+            ValueError: if the net is in DistributedDataParallel without `find_unused_parameters` (each pass leaves
+                some parameters out).
+        """
+        quiet = contextlib.nullcontext()
+        if isinstance(self.net, DistributedDataParallel):
+            if not self.net.find_unused_parameters:
+                raise ValueError(
+                    "each of the two passes leaves some parameters out: wrap the net with find_unused_parameters=True, "
+                    "or wrap SelfDistillation itself in DistributedDataParallel and call it instead"
+                )
+            quiet = self.net.no_sync()
+        scale = scaler.scale if scaler is not None else lambda loss: loss
+        with quiet:
+            terms, logits, taps = self._super_pass(x, y)
+            with at_depth(self.net, "super"):
+                scale(terms["super"]).backward()
+        terms |= self._base_pass(x, y, logits.detach(), taps)
+        with at_depth(self.net, "base"):
+            scale(terms["base"]).backward()
+        terms["loss"] = terms["super"] + terms["base"]
+        return {name: value.detach() for name, value in terms.items()}
+
+    def extra_repr(self) -> str:
+        names = [stage.name for stage in self.features]
+        return (f"variant={self.variant!r}, alpha={self.alpha}, temperature={self.temperature}, "
+                f"top_classes={self.top_classes}, features={names}")
+
+    def _super_pass(self, x: torch.Tensor, y: torch.Tensor) -> tuple[dict, torch.Tensor, list[torch.Tensor]]:
+        with at_depth(self.net, "super"), _tap(self.features) as taps:
+            logits = _as_logits(self.net(x))
+        task = self.criterion(logits, y)
+        terms = {"task": task, "super": self.alpha * task, "super_logits": logits.detach()}
+        return terms, logits, [tap.detach() for tap in taps]
+
+    def _base_pass(self, x: torch.Tensor, y: torch.Tensor, teacher: torch.Tensor, teacher_taps: list[torch.Tensor]
+                   ) -> dict:
+        with at_depth(self.net, "base"), _tap(self.features) as taps:
+            logits = _as_logits(self.net(x))
+        if self.variant == "labels":
+            terms = {"task_base": self.criterion(logits, y)}
+        else:
+            terms = {"kl_logits": distillation_kl(teacher, logits, self.temperature, self.top_classes)}
+            for stage, a, b in zip(self.features, teacher_taps, taps, strict=True):
+                terms[f"kl_{stage.name}"] = distillation_kl(a, b, self.temperature)
+        return {**terms, "base": (1 - self.alpha) * sum(terms.values()), "base_logits": logits.detach()}
+
+
+def _as_logits(output: Any) -> torch.Tensor:
+    if not torch.is_tensor(output) or output.ndim != 2:
+        what = f"a tensor of shape {tuple(output.shape)}" if torch.is_tensor(output) else type(output).__name__
+        raise ValueError(f"self-distillation compares logits (B, classes); this net returns {what}")
+    return output
+
+
+def _chosen(known: list[Stage], wanted: Sequence[str | int] | str) -> list[Stage]:
+    if wanted == "all":
+        return known
+    if isinstance(wanted, str):
+        wanted = [wanted]
+    by_name = {stage.name: stage for stage in known}
+    chosen = []
+    for entry in wanted:
+        stage = by_name.get(entry) if isinstance(entry, str) else known[entry] if -len(known) <= entry < len(known) else None
+        if stage is None:
+            raise ValueError(f"no stage {entry!r} to take features from; pass some of {list(by_name)}, "
+                             f"indices below {len(known)}, or \"all\"")
+        chosen.append(stage)
+    return chosen
+
+
+@contextlib.contextmanager
+def _tap(chosen: Iterable[Stage]) -> Iterator[list[torch.Tensor]]:
+    """Collect the pooled outputs of stages, at the depth that is set, from the forward inside the block."""
+    taps: list[torch.Tensor] = []
+    handles = [
+        stage.last_block.register_forward_hook(
+            lambda _module, _args, output, dim=stage.plan.channel_dim: taps.append(pool_features(output, dim))
+        )
+        for stage in chosen
+    ]
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()

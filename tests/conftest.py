@@ -1,0 +1,82 @@
+"""Shared by all tests: golden fixtures, randomised models, small inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import adn
+
+GOLDEN = Path(os.environ.get("ADN_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(scope="session")
+def seeded() -> ModuleType:
+    """The module that regenerates the weights and inputs of the golden fixtures from their names."""
+    path = GOLDEN / "seeded.py"
+    if not path.exists():
+        pytest.skip(f"no golden fixtures at {GOLDEN} (set ADN_GOLDEN)")
+    spec = importlib.util.spec_from_file_location("golden_seeded", path)
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up while the class is being made.
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden(seeded: ModuleType) -> Callable[[str], tuple[dict, dict]]:
+    """name -> (manifest, arrays)."""
+
+    def load(name: str) -> tuple[dict, dict]:
+        fixture = seeded.load_fixture(name)
+        return fixture.manifest, fixture.arrays
+
+    return load
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random affine parameters, statistics and layer scales, in place.
+
+    Libraries initialise the last norm or the layer scale of a residual block to (nearly) zero: without this, base and
+    super compute the same and half of the tests could not fail.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in tensors:
+                if adn.nn.is_norm(module) and tensor.is_floating_point():
+                    positive = name in ("weight", "running_var")
+                    tensor.uniform_(0.5, 1.5, generator=generator) if positive else tensor.normal_(
+                        0, 0.1, generator=generator)
+                elif name in ("gamma", "layer_scale", "gain"):
+                    tensor.uniform_(0.3, 0.7, generator=generator)
+                elif tensor.ndim == 2 and isinstance(module, nn.Linear) and not tensor.any():
+                    tensor.normal_(0, tensor.shape[1] ** -0.5, generator=generator)  # heads initialised to zero
+    return model
+
+
+def build(name: str, **kwargs: object) -> nn.Module:
+    """A fresh model of timm, or of torchvision for a name that begins with `tv_`; randomised, in eval mode."""
+    torch.manual_seed(0)
+    if name.startswith("tv_"):
+        model = torchvision.models.get_model(name.removeprefix("tv_"), **kwargs)
+    else:
+        model = timm.create_model(name, **kwargs)
+    return randomise(model).eval()

@@ -1,0 +1,96 @@
+"""Gradient checkpointing: recomputation under the depth of its forward, statistics moved once."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import build
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import adn
+from adn import switch
+
+NAMES = ["resnet18", "resnet50d", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv2_100",
+         "convnext_atto"]
+
+
+@pytest.fixture
+def reentrant(request):
+    before = timm.layers.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(request.param)
+    yield request.param
+    timm.layers.set_reentrant_ckpt(before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], indirect=True, ids=["saved_tensors", "reentrant"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_and_statistics(name: str, reentrant: bool) -> None:
+    sized = {"img_size": 64} if name.startswith(("vit", "swin")) else {}
+    plain = adn.convert(build(name, num_classes=10, **sized)).double().train()
+    checked = copy.deepcopy(plain)
+    checked.set_grad_checkpointing(True)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.double, requires_grad=True)
+    y = torch.randint(0, 10, (4,))
+    for net in (plain, checked):
+        torch.manual_seed(3)  # Swin draws stochastic depth
+        adn.SelfDistillation(net)(x, y)["loss"].backward()
+        # A loop of one's own: the depth has moved on, twice, when backward runs.
+        losses = []
+        for i, _ in enumerate(adn.stages(net)):
+            adn.set_depth(net, [i == k for k in range(len(adn.stages(net)))])
+            losses.append(F.cross_entropy(net(x), y))
+        adn.set_depth(net, "super")
+        sum(losses).backward()
+    for (key, p), q in zip(plain.named_parameters(), checked.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+    for (key, p), q in zip(plain.named_buffers(), checked.named_buffers(), strict=True):
+        assert torch.equal(q[1], p), key
+
+
+def test_a_checkpoint_of_ones_own() -> None:
+    plain = adn.convert(build("resnet18", num_classes=10)).double().train()
+    checked = copy.deepcopy(plain)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double, requires_grad=True)
+    for net, run in ((plain, lambda f, x: f(x)), (checked, lambda f, x: checkpoint(f, x, use_reentrant=False))):
+        outputs = []
+        for depth in ("TFTF", "FTFT"):
+            adn.set_depth(net, depth)
+            outputs.append(run(net, x).square().mean())
+        sum(outputs).backward()
+    for p, q in zip(plain.parameters(), checked.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12)
+    for p, q in zip(plain.buffers(), checked.buffers(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_cumulative_average_counts_once() -> None:
+    nets = []
+    for checked in (False, True):
+        net = adn.convert(build("resnet18", num_classes=10)).train()
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.momentum = None
+        net.set_grad_checkpointing(checked)
+        for seed in range(2):
+            net(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))).sum().backward()
+        nets.append(net)
+    for a, b in zip(nets[0].buffers(), nets[1].buffers(), strict=True):
+        assert torch.equal(a, b)
+    assert all(m.momentum is None for m in nets[1].modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_too_long_ago_is_an_error_and_not_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switch, "_REMEMBERED_CHANGES", 8)
+    net = adn.convert(build("resnet18", num_classes=10)).train()
+    net.set_grad_checkpointing(True)
+    loss = net(torch.randn(2, 3, 64, 64)).sum()
+    for _ in range(8):
+        adn.set_depth(net, "base")
+        adn.set_depth(net, "super")
+    with pytest.raises(RuntimeError, match="call backward sooner"):
+        loss.backward()

@@ -1,0 +1,41 @@
+"""Importing is light and touches no device; the public names are pinned."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import adn
+
+PUBLIC = {
+    "CheckpointError", "ConversionError", "Depth", "Plan", "SelfDistillation", "StagePlan", "at_depth", "calibrate",
+    "convert", "convert_sync_batchnorm", "create_model", "depths", "extract", "fit_budget", "freeze_batch_norm",
+    "fx_leaf_modules", "get_depth", "list_models", "load", "load_weights", "plan", "profile", "save", "set_depth",
+    "stages",
+}
+
+PROBE = """
+import time
+import torch, timm
+before = time.perf_counter()
+import sys
+import adn
+took = time.perf_counter() - before
+assert not torch.cuda.is_initialized()
+optional = {"matplotlib", "sklearn", "tensorboard", "triton"} & set(sys.modules) - loaded
+assert not optional, optional
+print(took)
+"""
+
+
+def test_public_names() -> None:
+    assert set(adn.__all__) == PUBLIC
+    assert all(hasattr(adn, name) for name in PUBLIC)
+
+
+def test_import_is_light() -> None:
+    probe = PROBE.replace("before =", "loaded = set(__import__('sys').modules)\nbefore =")
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # The bound is the promise made to users, an order of magnitude above what it takes.
+    assert float(done.stdout) < 3
