@@ -199,11 +199,13 @@ def _chosen(known: list[Stage], wanted: Sequence[str | int] | str) -> list[Stage
     by_name = {stage.name: stage for stage in known}
     chosen = []
     for entry in wanted:
-        stage = by_name.get(entry) if isinstance(entry, str) else known[entry] if -len(known) <= entry < len(known) else None
-        if stage is None:
+        if entry in by_name:
+            chosen.append(by_name[entry])
+        elif isinstance(entry, int) and -len(known) <= entry < len(known):
+            chosen.append(known[entry])
+        else:
             raise ValueError(f"no stage {entry!r} to take features from; pass some of {list(by_name)}, "
                              f"indices below {len(known)}, or \"all\"")
-        chosen.append(stage)
     return chosen
 
 

@@ -208,11 +208,11 @@ def _check_keeps_shape(block: nn.Module, name: str, where: str) -> None:
 
     What cannot be seen here is caught at the first forward (`nn.ShapeChecked`).
     """
+    strided = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
     widths_in, widths_out = [], []
     for part_name, part in block.named_modules():
         stride = getattr(part, "stride", 1)
-        if isinstance(part, (nn.modules.conv._ConvNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)) \
-                and not getattr(part, "transposed", False) and max(stride if isinstance(stride, tuple) else (stride,)) > 1:
+        if isinstance(part, strided) and max(stride if isinstance(stride, tuple) else (stride,)) > 1:
             raise ConversionError(f"{where}: {name!r} cannot be bypassed, it changes the resolution "
                                   f"({part_name or 'itself'} has stride {stride}); begin a stage with it")
         if isinstance(part, nn.modules.conv._ConvNd):

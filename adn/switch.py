@@ -33,7 +33,7 @@ def recomputing() -> bool:
 class Switch:
     """Shared by everything in one stage that depends on the stage's flag."""
 
-    __slots__ = ("skip", "_numbers", "_states")
+    __slots__ = ("_numbers", "_states", "skip")
 
     def __init__(self, skip: bool = False) -> None:
         self.skip = skip

@@ -26,7 +26,8 @@ MODELS = {
                   "tv_mobilenet_v2", "tv_mobilenet_v3_large", "tv_mobilenet_v3_small", "tv_efficientnet_b0"],
     "vit": ["vit_tiny_patch16_224", "vit_small_patch32_224", "deit_tiny_patch16_224",
             "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "tv_vit_b_32"],
-    "swin": ["swin_tiny_patch4_window7_224", "swin_s3_tiny_224", "swinv2_tiny_window8_256", "tv_swin_t", "tv_swin_v2_t"],
+    "swin": ["swin_tiny_patch4_window7_224", "swin_s3_tiny_224", "swinv2_tiny_window8_256", "tv_swin_t",
+             "tv_swin_v2_t"],
     "convnext": ["convnext_atto", "convnext_pico", "convnextv2_atto", "tv_convnext_tiny"],
     "regnet": ["regnetx_002", "regnety_002", "regnetz_005", "regnetv_040", "tv_regnet_y_400mf", "tv_regnet_x_400mf"],
 }
@@ -82,7 +83,8 @@ def test_family(name: str) -> None:
             exempt = {n for block in stage.essential for n, m in block.named_modules()
                       if adn.nn.is_norm(m) and not n.endswith("skip") and not isinstance(m, adn.nn.SkipNorm)}
             # Shortcuts see the stage's input; query/key norms belong to attention, not to the residual stream.
-            assert all("downsample" in n or n.startswith("proj") or n.endswith(("q_norm", "k_norm")) for n in exempt), exempt
+            assert all("downsample" in n or n.startswith("proj") or n.endswith(("q_norm", "k_norm"))
+                       for n in exempt), exempt
 
         called: list[str] = []
         for stage in stages:
@@ -316,8 +318,7 @@ class TestCopies:
 
 class TestWhatUsersDo:
     def test_set_depth_through_wrappers(self) -> None:
-        model, x = net_and_input("resnet18")
-        net = adn.convert(model)
+        net = adn.convert(build("resnet18"))
         wrapped = torch.compile(net, backend="eager")
         adn.set_depth(wrapped, "TFFT")
         assert str(adn.get_depth(net)) == "TFFT"
@@ -418,7 +419,7 @@ class TestWhatUsersDo:
             whole = adn.convert(build(name, **kwargs))
             adn.set_depth(whole, "base")
             with torch.inference_mode():
-                final, taken = whole.forward_intermediates(x)
+                final, _ = whole.forward_intermediates(x)
                 torch.testing.assert_close(final, whole.forward_features(x))
                 assert whole.forward_head(final).shape == (1, 1000)
             whole.reset_classifier(7)
@@ -433,11 +434,12 @@ class TestWhatUsersDo:
         net = adn.convert(model)
         for traced_at in ("super", "base"):
             adn.set_depth(net, traced_at)
-            extractor = create_feature_extractor(net, {node: "out"}, tracer_kwargs={"leaf_modules": adn.fx_leaf_modules()})
+            leaves = {"leaf_modules": adn.fx_leaf_modules()}
+            extractor = create_feature_extractor(net, {node: "out"}, tracer_kwargs=leaves)
             for depth in ("super", "base", [True, *[False] * (len(adn.stages(net)) - 1)]):
                 adn.set_depth(net, depth)
                 seen = []
-                handle = net.get_submodule(node).register_forward_hook(lambda _m, _a, out: seen.append(out))
+                handle = net.get_submodule(node).register_forward_hook(lambda _m, _a, out, to=seen: to.append(out))
                 with torch.inference_mode():
                     net(x)
                 handle.remove()
@@ -463,9 +465,8 @@ class TestWhatUsersDo:
         ema = ModelEmaV3(net, decay=0.5)
         adn.set_depth(ema.module, "base")
         assert str(adn.get_depth(net)) == "FFFF"
-        with torch.inference_mode():
-            with adn.at_depth(net, "base"):
-                assert torch.equal(ema.module(x), net(x))
+        with torch.inference_mode(), adn.at_depth(net, "base"):
+            assert torch.equal(ema.module(x), net(x))
 
 
 class TestNorms:
@@ -539,7 +540,7 @@ class TestRefusals:
             adn.convert("resnet50")
 
     def test_one_block_stages_only(self) -> None:
-        with pytest.raises(adn.ConversionError, match="no stage .* has a block to bypass"):
+        with pytest.raises(adn.ConversionError, match=r"no stage .* has a block to bypass"):
             adn.convert(build("resnet10t"))
 
     def test_twice(self) -> None:

@@ -77,7 +77,8 @@ def test_terms_and_gradients_are_those_of_the_definition(name: str, kwargs: dict
         with adn.at_depth(other, depth):
             taken = []
             chosen = [adn.stages(other)[0], adn.stages(other)[-1]]
-            handles = [s.last_block.register_forward_hook(lambda _m, _a, o: taken.append(o)) for s in chosen]
+            handles = [s.last_block.register_forward_hook(lambda _m, _a, o, to=taken: to.append(o))
+                       for s in chosen]
             outputs[depth] = other(x)
             [h.remove() for h in handles]
             features[depth] = [pool_features(f, s.plan.channel_dim) for f, s in zip(taken, chosen, strict=True)]
@@ -203,8 +204,10 @@ def test_autocast() -> None:
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"alpha": 1.2}, "between 0 and 1"), ({"alpha": -0.1}, "between 0 and 1"), ({"temperature": 0}, "above 0"),
-    ({"top_classes": 0}, "None for all"), ({"features": ["layer9"]}, r"'layer9'.*layer1"), ({"features": [4]}, "below 4"),
-    ({"features": "layer9"}, "layer9"), ({"variant": "eq9"}, "'eq8'"), ({"variant": "labels", "features": "all"}, "empty"),
+    ({"top_classes": 0}, "None for all"),
+    ({"features": ["layer9"]}, r"'layer9'.*layer1"), ({"features": [4]}, "below 4"),
+    ({"features": "layer9"}, "layer9"), ({"variant": "eq9"}, "'eq8'"),
+    ({"variant": "labels", "features": "all"}, "empty"),
 ])
 def test_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -64,7 +64,7 @@ VARIANTS = ("plain", "fpn234", "fpn123", "options")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_step(variant: str, dtype: torch.dtype, golden, seeded) -> None:
-    """The reference computed in float64: there everything must agree closely; in float32 within 10x its own deviation."""
+    """The reference computed in float64: there all must agree closely; in float32 within 10x its own deviation."""
     manifest, arrays = golden("resnet50_adn_step")
     config = manifest["configs"][variant]
     exact = dtype == torch.float64

@@ -8,10 +8,10 @@ import sys
 import adn
 
 PUBLIC = {
-    "CheckpointError", "ConversionError", "Depth", "Plan", "SelfDistillation", "StagePlan", "at_depth", "calibrate",
-    "convert", "convert_sync_batchnorm", "create_model", "depths", "extract", "fit_budget", "freeze_batch_norm",
-    "fx_leaf_modules", "get_depth", "list_models", "load", "load_weights", "plan", "profile", "save", "set_depth",
-    "stages",
+    "CheckpointError", "ConversionError", "Depth", "Plan", "Profile", "SelfDistillation", "StagePlan", "at_depth",
+    "calibrate", "convert", "convert_sync_batchnorm", "create_model", "depths", "evaluate", "extract", "fit_budget",
+    "freeze_batch_norm", "fx_leaf_modules", "get_depth", "list_models", "load", "load_weights", "plan", "profile",
+    "save", "set_depth", "stages",
 }
 
 PROBE = """

@@ -11,13 +11,21 @@ examples:
 from __future__ import annotations
 
 import argparse
+import os
 
-from .eval import add_data_arguments, add_device_argument, add_image_arguments, load_net, make_loader, open_images, \
-    report_unreadable
+from .eval import (
+    add_data_arguments,
+    add_device_argument,
+    add_image_arguments,
+    load_net,
+    make_loader,
+    open_images,
+    report_unreadable,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="images like those of training (see adn eval); labels are not used")
+    parser.add_argument("data", metavar="DATA", help="images like those of training; see adn eval")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a net, as adn.save writes it")
     parser.add_argument("--depth", required=True, help="the depth to calibrate for, such as TFFT")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
@@ -35,19 +43,38 @@ def run(args: argparse.Namespace) -> int:
     from ..calibrate import calibrate
     from ..checkpoint import read_metadata, save
     from ..evaluate import evaluate
-    from ..state import get_depth, set_depth
     from ..profile import table
+    from ..state import get_depth, set_depth
 
+    if os.path.realpath(args.out) == os.path.realpath(args.checkpoint):
+        raise ValueError("--out names the checkpoint itself, which serves all depths; pass a file of its own")
     net, config = load_net(args)
     set_depth(net, args.depth)
     depth = get_depth(net)
     data = open_images(args.data, args, config, args.split)
+    sources = [data]
     if args.val:
-        used, held_out, names = data, open_images(args.val, args, config), None
+        used, held_out = data, open_images(args.val, args, config)
+        sources.append(held_out)
     elif isinstance(data, IterableDataset):
-        raise ValueError("pass --val: data read in turn cannot be divided")
+        raise ValueError(f"images of {args.data!r} come in turn and cannot be divided; pass --val")
     else:
         used, held_out = random_split(data, (0.8, 0.2), torch.Generator().manual_seed(0))
         held_out.class_names = data.class_names
-    ...
+    # Folders are in order of class: the first batches of a sorted list would hold few of them.
+    order = {} if isinstance(used, IterableDataset) else {
+        "shuffle": True, "generator": torch.Generator().manual_seed(0), "drop_last": len(used) > args.batch_size}
+    calibrated = calibrate(net, make_loader(used, args, **order), depth, batches=args.batches, device=args.device)
+    held_out_loader = make_loader(held_out, args)
+    before, = evaluate(net, held_out_loader, [depth], args.device)
+    after, = evaluate(calibrated, held_out_loader, [depth], args.device)
+    extra = read_metadata(args.checkpoint)["extra"] | {"calibrated": {
+        "depth": str(depth), "top1_before": before.top1, "top1_after": after.top1, "held_out_images": after.images}}
+    save(calibrated, args.out, extra=extra)
+    print(table([("", "top-1 (%)", "top-5 (%)", "loss"), *(
+        (f"{depth} {when}", f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.loss:.4f}")
+        for when, row in (("as it was", before), ("calibrated", after)))]))
+    print(f"{after.images} images not used for calibration; wrote {args.out}, for depth {depth} alone")
+    for source in sources:
+        report_unreadable(source)
     return 0

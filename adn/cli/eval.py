@@ -102,6 +102,8 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 def pick_device(name: str | None) -> str:
     import torch
 
+    if name and name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch ({torch.__version__}) finds no CUDA device")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -112,7 +114,7 @@ def load_net(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
 
     args.device = pick_device(args.device)
     net = load(args.checkpoint, device=args.device).eval()
-    stored = (read_metadata(args.checkpoint).get("extra") or {}).get("data")
+    stored = read_metadata(args.checkpoint)["extra"].get("data")
     given = {key: getattr(args, key, None) for key in ("size", "resize", "interpolation", "mean", "std")}
     return net, data_config(net, stored, **given)
 

@@ -17,6 +17,9 @@ import argparse
 
 from .eval import example, load_net, pick_device
 
+# A net of more depths than this is profiled along its chain unless all are asked for: time doubles with every stage.
+MOST_BY_DEFAULT = 64
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
@@ -27,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depth", metavar="DEPTHS",
         help='which depths: "all", "chain" (FFFF, TFFF, TTFF to TTTT), or a list such as super,TTFF,base '
-             "(default: all; with --accuracy, those in that file)",
+             f"(default: all, or if more than {MOST_BY_DEFAULT} the chain; with --accuracy, those in that file)",
     )
     parser.add_argument("--accuracy", metavar="FILE", help="what adn eval --csv wrote, to be joined by depth")
     parser.add_argument("--rounds", type=int, default=50, metavar="N", help="timed forwards per depth (default: 50)")
@@ -47,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluate import choose_depths
     from ..models import PREFIX, create_model
     from ..profile import fit_budget, profile, read_table
+    from ..state import depths as all_depths
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -60,11 +64,17 @@ def run(args: argparse.Namespace) -> int:
     if args.accuracy:
         _, rows = read_table(args.accuracy, ("depth", "top1"))
         accuracy = {row["depth"]: float(row["top1"]) for row in rows}
-    depths = accuracy if accuracy and args.depth is None else choose_depths(net, args.depth or "all")
+    every = len(all_depths(net))
+    if args.depth is None and accuracy:
+        depths = list(accuracy)
+    else:
+        depths = choose_depths(net, args.depth or ("all" if every <= MOST_BY_DEFAULT else "chain"))
     result = profile(net, example(net, config["size"], args.batch_size), depths=depths, rounds=args.rounds,
                      accuracy=accuracy, progress=True)
     print(result)
     print(", ".join(f"{key} {value}" for key, value in result.machine.items()))
+    if args.depth is None and accuracy is None and len(result) < every:
+        print(f"{len(result)} of {every} depths; --depth all measures every one")
     if args.csv:
         result.to_csv(args.csv)
     if args.plot:

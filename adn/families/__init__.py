@@ -96,7 +96,9 @@ def norms_named(model: nn.Module, stage: StagePlan, names: Iterable[str]) -> lis
             if is_norm(module) and name.rpartition(".")[2] in wanted]
 
 
-def transition_norms(model: nn.Module, stages: list[StagePlan]) -> Iterator[tuple[str, StagePlan | None, StagePlan | None]]:
+def transition_norms(
+    model: nn.Module, stages: list[StagePlan]
+) -> Iterator[tuple[str, StagePlan | None, StagePlan | None]]:
     """(norm, stage before it, stage after it) for every norm outside the blocks, in the order of the model.
 
     A block of a run of one (no flag) counts as outside. "Stage" here means one with a flag.

@@ -1,8 +1,8 @@
 """ConvNeXt v1 and v2 of timm, v1 of torchvision.
 
-The papers do not treat them; by the same rule stages are the four runs of blocks, the norm of essential blocks switches,
-and the norm of a down-sampling layer by the flag of the stage it leads into (as Swin's patch merging). Stem, head and
-global response norm (v2; a part of the MLP, not a norm layer) do not switch.
+The papers do not treat them; by the same rule stages are the four runs of blocks, the norm of essential blocks
+switches, and the norm of a down-sampling layer by the flag of the stage it leads into (as Swin's patch merging). Stem,
+head and global response norm (v2; a part of the MLP, not a norm layer) do not switch.
 """
 
 import timm.models.convnext

@@ -1,7 +1,7 @@
 """RegNets (X, Y, Z, V) of timm and torchvision.
 
-The papers do not treat them; by the same rule stages are `s1..s4` (`block1..4`), and the norms of essential blocks switch;
-the stem's and the shortcuts' do not, as in a ResNet.
+The papers do not treat them; by the same rule stages are `s1..s4` (`block1..4`), and the norms of essential blocks
+switch; the stem's and the shortcuts' do not, as in a ResNet.
 """
 
 import timm.models.regnet

@@ -1,0 +1,139 @@
+"""The main job on real data that needs no download: 1,797 handwritten digits, one net, sixteen depths."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .convert import convert
+from .evaluate import Row, evaluate
+from .export import extract
+from .models import create_model
+from .profile import Profile, profile
+from .state import state_of
+from .train import Recipe, fit
+
+SIZE = 32  # the 8 x 8 digits are enlarged to this
+HELD_OUT = 360
+SHIFT = 4
+RECIPE = Recipe(
+    model="resnet18", model_kwargs={"in_chans": 1, "channels": [32, 64, 128, 256]}, epochs=16, batch_size=32,
+    optimizer="sgd", lr=0.05, weight_decay=5e-4, norm_decay=0.0, bias_decay=0.0, schedule="cosine", warmup_epochs=2,
+    warmup_factor=0.1, features=("all",), train_size=SIZE, eval_size=SIZE, eval_resize=SIZE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """scikit-learn's digits (Alpaydin and Kaynak 1998, test part), as float32 (N, 1, 32, 32) and int64 (N,).
+
+    The held-out part is the same for every seed, and nothing but the final evaluation sees it.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    held_out_x: torch.Tensor
+    held_out_y: torch.Tensor
+
+    @classmethod
+    def load(cls) -> Digits:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError('the demo needs scikit-learn: pip install "adn[demo]"') from error
+        data = load_digits()
+        x = torch.from_numpy(data.images).float()[:, None]
+        y = torch.from_numpy(data.target).long()
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1797))
+        held_out, training = order[:HELD_OUT], order[HELD_OUT:]
+        x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+        x = (x - x[training].mean()) / x[training].std()
+        return cls(x[training], y[training], x[held_out], y[held_out])
+
+    def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The training digits in random order, each batch shifted by up to 4 of 32 pixels."""
+        for chosen in torch.randperm(len(self.x)).split(RECIPE.batch_size):
+            if len(chosen) < RECIPE.batch_size:
+                return
+            dx, dy = torch.randint(2 * SHIFT + 1, (2,)).tolist()
+            padded = F.pad(self.x[chosen], [SHIFT] * 4, value=self.x.min().item())
+            yield padded[:, :, dy : dy + SIZE, dx : dx + SIZE], self.y[chosen]
+
+    def held_out(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(self.held_out_x.split(120), self.held_out_y.split(120), strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """What the demo gives: the net, accuracy and cost of every depth, and with `compare` the accuracies (percent) of
+    networks trained separately, by what they are comparable to: "super" and "base"."""
+
+    net: nn.Module
+    profile: Profile
+    separate: dict[str, float]
+
+
+def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = RECIPE.epochs, progress: bool = True
+        ) -> Demo:
+    """Convert, train by self-distillation, evaluate and time all depths; write model, table and figure to `out`.
+
+    Args:
+        out: folder; an earlier demo in it is replaced, another run is not.
+        seed: of weights, order and shifts. The same seed gives the same accuracies.
+        compare: also train the full and the base network separately, for as many epochs.
+        epochs: passes over the 1,437 training digits.
+        progress: show it.
+
+    Raises:
+        ImportError: without scikit-learn or matplotlib, `pip install "adn[demo]"`.
+        ValueError: if `out` holds a run that is not a demo.
+    """
+    digits, out = Digits.load(), Path(out)
+    recipe = RECIPE.but(seed=seed, epochs=epochs)
+    torch.manual_seed(seed)
+    net = create_model(f"anydepth_{RECIPE.model}", num_classes=10, **RECIPE.model_kwargs)
+    state_of(net).class_names = [str(digit) for digit in range(10)]
+    fit(net, digits.batches, None, recipe, out=out, overwrite=_is_demo(out), progress=progress,
+        config={"demo": True, "recipe": recipe.to_dict()})
+    rows = evaluate(net, digits.held_out(), progress=progress)
+    result = profile(net, digits.held_out_x[:1], accuracy=rows, rounds=40, progress=progress)
+    result.to_csv(out / "depths.csv")
+    result.plot(out / "depths.png")
+    return Demo(net, result, _separately(digits, recipe, progress) if compare else {})
+
+
+def _separately(digits: Digits, recipe: Recipe, progress: bool) -> dict[str, float]:
+    """Top-1 of the source network, and of the network the base-net is, each trained alone from labels."""
+    torch.manual_seed(recipe.seed)
+    plain = timm.create_model(recipe.model, num_classes=10, **recipe.model_kwargs)
+    networks = {"super": plain, "base": extract(convert(plain, inplace=False, twins="fresh"), "base")}
+    top1 = {}
+    for which, network in networks.items():
+        if progress:
+            print(f"training the separate {which} network", flush=True)
+        fit(network, digits.batches, None, recipe, progress=progress)
+        network.eval()
+        with torch.inference_mode():
+            right = sum(int((network(x).argmax(1) == y).sum()) for x, y in digits.held_out())
+        top1[which] = 100 * right / HELD_OUT
+    return top1
+
+
+def _is_demo(out: Path) -> bool:
+    try:
+        config: Any = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("demo"))
+
+
+def accuracy_of(rows: list[Row] | Profile, depth: str) -> float:
+    return next(row.top1 for row in rows if str(row.depth) == depth)

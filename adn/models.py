@@ -1,0 +1,99 @@
+"""Converted classifiers by name: timm's model names with the prefix `anydepth_`."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+from typing import Any
+
+import timm
+from torch import nn
+
+from .convert import convert
+from .families import FAMILIES
+from .state import state_of
+
+PREFIX = "anydepth_"
+
+# Models of the families' modules that have nothing to bypass (no residual connections, or one block per stage), or
+# (the last) blocks of their own.
+_EXCLUDED = ("mobilenetv1_*", "lcnet_*", "resnet10t", "resnet14t", "test_resnet", "test_efficientnet*",
+             "test_convnext[23]", "vit_dpwee_*")
+
+# Arguments that say where weights come from, not what the model is: a checkpoint has weights of its own.
+_ABOUT_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names for `create_model`, those that match a shell-style pattern ("*resnet50*"); nothing is built."""
+    return fnmatch.filter(_names(), pattern)
+
+
+def create_model(
+    name: str, *, num_classes: int | None = None, pretrained: bool = False, twins: str = "copy", **kwargs: Any
+) -> nn.Module:
+    """A classifier of timm, converted.
+
+    Args:
+        name: one of `list_models()`, such as "anydepth_resnet50"; a timm tag may follow ("anydepth_resnet50.a1_in1k").
+        num_classes: size of the head; None = timm's default for the name.
+        pretrained: start from timm's weights of that name and tag (downloaded).
+        twins: how the second norms start, see `convert`.
+        kwargs: passed on to `timm.create_model`. What cannot be written as JSON (a layer class) makes `save` store no
+            recipe for the model: `load` then needs the model passed.
+
+    Returns:
+        The net at full depth, on the CPU, in training mode. It maps (B, 3, H, W) to logits (B, num_classes).
+
+    Raises:
+        ValueError: on an unknown name; the message lists close ones.
+    """
+    if not isinstance(name, str) or name.partition(".")[0] not in _names():
+        raise ValueError(_unknown(name))
+    timm_name = name.removeprefix(PREFIX)
+    try:
+        timm.get_pretrained_cfg(timm_name, allow_unregistered=False)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{timm_name.partition('.')[0]}.*"))
+        raise ValueError(f"{error} timm has {tags or 'none'}") from error
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    net = convert(timm.create_model(timm_name, pretrained=pretrained, **kwargs), twins=twins)
+    state_of(net).origin = {"name": name, "kwargs": {k: v for k, v in kwargs.items() if k not in _ABOUT_WEIGHTS}}
+    return net
+
+
+def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """The plain model, with fresh weights, that an origin ("anydepth_<timm name>" and arguments) describes.
+
+    Any name of timm's registry will do, since a plan written by hand converts models of no family; a name that
+    would make timm download or read a file will not.
+
+    Raises:
+        ValueError: on a name timm does not have or arguments that are not about the model.
+    """
+    timm_name = name.removeprefix(PREFIX)
+    if not timm.is_model(timm_name):
+        raise ValueError(f"timm {timm.__version__} has no model {timm_name!r}")
+    if refused := _ABOUT_WEIGHTS & kwargs.keys():
+        raise ValueError(f"the arguments of {name!r} name other weights ({', '.join(sorted(refused))})")
+    return timm.create_model(timm_name, pretrained=False, **kwargs)
+
+
+@functools.cache
+def _names() -> tuple[str, ...]:
+    known = {name for family in FAMILIES.values() for module in family.timm_modules
+             for name in timm.list_models(module=module, exclude_filters=list(_EXCLUDED))}
+    return tuple(PREFIX + name for name in timm.list_models() if name in known)
+
+
+def _unknown(name: object) -> str:
+    if isinstance(name, str) and PREFIX + name.partition(".")[0] in _names():
+        return f"unknown model {name!r}; any-depth models have the prefix {PREFIX!r}: pass {PREFIX + name!r}"
+    plain = str(name).removeprefix(PREFIX)
+    close = difflib.get_close_matches(PREFIX + plain, _names(), n=5)
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    extra = "; timm has it, but no family here knows its blocks: build it and pass adn.convert a plan" \
+        if timm.is_model(plain) else ""
+    return f"unknown model {name!r}{extra}; {hint}Names are timm's with the prefix {PREFIX!r}, see adn.list_models()"

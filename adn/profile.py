@@ -1,0 +1,392 @@
+"""What every depth of a net costs: multiply-adds, parameters, measured latency; and which depth fits a budget."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import datetime
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from .depth import Depth
+from .evaluate import Row, evaluating, read_depths, try_forward
+from .state import DepthLike, set_depth, state_of, unwrap
+from .state import depths as all_depths
+
+_COLUMNS = ("depth", "macs", "params", "p50_ms", "p99_ms", "top1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What one depth costs.
+
+    Attributes:
+        macs: multiply-adds per image, of convolutions, linear layers and the two products of attention.
+        params: parameters in use: no bypassed block, one set of each skip-aware norm.
+        p50_ms, p99_ms: median and 99th percentile of the time of a forward of one batch, in milliseconds.
+        top1: accuracy in percent, None if unknown.
+    """
+
+    depth: Depth
+    macs: int
+    params: int
+    p50_ms: float
+    p99_ms: float
+    top1: float | None = None
+
+    @property
+    def value(self) -> float:
+        """What is bought with time: accuracy if known, else multiply-adds."""
+        return self.macs if self.top1 is None else self.top1
+
+
+class Profile(list[Point]):
+    """The cost of every depth; a list of `Point`s that prints as a table.
+
+    Attributes:
+        machine: how and on what it was measured: device, threads, dtype, input, versions, date.
+    """
+
+    def __init__(self, points: Iterable[Point] = (), machine: Mapping[str, str] | None = None) -> None:
+        super().__init__(points)
+        self.machine = dict(machine or {})
+
+    def pareto(self) -> list[Point]:
+        """The points no other beats in both time (p50) and accuracy (MACs where accuracy is unknown), fastest first."""
+        front: list[Point] = []
+        for point in sorted(self, key=lambda p: (p.p50_ms, -p.value)):
+            if not front or point.value > front[-1].value:
+                front.append(point)
+        return front
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """One line per depth; what is known of the machine goes before, in lines that begin with `#`."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            file.writelines(f"# {key}: {value}\n" for key, value in self.machine.items())
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(_COLUMNS)
+            for p in self:
+                writer.writerow((p.depth, p.macs, p.params, p.p50_ms, p.p99_ms, "" if p.top1 is None else p.top1))
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike) -> Profile:
+        """What `to_csv` wrote; raises ValueError on another file."""
+        machine, rows = read_table(path, _COLUMNS)
+        return cls([Point(Depth(row["depth"]), int(row["macs"]), int(row["params"]), float(row["p50_ms"]),
+                          float(row["p99_ms"]), float(row["top1"]) if row["top1"] else None) for row in rows], machine)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Save a figure (png, pdf or svg by the suffix): accuracy, or MACs if unknown, against latency.
+
+        Raises:
+            ImportError: without matplotlib (`pip install "adn[plot]"`).
+            ValueError: if there is no point.
+        """
+        if not self:
+            raise ValueError("an empty profile has nothing to plot")
+        _draw(self, path)
+
+    def __str__(self) -> str:
+        front = {point.depth for point in self.pareto()}
+        accurate = any(point.top1 is not None for point in self)
+        head = ["depth", "MMACs", "params (M)", "p50 (ms)", "p99 (ms)", *(["top-1 (%)"] if accurate else []), "Pareto"]
+        rows = [
+            [str(p.depth), f"{p.macs / 1e6:.1f}", f"{p.params / 1e6:.2f}", f"{p.p50_ms:.2f}", f"{p.p99_ms:.2f}",
+             *([f"{p.top1:.2f}"] if accurate else []), "*" if p.depth in front else ""]
+            for p in self
+        ]
+        return table([head, *rows])
+
+
+def profile(
+    net: nn.Module,
+    x: torch.Tensor,
+    *,
+    depths: Iterable[DepthLike] | None = None,
+    rounds: int = 50,
+    warmup: int = 5,
+    accuracy: Iterable[Row] | Mapping[Any, float] | None = None,
+    progress: bool = False,
+) -> Profile:
+    """Count and time a net at several depths.
+
+    Times are those of a forward in evaluation mode without gradients. After the warm-up every round runs every depth
+    once, in an order drawn anew, so that a machine that slows down or speeds up does so for all depths alike. On CUDA
+    they are taken between events on the device. Depth and mode of the net are afterwards what they were.
+
+    Args:
+        net: a converted net, also compiled.
+        x: a batch, (B, 3, H, W), on the net's device and of its dtype.
+        depths: which; None = every depth of the net.
+        rounds: timed forwards per depth.
+        warmup: forwards per depth before that.
+        accuracy: top-1 in percent by depth, or what `adn.evaluate` returned; must cover all depths.
+        progress: show a progress bar, if in a terminal.
+
+    Raises:
+        ValueError: on a depth the net does not have or without accuracy, or if the net cannot take `x`.
+    """
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"rounds={rounds}, warmup={warmup}; pass rounds >= 1 and warmup >= 0")
+    if not len(x):
+        raise ValueError("a batch of 0 images; pass at least 1")
+    chosen = all_depths(net) if depths is None else read_depths(net, depths)
+    if accuracy is None:
+        top1: dict[Depth, float] = {}
+    elif isinstance(accuracy, Mapping):
+        top1 = {Depth(depth): percent for depth, percent in accuracy.items()}
+    else:
+        top1 = {row.depth: row.top1 for row in accuracy}
+    missing = [str(depth) for depth in chosen if depth not in top1]
+    if accuracy is not None and missing:
+        raise ValueError(f"no accuracy given for {', '.join(missing)}; evaluate these depths or leave them out")
+    macs = count_macs(net, x[:1], chosen)
+    params = [count_parameters(net, depth) for depth in chosen]
+    times = _measure(net, x, chosen, rounds, warmup, progress)
+    p50, p99 = np.percentile(times, [50, 99], axis=1)
+    points = [Point(*values, top1.get(values[0]))
+              for values in zip(chosen, macs, params, p50.tolist(), p99.tolist(), strict=True)]
+    return Profile(points, _machine(x, rounds, warmup))
+
+
+def fit_budget(profile: Sequence[Point], *, ms: float, percentile: int = 50) -> Depth:
+    """The best depth that runs in a given time: the most accurate one, or where accuracy is unknown the one with the
+    most multiply-adds; of equals the fastest.
+
+    Args:
+        ms: time for one forward, in milliseconds, at the batch size of the profile.
+        percentile: which of the measured times must fit, 50 or 99.
+
+    Raises:
+        ValueError: if none fits; it names the fastest.
+    """
+    if percentile not in (50, 99):
+        raise ValueError(f"percentile={percentile}; a profile holds 50 and 99")
+
+    def spent(point: Point) -> float:
+        return point.p50_ms if percentile == 50 else point.p99_ms
+
+    fitting = [point for point in profile if spent(point) <= ms]
+    if not fitting:
+        if not profile:
+            raise ValueError("an empty profile")
+        fastest = min(profile, key=spent)
+        raise ValueError(f"no depth runs in {ms} ms: the fastest, {fastest.depth}, takes {spent(fastest):.3g} ms "
+                         f"(p{percentile})")
+    return max(fitting, key=lambda point: (point.value, -spent(point))).depth
+
+
+def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike]) -> list[int]:
+    """Multiply-adds of a forward of `x` at each depth: torch's FLOP counter, which counts two per multiply-add, halved.
+
+    Raises:
+        ValueError: if the net cannot take `x`.
+    """
+    inner = unwrap(net)
+    counts = []
+    with evaluating(net), torch.inference_mode(), _visible_attention():
+        for depth in depths:
+            set_depth(net, depth)
+            with FlopCounterMode(display=False) as counter:
+                try_forward(inner, x)
+            counts.append(counter.get_total_flops() // 2)
+    return counts
+
+
+def count_parameters(net: nn.Module, depth: DepthLike) -> int:
+    """How many parameters a net uses at one depth: no bypassed block, one set of each skip-aware norm."""
+    used = in_use(net, depth)
+    parameters = unwrap(net).named_parameters(remove_duplicate=False)
+    return sum({id(p): p.numel() for name, p in parameters if used(name)}.values())
+
+
+def in_use(net: nn.Module, depth: DepthLike) -> Callable[[str], bool]:
+    """For names of parameters and buffers of a net: is it used at this depth?"""
+    state = state_of(net)
+    depth = Depth.parse(depth, (state.full, state.base))
+    idle: set[str] = set()
+    second_set_only: set[str] = set()
+    for stage, bypassed in zip(state.plan.flagged, depth, strict=True):
+        if bypassed:
+            idle.update(stage.refinement_blocks)
+            second_set_only.update(stage.norms)
+        else:
+            idle.update(f"{norm}.skip" for norm in stage.norms)
+
+    def used(name: str) -> bool:
+        owners = {name[:i] for i, letter in enumerate(name) if letter == "."}
+        return owners.isdisjoint(idle) and all(f"{norm}.skip" in owners for norm in owners & second_set_only)
+
+    return used
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns, the first flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i else cell.ljust(width)
+                  for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    )
+
+
+def read_table(path: str | os.PathLike, columns: Iterable[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """A CSV file with `# key: value` lines before it: these, and its rows by column.
+
+    Raises:
+        ValueError: if it lacks one of `columns`.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    comments = [line[1:].partition(":") for line in lines if line.startswith("#")]
+    reader = csv.DictReader(line for line in lines if not line.startswith("#"))
+    missing = set(columns) - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{os.fspath(path)!r} has no column {', '.join(map(repr, sorted(missing)))}: not a file that "
+                         "adn wrote")
+    return {key.strip(): value.strip() for key, _, value in comments}, list(reader)
+
+
+@contextlib.contextmanager
+def _visible_attention() -> Iterator[None]:
+    """Attention as matrix products, which the FLOP counter sees: nn.MultiheadAttention's fused path in evaluation mode
+    is one operator to it and would count as nothing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _measure(net: nn.Module, x: torch.Tensor, depths: list[Depth], rounds: int, warmup: int, progress: bool
+             ) -> np.ndarray:
+    """Milliseconds, (depths, rounds)."""
+    times = np.empty((len(depths), rounds))
+    clock = _cuda_ms if x.is_cuda else _host_ms
+    shuffle = random.Random(0).sample
+    bar = tqdm(total=warmup + rounds, desc="profile", unit="round", leave=False, disable=None if progress else True)
+    with evaluating(net), torch.inference_mode(), bar:
+        for step in range(-warmup, rounds):
+            for i in shuffle(range(len(depths)), len(depths)):
+                set_depth(net, depths[i])
+                ms = clock(net, x)
+                if step >= 0:
+                    times[i, step] = ms
+            bar.update()
+    return times
+
+
+def _host_ms(net: nn.Module, x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    net(x)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _cuda_ms(net: nn.Module, x: torch.Tensor) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(x.device)
+    start.record(torch.cuda.current_stream(x.device))
+    net(x)
+    end.record(torch.cuda.current_stream(x.device))
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _machine(x: torch.Tensor, rounds: int, warmup: int) -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name(x.device) if x.is_cuda else _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "batch": str(len(x)),
+        "input": "x".join(map(str, x.shape[1:])),
+        "rounds": f"{rounds} after {warmup} of warm-up",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _draw(profile: Profile, path: str | os.PathLike) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('a figure needs matplotlib: pip install "adn[plot]"') from error
+
+    accurate = all(point.top1 is not None for point in profile)
+    scale = 1 if accurate else 1e-9
+    front = profile.pareto()
+    chain = [point for point in profile if list(point.depth.flags) == sorted(point.depth.flags, reverse=True)]
+    chain.sort(key=lambda point: sum(point.depth.flags))
+
+    def xy(points: Iterable[Point]) -> tuple[list[float], list[float]]:
+        points = list(points)
+        return [p.p50_ms for p in points], [p.value * scale for p in points]
+
+    # A Figure of its own leaves the state of pyplot, and the choice of a window system, to the user.
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*xy(profile), "o", color="0.75", markersize=5, label=f"all {len(profile)} depths", zorder=2)
+    axes.plot(*xy(chain), "o-", color="tab:blue", markersize=6, linewidth=1.2, label="one stage less each time",
+              zorder=3)
+    axes.plot(*xy(front), "o--", color="tab:orange", markerfacecolor="none", markersize=10, markeredgewidth=1.6,
+              linewidth=1, label="Pareto front", zorder=4)
+    axes.set_xlabel("latency p50 (ms)")
+    axes.set_ylabel("top-1 accuracy (%)" if accurate else "GMACs per image")
+    known = [profile.machine[key] for key in ("device", "input") if key in profile.machine]
+    known += [f"{what} {profile.machine[what]}" for what in ("batch", "threads") if what in profile.machine]
+    axes.set_title(", ".join(known), fontsize=9, color="0.35")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.margins(0.1)
+    axes.legend(frameon=False, fontsize=8)
+    _label(figure, axes, front, [point for point in chain if point not in front], profile, scale)
+    figure.savefig(path)
+
+
+def _label(figure: Any, axes: Any, above: list[Point], below: list[Point], every: Iterable[Point], scale: float
+           ) -> None:
+    """Write the names of depths beside their points where they cover no point and no other name, else nowhere."""
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    points = axes.transData.transform([(p.p50_ms, p.value * scale) for p in every])
+    taken = [axes.get_legend().get_window_extent(renderer)]
+    # Where to: points of the front have room above and left of them, those under it below and right.
+    places = [(-7, 7, "right", "bottom"), (0, 9, "center", "bottom"), (-10, 0, "right", "center"),
+              (7, 7, "left", "bottom"), (-7, -7, "right", "top"), (10, 0, "left", "center"), (0, -9, "center", "top"),
+              (7, -7, "left", "top")]
+    for point in (*above, *below):
+        for dx, dy, across, up in places if point in above else reversed(places):
+            text = axes.annotate(str(point.depth), (point.p50_ms, point.value * scale), (dx, dy), fontsize=8,
+                                 textcoords="offset points", ha=across, va=up, family="monospace", zorder=5,
+                                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5})
+            box = text.get_window_extent(renderer)
+            inside = axes.bbox.count_contains([(box.x0, box.y0), (box.x1, box.y1)]) == 2
+            if inside and not box.count_contains(points) and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()

@@ -1,0 +1,108 @@
+"""What training reads: augmented images in an order that follows from (seed, epoch), mixed within the batch."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import timm.data.distributed_sampler
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data.distributed import DistributedSampler
+from torchvision.transforms import v2
+
+from ..data import collate
+from .recipes import Recipe
+from .seeds import mixed_seed
+
+
+def train_transform(recipe: Recipe, config: dict[str, Any]) -> v2.Transform:
+    """Random crop, flip, TrivialAugmentWide or RandAugment, normalise, erase: from a `PIL.Image` to (3, S, S) float32.
+
+    Args:
+        config: size, interpolation, mean and std, as `adn.data.data_config` gives them.
+    """
+    interpolation = v2.InterpolationMode(config["interpolation"])
+    steps: list[v2.Transform] = [
+        v2.RandomResizedCrop(config["size"], scale=(recipe.min_area, 1.0), interpolation=interpolation)]
+    if recipe.flip:
+        steps.append(v2.RandomHorizontalFlip(recipe.flip))
+    if recipe.augment == "trivial":
+        steps.append(v2.TrivialAugmentWide(interpolation=interpolation))
+    elif recipe.augment == "rand":
+        steps.append(v2.RandAugment(magnitude=recipe.magnitude, interpolation=interpolation))
+    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+              v2.Normalize(list(config["mean"]), list(config["std"]))]
+    if recipe.erase:
+        steps.append(v2.RandomErasing(recipe.erase))
+    return v2.Compose(steps)
+
+
+def mixing(recipe: Recipe, classes: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """Mixup, cutmix, or one of the two drawn per batch; partners are the batch rolled by one.
+
+    Returns:
+        (images (B, 3, H, W), labels (B,)) to mixed images and rows (B, classes) float32; None if both are off.
+    """
+    chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in
+              ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix)) if alpha]
+    return v2.RandomChoice(chosen) if chosen else None
+
+
+class TrainBatches:
+    """For `fit`: the batches of an epoch. Order, augmentation and mixing follow from (seed, epoch, process)."""
+
+    def __init__(self, data: Dataset, recipe: Recipe, classes: int, *, workers: int = 0, rank: int = 0, world: int = 1,
+                 pin_memory: bool = False) -> None:
+        self.data, self.recipe, self.workers, self.rank, self.world = data, recipe, workers, rank, world
+        self.pin_memory = pin_memory
+        self.collate = _Collate(mixing(recipe, classes), alone=world == 1)
+        if recipe.repeats > 1 and isinstance(data, IterableDataset):
+            raise ValueError("images that are read in turn cannot be repeated; pass --repeats 1")
+
+    def __call__(self, epoch: int) -> DataLoader:
+        seed, size = self.recipe.seed, self.recipe.batch_size
+        sampler = None
+        if isinstance(self.data, IterableDataset):
+            source = getattr(self.data, "source", None)
+            if hasattr(source, "set_epoch"):
+                source.set_epoch(epoch)
+        else:
+            sampler = train_sampler(self.data, self.recipe, epoch, self.rank, self.world)
+        return DataLoader(
+            self.data, size, sampler=sampler, num_workers=self.workers, collate_fn=self.collate,
+            pin_memory=self.pin_memory, worker_init_fn=ignore_interrupts,
+            # A batch of one teaches batch norm nothing, and at 1x1 makes it fail: the last one may be left out.
+            drop_last=sampler is not None and size > 1 and len(sampler) % size == 1,
+            generator=torch.Generator().manual_seed(mixed_seed(seed, epoch, self.rank, 1)),
+        )
+
+
+def train_sampler(data: Dataset, recipe: Recipe, epoch: int, rank: int, world: int) -> Sampler[int]:
+    """The indices of one process in one epoch, in an order that follows from (seed, epoch).
+
+    Repeated augmentation as in the reference: every index `repeats` times in a row in a shuffled list, of which each
+    process takes every `world`-th, `floor(images / 256) * 256 / world` of them (all, of fewer than 256 images).
+    """
+    if recipe.repeats > 1:
+        sampler = timm.data.distributed_sampler.RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats)
+        sampler.set_epoch(mixed_seed(recipe.seed, epoch))
+        return sampler
+    return DistributedSampler(data, world, rank, shuffle=True, seed=mixed_seed(recipe.seed, epoch))
+
+
+class _Collate:
+    def __init__(self, mix: Callable[..., Any] | None, alone: bool) -> None:
+        self.mix, self.alone = mix, alone
+
+    def __call__(self, items: list[Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        batch = collate(items)
+        if batch is None or (self.alone and len(batch[1]) == 1 < len(items)):
+            return None
+        return batch if self.mix is None else self.mix(*batch)
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the main one decides when workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,553 @@
+"""The training loop: `fit` trains a net on batches, keeps a log and checkpoints, and can be stopped and resumed.
+
+Every random number drawn in an epoch follows from (seed, epoch, process): `fit` seeds Python, NumPy and torch at the
+start of each. So an epoch that was interrupted is repeated exactly, and there is no state of a generator to keep.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ..checkpoint import atomic_write, save
+from ..convert import convert_sync_batchnorm
+from ..distill import SelfDistillation
+from ..evaluate import autocast
+from ..state import is_converted
+from .optim import WeightAverage, create_optimizer, create_scheduler
+from .recipes import Recipe
+from .seeds import seed_all
+
+FORMAT = 1
+CONFIG, LOG, LAST, BEST, FINAL, INTERRUPTED = (
+    "config.json", "log.csv", "last.pt", "best.safetensors", "model.safetensors", "interrupted.json")
+FILES = (CONFIG, LOG, LAST, BEST, FINAL, INTERRUPTED)
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+Batches = Callable[[int], Iterable[Batch | None]]
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+# Settings that a resumed run must share with its beginning, since the saved state has their shape.
+_FIXED = ("model", "model_kwargs", "optimizer", "ema", "twins")
+# Losses on an accelerator are looked at this often: each look waits for it.
+_STEPS_PER_LOOK = 50
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C; the message says where, and what is saved."""
+
+
+class Diverged(RuntimeError):
+    """The loss or the weights are no longer finite."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What training gives.
+
+    Attributes:
+        net: the net after the last epoch, in evaluation mode; its weight average where the recipe keeps one.
+        history: one row per epoch, as in `log.csv`.
+        best: the best score of an epoch, the mean of its `top1` values; None if none was measured.
+        out: the folder of the run, if it has one.
+    """
+
+    net: nn.Module
+    history: list[dict[str, Any]]
+    best: float | None
+    out: Path | None
+
+
+class Supervised(nn.Module):
+    """The loss of a plain network: `criterion(net(x), y)`; counterpart of `SelfDistillation` for comparisons."""
+
+    def __init__(self, net: nn.Module, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.net = net
+        self.criterion = criterion
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.criterion(self.net(x), y)}
+
+
+def default_loss(net: nn.Module, recipe: Recipe) -> nn.Module:
+    """Self-distillation for a converted net, cross-entropy for a plain one, with the recipe's settings."""
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    if not is_converted(net):
+        return Supervised(net, criterion)
+    features = "all" if recipe.features == ("all",) else [
+        int(name) if name.lstrip("-").isdigit() else name for name in recipe.features]
+    return SelfDistillation(
+        net, criterion, alpha=recipe.alpha, temperature=recipe.temperature, top_classes=recipe.top_classes,
+        features=features, variant=recipe.variant,
+    )
+
+
+def fit(
+    net: nn.Module,
+    batches: Batches,
+    evaluate: Evaluate | None,
+    recipe: Recipe,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    loss: nn.Module | None = None,
+    device: torch.device | str | None = None,
+    config: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Train a net, any-depth or plain, by a recipe.
+
+    In a process group (`torch.distributed`), every process calls this with its own share of the batches; gradients are
+    averaged, the first process writes and prints. Global random generators are seeded from the recipe, and on the
+    main thread Ctrl-C is held back until a step is complete (a second one is not).
+
+    Args:
+        net: trained in place. A plain one learns from labels only.
+        batches: epoch, counted from 0, to the batches of that epoch: images (B, ...) and targets, indices (B,) or rows
+            (B, classes); None is passed over. Must depend on nothing but the epoch and the global generators.
+        evaluate: net to numbers by name, after every epoch, all processes at once; entries with `top1` in their
+            name are accuracies, whose mean decides what is best.
+        recipe: its settings of optimisation, schedule, loss and averaging are used here; those of model, augmentation
+            and images are the business of `batches`.
+        out: folder for `config.json`, `log.csv`, `last.pt` (all that resuming needs), `best.safetensors` (of the
+            epoch with the highest mean `top1`) and, at the end, `model.safetensors`. None = write nothing.
+        resume: go on after the last complete epoch in `out`.
+        overwrite: replace a run that is in `out`.
+        loss: module around the net that gives a dict with `loss` when called on a batch; None = `default_loss`.
+        device: None = the current accelerator in a process group with NCCL, else where the net is.
+        config: JSON to keep as `config.json`.
+        extra: JSON to keep in the checkpoints, see `adn.save`.
+        tensorboard: also write the log for TensorBoard, under `out`.
+        progress: print a line per epoch, and show a bar if in a terminal.
+
+    Raises:
+        Diverged: when the loss or a weight is not finite; the checkpoints hold the last good epoch.
+        Interrupted: (a KeyboardInterrupt) after Ctrl-C; the interrupted epoch starts again when resumed.
+        ValueError: on a run in `out` and neither `resume` nor `overwrite`, a saved run that does not fit, no batches.
+        OSError: if `out` cannot be written; what was written before is intact.
+    """
+    run = _Run(net, recipe, loss, _device(net, device), out, progress and _rank() == 0)
+    start = time.perf_counter()
+    if resume:
+        run.resume(config)
+    else:
+        run.begin(overwrite, config)
+    writer = run.tensorboard() if tensorboard else None
+    try:
+        with _Interrupts() as interrupts:
+            while run.epoch < recipe.epochs:
+                run.train_epoch(batches, evaluate, extra, interrupts)
+                if writer:
+                    for name, value in run.history[-1].items():
+                        writer.add_scalar(name, value, run.epoch)
+                interrupts.check()
+    except KeyboardInterrupt as error:
+        raise run.interrupted() from error
+    finally:
+        if writer:
+            writer.close()
+    run.write_net(FINAL, extra)
+    if run.out:
+        run.say(f"done in {_duration(time.perf_counter() - start)}: {run.out / FINAL}")
+    return Result(run.evaluated.eval(), run.history, run.best, run.out)
+
+
+class _Run:
+    """The state of a run, and what is done to it."""
+
+    def __init__(self, net: nn.Module, recipe: Recipe, loss: nn.Module | None, device: torch.device,
+                 out: str | Path | None, talk: bool) -> None:
+        self.recipe, self.device, self.talk = recipe, device, talk
+        self.rank, self.world = _rank(), _world()
+        self.out = Path(out) if out is not None else None
+        if recipe.sync_bn:
+            net = convert_sync_batchnorm(net) if is_converted(net) else nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.preserve_format
+        self.net = net.to(device, memory_format=self.memory_format)
+        self.loss = (default_loss(net, recipe) if loss is None else loss).to(device)
+        self.optimizer = create_optimizer(net, recipe)
+        self.scheduler = create_scheduler(self.optimizer, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+        self.ema = WeightAverage(net, recipe, self.world) if recipe.ema else None
+        self.epoch = self.steps = 0  # complete epochs; complete steps of the next one
+        self.history: list[dict[str, Any]] = []
+        self.best: float | None = None
+        self.parallel = self.loss
+        if self.world > 1:
+            self.parallel = DistributedDataParallel(self.loss, [device] if device.type == "cuda" else None)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.net if self.ema is None else self.ema.module
+
+    def say(self, text: str) -> None:
+        if self.talk:
+            print(text, flush=True)
+
+    # ------------------------------------------------------------------------------------------------ one epoch
+
+    def train_epoch(self, batches: Batches, evaluate: Evaluate | None, extra: Mapping[str, Any] | None,
+                    interrupts: _Interrupts) -> None:
+        began = time.perf_counter()
+        row = self._train(batches, interrupts)
+        metrics = self._evaluate(evaluate) if evaluate is not None else {}
+        interrupts.check()
+        row |= {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        interrupts.hold = True
+        self._end_epoch(row | {"seconds": time.perf_counter() - began}, extra)
+        interrupts.hold = False
+
+    def _train(self, batches: Batches, interrupts: _Interrupts) -> dict[str, Any]:
+        recipe, epoch = self.recipe, self.epoch
+        seed_all(recipe.seed, epoch, self.rank)
+        self.scheduler.step(epoch)
+        self.loss.train()
+        loader = batches(epoch)
+        total: dict[str, torch.Tensor] = {}
+        look_every = 1 if self.device.type == "cpu" else _STEPS_PER_LOOK
+        self.steps = 0
+        bar = tqdm(loader, f"epoch {epoch + 1}/{recipe.epochs}", unit="step", leave=False,
+                   disable=None if self.talk else True)
+        with bar:
+            for x, y in self._readable(bar):
+                interrupts.hold = True
+                losses = self._step(x, y)
+                if self.ema is not None and self.steps % recipe.ema_every == 0:
+                    self.ema.update_in(epoch, self.net)
+                for name, value in losses.items():
+                    if value.ndim == 0:
+                        total[name] = total[name] + value.detach() if name in total else value.detach()
+                if self.steps % look_every == 0:
+                    loss = self._check_finite(total["loss"])
+                    bar.set_postfix(loss=f"{loss / (self.steps + 1):.4f}", refresh=False)
+                self.steps += 1
+                interrupts.hold = False
+                interrupts.check()
+        interrupts.check()
+        if not total:
+            raise ValueError(f"epoch {epoch + 1} has no batch to train on: there are no images, or none could be read")
+        self._check_finite(total["loss"])
+        self._check_weights()
+        means = self._mean_over_processes(torch.stack([value.double() for value in total.values()]) / self.steps)
+        return {"epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "steps": self.steps,
+                **{f"train_{name}": value for name, value in zip(total, means, strict=True)}}
+
+    def _readable(self, loader: Iterable[Batch | None]) -> Iterator[Batch]:
+        for batch in loader:
+            if batch is not None:
+                yield batch
+            elif self.world > 1:
+                raise RuntimeError("a whole batch of unreadable images in one of several processes; they cannot go on "
+                                   "together: remove the damaged files")
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        recipe = self.recipe
+        x = x.to(self.device, non_blocking=True,
+                 memory_format=self.memory_format if x.ndim == 4 else torch.preserve_format)
+        y = y.to(self.device, non_blocking=True)
+        self.optimizer.zero_grad()
+        # One backward per pass needs less memory, but DDP wants all of a step in one forward.
+        in_two = self.world == 1 and isinstance(self.loss, SelfDistillation)
+        try:
+            with autocast(self.device, recipe.amp):
+                losses = self.loss.backward(x, y, self.scaler) if in_two else self.parallel(x, y)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"batch norm cannot learn from one value per channel ({error}): a batch of {len(x)} at this image size "
+                "has no variance. Use a larger batch size, or larger images") from error
+        if not in_two:
+            self.scaler.scale(losses["loss"]).backward()
+        if recipe.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return losses
+
+    def _evaluate(self, evaluate: Evaluate) -> Mapping[str, float]:
+        if self.world > 1:
+            # Running statistics are those of each process's own images; all evaluate, and save, the first one's.
+            for buffer in self.evaluated.buffers():
+                dist.broadcast(buffer, 0)
+        self.evaluated.eval()
+        return evaluate(self.evaluated)
+
+    def _end_epoch(self, row: dict[str, Any], extra: Mapping[str, Any] | None) -> None:
+        self.epoch += 1
+        self.steps = 0
+        self.history.append(row)
+        accuracies = {name: value for name, value in row.items() if "top1" in name}
+        score = sum(accuracies.values()) / len(accuracies) if accuracies else None
+        improved = score is not None and (self.best is None or score > self.best)
+        if improved:
+            self.best = score
+        width = len(str(self.recipe.epochs))
+        parts = [f"epoch {self.epoch:>{width}}/{self.recipe.epochs}", f"lr {row['lr']:.3g}",
+                 f"loss {row['train_loss']:.4f}",
+                 *(f"{name.replace('val_', '').replace('top1_', '')} {value:.2f} %" for name, value in
+                   accuracies.items()),
+                 _duration(row["seconds"]), "best so far" if improved else ""]
+        self.say("  ".join(filter(None, parts)))
+        # The state comes after the net: a run that ends in between repeats the epoch, and writes the same net again.
+        if improved:
+            self.write_net(BEST, extra)
+        self.write_last()
+        self.write_log()
+
+    # ------------------------------------------------------------------------------------------ what is on the disk
+
+    def begin(self, overwrite: bool, config: Mapping[str, Any] | None) -> None:
+        if self.out is not None and self.rank == 0:
+            if not overwrite:
+                refuse_overwriting(self.out)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(error.errno, f"cannot make the folder {self.out} ({error.strerror}); choose another one "
+                              "by --out") from error
+            for name in FILES:
+                (self.out / name).unlink(missing_ok=True)
+            self._write_config(config)
+        if 0 < self.recipe.epochs <= self.recipe.warmup_epochs:
+            self.say(f"warning: all of the {self.recipe.epochs} epochs are warm-up (--warmup-epochs "
+                     f"{self.recipe.warmup_epochs}), so the learning rate stays below {self.recipe.lr:g}")
+        self.write_last()
+
+    def resume(self, config: Mapping[str, Any] | None) -> None:
+        if self.out is None:
+            raise ValueError("nothing to resume: pass the folder of the run as `out`")
+        path = self.out / LAST
+        if not path.exists():
+            raise ValueError(f"nothing to resume in {self.out}: there is no {LAST}")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            version = state["format"]
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is damaged, or no state of a training run ({error})") from error
+        if version != FORMAT:
+            raise ValueError(f"{path} has format {version}, this version of adn reads {FORMAT}")
+        self._compare(Recipe.from_dict(state["recipe"]), state["world"])
+        try:
+            self.net.load_state_dict(state["net"])
+            # Loading puts the saved hyper-parameters into the groups, where those of this recipe belong.
+            fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit this net: {error}") from error
+        for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.update(values)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.started = state["ema_started"]
+        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+        if self.epoch > self.recipe.epochs:
+            raise ValueError(f"the run in {self.out} has {self.epoch} epochs already; pass --epochs {self.epoch} or "
+                             "more")
+        if self.rank == 0:
+            self._say_where()
+            (self.out / INTERRUPTED).unlink(missing_ok=True)
+            self._write_config(config)
+            self.write_log()
+
+    def _say_where(self) -> None:
+        marker = self.out / INTERRUPTED
+        if self.epoch == self.recipe.epochs:
+            self.say(f"all {self.epoch} epochs of {self.out} are done; --epochs with a larger number goes on")
+        elif marker.exists() and (stopped := json.loads(marker.read_text()))["epoch"] == self.epoch + 1:
+            self.say(f"epoch {stopped['epoch']} was interrupted after {stopped['steps']} steps: it starts again from "
+                     "its beginning")
+        else:
+            self.say(f"going on with epoch {self.epoch + 1} of {self.recipe.epochs}")
+
+    def _compare(self, before: Recipe, world: int) -> None:
+        old, new = before.to_dict(), self.recipe.to_dict()
+        changed = [name for name in new if new[name] != old[name]]
+        if fixed := [name for name in changed if name in _FIXED]:
+            raise ValueError("a run cannot be resumed with another " + ", ".join(
+                f"{name} ({old[name]!r}, now {new[name]!r})" for name in fixed) + "; start a new one in another folder")
+        if "epochs" in changed:
+            self.say(f"{old['epochs']} epochs have become {new['epochs']}"
+                     + ("; the learning rate goes on along the cosine over all of them, so it jumps here"
+                        if self.recipe.schedule == "cosine" else ""))
+        for name in changed:
+            if name != "epochs":
+                self.say(f"warning: {name} was {old[name]!r}, and is {new[name]!r} from here on")
+        if world != self.world:
+            self.say(f"warning: {world} processes have become {self.world}, so the batch of a step is another")
+
+    def write_last(self) -> None:
+        if self.out is None or self.rank != 0:
+            return
+        state = {
+            "format": FORMAT, "recipe": self.recipe.to_dict(), "world": self.world, "epoch": self.epoch,
+            "history": self.history, "best": self.best, "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "ema": self.ema and self.ema.module.state_dict(), "ema_started": self.ema is not None and self.ema.started,
+        }
+        with atomic_write(self.out / LAST) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # What the file raised, e.g. on a full disk, is hidden behind an error of torch's writer.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
+
+    def write_log(self) -> None:
+        if self.out is None or self.rank != 0 or not self.history:
+            return
+        names = list(dict.fromkeys(name for row in self.history for name in row))
+        with atomic_write(self.out / LOG) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            for row in self.history:
+                writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                                 for name, value in row.items()})
+
+    def write_net(self, name: str, extra: Mapping[str, Any] | None) -> None:
+        if self.out is None or self.rank != 0:
+            return
+        if is_converted(self.evaluated):
+            last = self.history[-1] if self.history else {}
+            save(self.evaluated, self.out / name,
+                 extra={"recipe": self.recipe.to_dict(), "epoch": self.epoch, "log": last, **(extra or {})})
+        else:
+            with atomic_write(self.out / name) as temporary:
+                safetensors.torch.save_model(self.evaluated, str(temporary))
+
+    def tensorboard(self) -> Any:
+        if self.out is None or self.rank != 0:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError('TensorBoard is not installed: pip install "adn[tensorboard]"') from error
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch + 1)
+
+    def _write_config(self, config: Mapping[str, Any] | None) -> None:
+        self._write_json(CONFIG, {"recipe": self.recipe.to_dict()} if config is None else dict(config))
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        with atomic_write(self.out / name) as temporary:
+            temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+    # ------------------------------------------------------------------------------------------------ what can go wrong
+
+    def interrupted(self) -> Interrupted:
+        where = f"interrupted in epoch {self.epoch + 1} after {self.steps} steps"
+        if self.out is None:
+            return Interrupted(f"{where}; nothing was saved, since the run has no folder")
+        if self.rank == 0:
+            self._write_json(INTERRUPTED, {"epoch": self.epoch + 1, "steps": self.steps})
+        return Interrupted(f"{where}; its beginning is saved in {self.out}, resume to go on from there")
+
+    def _check_finite(self, loss: torch.Tensor) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss is {value} in epoch {self.epoch + 1}, step {self.steps + 1}")
+        return value
+
+    def _check_weights(self) -> None:
+        bad = [name for name, value in self.net.state_dict().items()
+               if value.is_floating_point() and not torch.isfinite(value).all()]
+        if bad:
+            raise self._diverged(f"{len(bad)} tensors of the net (first: {bad[0]}) are not finite after epoch "
+                                 f"{self.epoch + 1}")
+
+    def _diverged(self, what: str) -> Diverged:
+        state = f"after epoch {self.epoch}" if self.epoch else "before the first epoch"
+        kept = f" {self.out / LAST} holds the state {state}." if self.out else ""
+        half = ", or bf16 or none in place of fp16 (--amp)" if self.recipe.amp == "fp16" else ""
+        clip = ", or clip gradients (--clip 1)" if self.recipe.clip is None else ""
+        return Diverged(f"{what}.{kept} Try a lower learning rate (--lr, now {self.recipe.lr}), a longer warm-up "
+                        f"(--warmup-epochs){clip}{half}")
+
+    def _mean_over_processes(self, values: torch.Tensor) -> list[float]:
+        if self.world > 1:
+            dist.all_reduce(values)
+        return (values / self.world).tolist()
+
+
+def refuse_overwriting(out: Path) -> None:
+    """Raise ValueError if there is a run in the folder."""
+    found = [name for name in FILES if (out / name).exists()]
+    if found:
+        raise ValueError(f"{out} holds a run already ({', '.join(found)}): go on with it by --resume, replace it by "
+                         "--overwrite, or choose another folder")
+
+
+class _Interrupts:
+    """Ctrl-C and SIGTERM inside the block: KeyboardInterrupt, but while `hold` is set only noted, the first time.
+
+    Also noted if raised where Python drops exceptions (a loader that is being deleted), hence `check`.
+    """
+
+    def __init__(self) -> None:
+        self.hold = self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def check(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers, and get no signals
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, _signal: int, _frame: FrameType | None) -> None:
+        again, self._asked = self._asked, True
+        if again or not self.hold:
+            raise KeyboardInterrupt
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _device(net: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return next(net.parameters()).device
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
