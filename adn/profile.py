@@ -308,7 +308,7 @@ def _cuda_ms(net: nn.Module, x: torch.Tensor) -> float:
 
 def _machine(x: torch.Tensor, rounds: int, warmup: int) -> dict[str, str]:
     return {
-        "device": torch.cuda.get_device_name(x.device) if x.is_cuda else _cpu_name(),
+        "device": device_name(x.device),
         "threads": str(torch.get_num_threads()),
         "dtype": str(x.dtype).removeprefix("torch."),
         "batch": str(len(x)),
@@ -320,7 +320,10 @@ def _machine(x: torch.Tensor, rounds: int, warmup: int) -> dict[str, str]:
     }
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    """What the maker calls a device: "NVIDIA H200", "AMD EPYC 9654 96-Core Processor"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):
