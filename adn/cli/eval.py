@@ -90,7 +90,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("preparing images", "By default as the net was trained, where known.")
     group.add_argument("--size", type=int, metavar="N", help="side of the square the net sees, in pixels")
     group.add_argument("--resize", type=int, metavar="N", help="length of the shorter side before it is cut out")
-    group.add_argument("--interpolation", choices=("nearest", "bilinear", "bicubic"))
+    group.add_argument("--interpolation", choices=("nearest", "bilinear", "bicubic"), help="how images are resized")
     group.add_argument("--mean", type=float, nargs=3, metavar="M", help="of each channel, for values from 0 to 1")
     group.add_argument("--std", type=float, nargs=3, metavar="S", help="of each channel, for values from 0 to 1")
 

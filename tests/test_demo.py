@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import adn
+from adn import demo
+from adn.cli import main
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+
+def test_held_out_digits_are_held_out() -> None:
+    digits = demo.Digits.load()
+    assert (len(digits.x), len(digits.held_out_x)) == (1437, 360)
+    training = {image.numpy().tobytes() for image in digits.x}
+    assert not any(image.numpy().tobytes() in training for image in digits.held_out_x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(demo.Digits.load().held_out_x, digits.held_out_x, rtol=0, atol=0)
+    assert all((digits.held_out_y == digit).sum() > 20 for digit in range(10))
+
+
+def test_batches_are_shifted_digits() -> None:
+    digits = demo.Digits.load()
+    torch.manual_seed(0)
+    batches = list(digits.batches(0))
+    assert len(batches) == 1437 // demo.RECIPE.batch_size
+    for x, y in batches[:3]:
+        assert x.shape == (demo.RECIPE.batch_size, 1, demo.SIZE, demo.SIZE)
+        assert y.shape == (demo.RECIPE.batch_size,)
+        for image, label in zip(x[:4], y, strict=False):
+            # Only pixels pushed over the edge may be lost: the same digit must be among the unshifted ones.
+            inner = image[:, 8:-8, 8:-8]
+            found = any(torch.equal(inner, original[:, 8 + i : 24 + i, 8 + j : 24 + j])
+                        for original in digits.x[digits.y == label]
+                        for i in range(-4, 5) for j in range(-4, 5))
+            assert found
+
+
+def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--epochs", "1", "--compare"]) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index("depth  MMACs"):].splitlines()[1:17]
+    net = adn.load(out / "model.safetensors").eval()
+    assert [line.split()[0] for line in table] == [str(depth) for depth in adn.depths(net)]
+    assert "trained separately" in printed
+    assert (out / "depths.png").stat().st_size > 10_000
+
+    profile = adn.Profile.from_csv(out / "depths.csv")
+    digits = demo.Digits.load()
+    for row in adn.evaluate(net, digits.held_out()):
+        assert demo.accuracy_of(profile, str(row.depth)) == pytest.approx(row.top1)
+
+    again = demo.run(tmp_path / "again", epochs=1, progress=False)
+    assert [p.top1 for p in again.profile] == [p.top1 for p in profile], "the same numbers for the same seed"
+    assert demo.run(tmp_path / "again", epochs=1, progress=False, seed=1).profile[0].top1 is not None
+
+
+def test_another_run_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.json").write_text('{"recipe": {}}')
+    (tmp_path / "last.pt").write_text("somebody's training")
+    assert main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert (tmp_path / "last.pt").read_text() == "somebody's training"
+
+
+def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["demo"]) == 2
+    assert 'pip install "adn[demo]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 5))])
+def test_every_depth_is_right(seed: int, tmp_path: Path) -> None:
+    result = demo.run(tmp_path, seed=seed, progress=False)
+    assert len(result.profile) == 16
+    assert min(point.top1 for point in result.profile) >= 95
