@@ -78,7 +78,9 @@ def save(
         text = json.dumps(metadata)
     except (TypeError, ValueError) as error:
         raise ValueError(f"class_names and extra must be what JSON can hold: {error}") from error
-    tensors = _separate(inner.state_dict())
+    state.check_intact()
+    # A block that torch.compile wraps in place has its names prefixed.
+    tensors = _separate({name.replace("_orig_mod.", ""): tensor for name, tensor in inner.state_dict().items()})
     with atomic_write(path) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata={_KEY: text})

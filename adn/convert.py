@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .errors import ConversionError
-from .families import find_plan
+from .families import FAMILIES, find_plan
 from .nn import BATCH_NORMS, Bypass, CountOnce, ShapeChecked, SkipNorm, Swapped, reset_norm, swap, twin_of, unswap
-from .plan import BY_HAND, Plan, StagePlan
+from .plan import Plan, StagePlan
 from .state import State, is_converted, state_of, unwrap
 from .switch import Switch
 
@@ -63,13 +63,21 @@ def convert(
     _check_source(model)
     resolved = find_plan(model) if plan is None else Plan.read(model, plan).resolve(model)
     for name in (norm for stage in resolved.flagged for norm in stage.norms):
-        if hasattr(model.get_submodule(name), "skip"):
+        norm = model.get_submodule(name)
+        if hasattr(norm, "skip"):
             raise ConversionError(f"norm {name!r} already has an attribute `skip`, where its twin would go")
+        if "forward" in vars(norm):
+            raise ConversionError(f"the forward of norm {name!r} was replaced on the module itself (by a library that "
+                                  "hooks into models?), so it could not follow the depth; convert the model first")
     if not inplace:
         model = copy.deepcopy(model)
     pairs = {name: twin_of(model.get_submodule(name), fresh=twins == "fresh")
              for stage in resolved.flagged for name in stage.norms}
+    edited = plan is not None and _is_edited(model, resolved)
     _attach(model, resolved, twins, pairs)
+    if edited:
+        for name in (block for stage in resolved.flagged for block in stage.refinement_blocks):
+            swap(model.get_submodule(name), ShapeChecked)
     return model
 
 
@@ -95,8 +103,8 @@ def detach(net: nn.Module) -> tuple[State, dict[str, nn.Module]]:
         What `convert` knew, and the second norms by the names of the first.
     """
     state = state_of(net)
-    twins = {name: net.get_submodule(name)._modules.pop("skip")
-             for stage in state.plan.flagged for name in stage.norms}
+    state.check_intact()
+    twins = {name: state.placed[name][2]._modules.pop("skip") for stage in state.plan.flagged for name in stage.norms}
     for root in (net, *twins.values()):
         for module in root.modules():
             if isinstance(module, Swapped):
@@ -108,26 +116,25 @@ def detach(net: nn.Module) -> tuple[State, dict[str, nn.Module]]:
     return state, twins
 
 
-def _attach(model: nn.Module, plan: Plan, twins: str, pairs: dict[str, nn.Module]) -> State:
-    state = State(plan, [], twins, [])
+def _attach(
+    model: nn.Module, plan: Plan, twins: str, pairs: dict[str, nn.Module], switches: list[Switch] | None = None
+) -> State:
+    state = State(plan, switches or [Switch() for _ in plan.flagged], twins, {})
 
     def place(name: str, behaviour: type, switch: Switch) -> nn.Module:
         module = model.get_submodule(name)
         swap(module, behaviour, switch)
         parent, _, child = name.rpartition(".")
-        state.placed.append((model.get_submodule(parent), child, module))
+        state.placed[name] = model.get_submodule(parent), child, module
         return module
 
-    for stage in plan.flagged:
-        switch = Switch()
-        state.switches.append(switch)
+    for stage, switch in zip(plan.flagged, state.switches, strict=True):
         for name in stage.norms:
-            place(name, SkipNorm, switch).add_module("skip", pairs[name])
+            norm = place(name, SkipNorm, switch)
+            norm.add_module("skip", pairs[name])
+            state.placed[f"{name}.skip"] = norm, "skip", pairs[name]
         for name in (*stage.drop_paths, *stage.refinement_blocks):
             place(name, Bypass, switch)
-        if plan.family == BY_HAND:
-            for name in stage.refinement_blocks:
-                swap(model.get_submodule(name), ShapeChecked)
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and module.track_running_stats:
             swap(module, CountOnce)
@@ -137,24 +144,30 @@ def _attach(model: nn.Module, plan: Plan, twins: str, pairs: dict[str, nn.Module
     return state
 
 
+def _is_edited(model: nn.Module, plan: Plan) -> bool:
+    """Is this another plan than that of the family it names?"""
+    known = FAMILIES.get(plan.family)
+    return known is None or [stage.resolve(model) for stage in known.find(model)] != list(plan)
+
+
 def _with_plain_norms(net: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
     inner = unwrap(net)
     if inner is not net:
         raise ValueError(f"pass the converted net itself, before it is wrapped in {type(net).__name__}")
-    depth = [switch.skip for switch in state_of(net).switches]
     state, twins = detach(net)
     changed = change(net)
     assert changed is net, "a converted net has blocks, so it is no norm itself"
-    new = _attach(net, state.plan, state.twins, {name: change(twin) for name, twin in twins.items()})
+    new = _attach(net, state.plan, state.twins, {name: change(twin) for name, twin in twins.items()}, state.switches)
     new.origin, new.class_names = state.origin, state.class_names
-    for switch, skip in zip(new.switches, depth, strict=True):
-        switch.set(skip)
     return net
 
 
 def _check_source(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ConversionError(f"{type(model).__name__} is no torch.nn.Module")
+    if isinstance(model, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+        raise ConversionError(f"a {type(model).__name__} is a program already, in which blocks cannot be bypassed: "
+                              "convert the model, then trace it")
     if any(is_converted(m) for m in model.modules()):
         raise ConversionError(f"this {type(model).__name__} is any-depth already; convert a model once")
     if "_orig_mod" in model._modules or isinstance(model, nn.parallel.DistributedDataParallel):
@@ -165,16 +178,18 @@ def _fill_twins(net: nn.Module, state_dict: dict, prefix: str, *_: object) -> No
     """Before loading: a state dict of the plain model fills the twins too. One with some twins is left as it is,
     and a strict load reports those it lacks."""
     state = state_of(net)
-    names = [f"{prefix}{name}." for stage in state.plan.flagged for name in stage.norms]
-    if any(key.startswith(f"{name}skip.") for name in names for key in state_dict):
+    names = [name for stage in state.plan.flagged for name in stage.norms]
+    if any(f"{prefix}{name}.skip." in key for name in names for key in state_dict):
         return
     for name in names:
-        norm = net.get_submodule(name[len(prefix) : -1])
-        plain = {key: value for key, value in state_dict.items() if key.startswith(name)}
+        twin = state.placed[f"{name}.skip"][2]
+        own = twin.state_dict()
+        plain = {key: state_dict[f"{prefix}{name}.{key}"] for key in own if f"{prefix}{name}.{key}" in state_dict}
+        # A part of a norm (strict=False) says nothing about its twin.
+        if any(tensor.is_floating_point() and key not in plain for key, tensor in own.items()):
+            continue
         if state.twins == "fresh":
-            reset_norm(norm.skip)
-            own = norm.skip.state_dict()
-            plain = {f"{name}{key}": own.get(key, value) for key, value in
-                     ((key[len(name) :], value) for key, value in plain.items())}
+            reset_norm(twin)
+            plain = {key: own[key] for key in plain}
         for key, value in plain.items():
-            state_dict[f"{name}skip.{key[len(name):]}"] = value.detach().clone() if torch.is_tensor(value) else value
+            state_dict[f"{prefix}{name}.skip.{key}"] = value.detach().clone()

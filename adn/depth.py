@@ -38,7 +38,8 @@ class Depth(tuple):
         for i, entry in enumerate(entries):
             # bool is an int; numpy and torch scalars are neither, and reading a tensor could synchronise.
             if not isinstance(entry, (bool, int)):
-                raise ValueError(f"entry {i} of {value!r} is {type(entry).__name__}, not a bool; pass {_ACCEPTED}")
+                raise ValueError(f"entry {i} of {value!r} is a {type(entry).__module__}."
+                                 f"{type(entry).__name__}, not a bool; pass {_ACCEPTED}")
             if not isinstance(entry, bool) and entry < 1:
                 raise ValueError(f"entry {i} of {value!r} asks for {entry} layers; a stack keeps at least 1")
             if isinstance(entry, bool) and i and not isinstance(entries[i - 1], bool):

@@ -213,10 +213,16 @@ def _chosen(known: list[Stage], wanted: Sequence[str | int] | str) -> list[Stage
 def _tap(chosen: Iterable[Stage]) -> Iterator[list[torch.Tensor]]:
     """Collect the pooled outputs of stages, at the depth that is set, from the forward inside the block."""
     taps: list[torch.Tensor] = []
+    with_grad = torch.is_grad_enabled()
+
+    def tap(output: torch.Tensor, channel_dim: int) -> None:
+        if with_grad and not torch.is_grad_enabled():
+            raise RuntimeError("the stage's features have no gradient inside a reentrant checkpoint: checkpoint with "
+                               "use_reentrant=False, or leave `features` empty")
+        taps.append(pool_features(output, channel_dim))
+
     handles = [
-        stage.last_block.register_forward_hook(
-            lambda _module, _args, output, dim=stage.plan.channel_dim: taps.append(pool_features(output, dim))
-        )
+        stage.last_block.register_forward_hook(lambda _m, _a, output, dim=stage.plan.channel_dim: tap(output, dim))
         for stage in chosen
     ]
     try:

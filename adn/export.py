@@ -8,10 +8,10 @@ from torch import nn
 
 from .convert import detach
 from .depth import Depth
-from .state import DepthLike, get_depth, state_of, unwrap
+from .state import DepthLike, State, get_depth, state_of, unwrap
 
 
-def extract(net: nn.Module, depth: DepthLike | None = None) -> nn.Module:
+def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = False) -> nn.Module:
     """A plain module that computes what the net computes at one depth, with no trace of this library in it.
 
     A copy: the net is not changed. Bypassed blocks become `nn.Identity`, so that the names and positions of all
@@ -20,24 +20,46 @@ def extract(net: nn.Module, depth: DepthLike | None = None) -> nn.Module:
     Args:
         net: a converted net.
         depth: which depth; None = the one that is set.
+        remove: take bypassed blocks out of their containers instead. For a net that hands its blocks more than
+            their input (an attention mask), which `nn.Identity` does not accept, and for torch.jit.script; the
+            positions of later blocks, which features are picked by, then move up. Names stay either way.
 
     Raises:
-        ValueError: on a depth this net does not have.
+        ValueError: on a depth this net does not have, or `remove` of a block that is not in an `nn.Sequential`.
+        RuntimeError: if other code has replaced modules that follow the depth.
     """
     inner, state = unwrap(net), state_of(net)
     depth = get_depth(net) if depth is None else Depth.parse(depth, (state.full, state.base))
     model = copy.deepcopy(inner)
+    _unwrap_blocks(model)
     state, twins = detach(model)
     for stage, bypassed in zip(state.plan.flagged, depth, strict=True):
         if bypassed:
             for name in stage.norms:
-                _put(model, name, twins[name])
-            for name in (*stage.drop_paths, *stage.refinement_blocks):
-                _put(model, name, nn.Identity())
+                _put(state, name, twins[name])
+            for name in stage.drop_paths:
+                _put(state, name, nn.Identity())
+            for name in stage.refinement_blocks:
+                parent, child, _ = state.placed[name]
+                if not remove:
+                    _put(state, name, nn.Identity())
+                elif isinstance(parent, nn.Sequential):
+                    del parent._modules[child]
+                else:
+                    raise ValueError(f"{name!r} is in a {type(parent).__name__}, not in an nn.Sequential, and may be "
+                                     "called by name: it cannot be removed")
     return model
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
-    model.get_submodule(parent)._modules[child] = module
+def _unwrap_blocks(model: nn.Module) -> None:
+    """Blocks that torch.compile wraps would go on calling what they were compiled from."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and "_orig_mod" in child._modules:
+                parent._modules[name] = child._modules["_orig_mod"]
+
+
+def _put(state: State, name: str, module: nn.Module) -> None:
+    parent, child, former = state.placed[name]
+    module.train(former.training)
+    parent._modules[child] = module

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import timm.layers
@@ -52,10 +53,8 @@ class SkipNorm(Swapped):
     input: the other one gets no gradient and its statistics do not move.
     """
 
-    switch: Switch
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.switch.bypassed():
+        if self._adn_switch.bypassed():
             return self.skip(x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
@@ -67,14 +66,13 @@ class Bypass(Swapped):
     deterministic forward, as in the reference).
     """
 
-    switch: Switch
-
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        # While torch.fx traces, the module is always called, so that it stays in the graph as a leaf and goes on
-        # following its switch there.
-        if self.switch.bypassed() and not isinstance(x, Proxy):
-            return x
+        if self._adn_switch.bypassed():
+            x = args[0] if args else kwargs[_input_name(original_class(self))]
+            # While torch.fx traces, the module is always called, so that it stays in the graph as a leaf and goes on
+            # following its switch there.
+            if not isinstance(x, Proxy):
+                return x
         return super().__call__(*args, **kwargs)
 
 
@@ -122,6 +120,12 @@ def _subclass(mixins: tuple[type, ...], base: type) -> type:
     return cls
 
 
+@functools.cache
+def _input_name(cls: type) -> str:
+    """What a module class calls the input of its forward."""
+    return list(inspect.signature(cls.forward).parameters)[1]
+
+
 def _rebuild(mixins: tuple[type, ...], base: type) -> nn.Module:
     cls = _subclass(mixins, base)
     return cls.__new__(cls)
@@ -143,13 +147,13 @@ def swap(module: nn.Module, behaviour: type, switch: Switch | None = None) -> No
     wanted = {*behaviours(module), behaviour}
     module.__class__ = _subclass(tuple(b for b in _BEHAVIOURS if b in wanted), original_class(module))
     if switch is not None:
-        module.__dict__["switch"] = switch
+        module.__dict__["_adn_switch"] = switch
 
 
 def unswap(module: nn.Module) -> None:
     """Give a module its own class back."""
     module.__class__ = original_class(module)
-    module.__dict__.pop("switch", None)
+    module.__dict__.pop("_adn_switch", None)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -78,9 +78,9 @@ class StagePlan:
             raise ConversionError(f"{here} has no blocks")
         if len(set(self.blocks)) < len(self.blocks):
             raise ConversionError(f"{here} names a block twice: {self.blocks}")
-        if not 1 <= self._split <= len(self.blocks):
-            raise ConversionError(f"{here}: {self.essential} of {len(self.blocks)} blocks cannot be essential; "
-                                  f"pass 1 to {len(self.blocks) - 1}")
+        if type(self._split) is not int or not 1 <= self._split <= len(self.blocks):
+            raise ConversionError(f"{here}: {self.essential!r} of {len(self.blocks)} blocks cannot be essential; pass "
+                                  f"a number from 1 to {len(self.blocks)}")
         if not self.has_flag:
             return dataclasses.replace(self, essential=len(self.blocks), norms=[], drop_paths=[])
         norms = self.norms if self.norms is not None else _inside(model, self.essential_blocks, is_norm)
@@ -88,7 +88,12 @@ class StagePlan:
             if not is_norm(_get(model, norm, here)):
                 raise ConversionError(f"{here}: {norm!r} is {type(model.get_submodule(norm)).__name__}, not a norm")
             if any(_is_inside(norm, block) for block in self.refinement_blocks):
-                raise ConversionError(f"{here}: {norm!r} lies in a refinement block, which runs in one mode only")
+                raise ConversionError(f"{here}: {norm!r} lies in a refinement block, which runs in one mode only; "
+                                      "after a change of `essential`, list the norms of the new split, or norms=None")
+        for block in self.essential_blocks if norms else ():
+            if _inside(model, [block], is_norm) and not any(_is_inside(norm, block) for norm in norms):
+                raise ConversionError(f"{here}: no norm of its essential block {block!r} switches; after a change of "
+                                      "`essential`, list the norms of the new split, or norms=None")
         drops = self.drop_paths
         if drops is None:
             drops = _inside(model, self.essential_blocks, lambda m: isinstance(m, DROP_PATHS))
@@ -113,6 +118,8 @@ class Plan(list[StagePlan]):
         blocks of a stage, or a mapping from such names to the number of essential blocks."""
         if isinstance(plan, Plan):
             return plan
+        if isinstance(plan, str):
+            raise ConversionError(f"a plan is a list; pass plan=[{plan!r}] for the blocks of {plan!r}")
         essential = dict(plan) if isinstance(plan, Mapping) else {}
         stages = []
         for entry in plan:
@@ -144,12 +151,15 @@ class Plan(list[StagePlan]):
                 "blocks, of which all but the first keep the shape)"
             )
         for what in ("blocks", "norms", "drop_paths"):
-            seen: dict[str, str] = {}
+            seen: dict[int, tuple[str, str]] = {}
             for stage in resolved:
                 for name in getattr(stage, what):
-                    if name in seen:
-                        raise ConversionError(f"{name!r} belongs to stages {seen[name]!r} and {stage.name!r}")
-                    seen[name] = stage.name
+                    # By identity: a module may have two names.
+                    former, owner = seen.setdefault(id(model.get_submodule(name)), (name, stage.name))
+                    if former != name:
+                        raise ConversionError(f"{former!r} and {name!r} are one module, which cannot have two places")
+                    if owner != stage.name:
+                        raise ConversionError(f"{name!r} belongs to stages {owner!r} and {stage.name!r}")
         return resolved
 
     def to_dict(self) -> dict:

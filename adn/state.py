@@ -29,7 +29,8 @@ class State:
         plan: the resolved plan it was converted by.
         switches: one per stage with a flag.
         twins: "copy" or "fresh": how twins absent from a state dict are filled.
-        placed: (parent, child name, module) of every module that follows a switch, to notice foreign replacements.
+        placed: by name, (parent, child name, module) of every module that follows a switch and of every twin; their
+            place does not change if somebody wraps a block.
         origin: what `create_model` was called with, so that `load` can call it again; None if unknown.
         class_names: the labels of the classes, where known.
     """
@@ -37,9 +38,26 @@ class State:
     plan: Plan
     switches: list[Switch]
     twins: str
-    placed: list[tuple[nn.Module, str, nn.Module]]
+    placed: dict[str, tuple[nn.Module, str, nn.Module]]
     origin: dict[str, Any] | None = None
     class_names: list[str] | None = None
+
+    def check_intact(self) -> None:
+        """Raise RuntimeError if other code has replaced a module that follows the depth.
+
+        A wrapper around it (torch.compile, a checkpoint wrapper) goes on following; a substitute does not, and going
+        on would silently compute, or save, something else.
+        """
+        for name, (parent, child, module) in self.placed.items():
+            current = parent._modules.get(child)
+            if current is module or (current is not None and any(m is module for m in current.modules())):
+                continue
+            now = "is gone" if current is None else f"has become {type(current).__name__}"
+            raise RuntimeError(
+                f"{original_class(module).__name__} {name!r}, which follows the depth, {now}: something replaced it "
+                "after conversion. Use adn.convert_sync_batchnorm / adn.freeze_batch_norm instead of torch's or "
+                "timm's, or do it before adn.convert"
+            )
 
     @property
     def full(self) -> Depth:
@@ -103,9 +121,7 @@ def set_depth(net: nn.Module, depth: DepthLike) -> None:
     """
     state = state_of(net)
     depth = Depth.parse(depth, (state.full, state.base))
-    for parent, name, module in state.placed:
-        if parent._modules.get(name) is not module:
-            _check_replaced(parent, name, module)
+    state.check_intact()
     for switch, skip in zip(state.switches, depth, strict=True):
         switch.set(skip)
 
@@ -127,8 +143,15 @@ def at_depth(net: nn.Module, depth: DepthLike) -> Iterator[nn.Module]:
 
 
 def depths(net: nn.Module) -> list[Depth]:
-    """Every depth of the net, from FF..F (all of it) to TT..T (base), counting in binary."""
-    return Depth.every(state_of(net).full)
+    """Every depth of the net, from FF..F (all of it) to TT..T (base), counting in binary.
+
+    Raises:
+        ValueError: if there are more than a million.
+    """
+    full = state_of(net).full
+    if len(full) > 20:
+        raise ValueError(f"this net has {len(full)} stages to switch, too many to list all depths; choose among them")
+    return Depth.every(full)
 
 
 def stages(net: nn.Module) -> list[Stage]:
@@ -139,17 +162,3 @@ def stages(net: nn.Module) -> list[Stage]:
               tuple(map(inner.get_submodule, plan.refinement_blocks)), switch)
         for i, (plan, switch) in enumerate(zip(state.plan.flagged, state.switches, strict=True))
     ]
-
-
-def _check_replaced(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """A wrapper around the module (torch.compile, a checkpoint wrapper) still follows the depth; a substitute does
-    not, and going on would silently compute something else."""
-    current = parent._modules.get(name)
-    if current is not None and any(m is module for m in current.modules()):
-        return
-    now = "is gone" if current is None else f"has become {type(current).__name__}"
-    raise RuntimeError(
-        f"{original_class(module).__name__}"
-        f" {name!r}, which follows the depth, {now}: something replaced it after conversion. Use "
-        "adn.convert_sync_batchnorm / adn.freeze_batch_norm instead of torch's or timm's, or do it before adn.convert"
-    )

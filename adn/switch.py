@@ -6,20 +6,26 @@ synchronisation.
 Gradient checkpointing runs a block's forward a second time during backward, when the depth may have moved on
 (self-distillation runs the super-net, then the base-net, then one backward). Every autograd node carries a number
 drawn from a per-thread counter when it is created, so a switch that remembers the counter's value at each change
-can tell which state was live when the node being differentiated was made. That works for any way to checkpoint,
-whoever calls it. The forward and the changes of depth must happen in one thread, as they do unless a net is shared
-between threads, which depth being state of the net already forbids.
+can tell which state was live when the node being differentiated was made, whoever calls the checkpoint and however.
+Two limits: the forward and the changes of depth must happen in one thread, and a checkpoint inside a reentrant one is
+refused, since its nodes are made during backward.
 """
 
 from __future__ import annotations
 
 import bisect
+import sys
+import threading
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 _graph_task = torch._C._current_graph_task_id
 _autograd_node = torch._C._current_autograd_node
 _next_sequence_number = torch._C._autograd._get_sequence_nr
+
+_BACKWARD = torch.autograd.backward.__code__
+_REENTRANT_BACKWARD = CheckpointFunction.backward.__code__
 
 # A backward whose forward lies more changes of depth back than this cannot be served (and says so).
 _REMEMBERED_CHANGES = 4096
@@ -33,14 +39,18 @@ def recomputing() -> bool:
 class Switch:
     """Shared by everything in one stage that depends on the stage's flag."""
 
-    __slots__ = ("_numbers", "_states", "skip")
+    __slots__ = ("_numbers", "_states", "_thread", "skip")
 
     def __init__(self, skip: bool = False) -> None:
         self.skip = skip
-        self._numbers = [-1]
-        self._states = [skip]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._numbers, self._states, self._thread = [-1], [self.skip], threading.get_ident()
 
     def set(self, skip: bool) -> None:
+        if self._thread != threading.get_ident():
+            self._forget()  # another thread counts from its own start
         if skip == self.skip:
             return
         self.skip = skip
@@ -57,6 +67,7 @@ class Switch:
         node = _autograd_node()
         if node is None:
             return self.skip
+        _refuse_checkpoint_in_reentrant_checkpoint()
         i = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
         if i < 0:
             raise RuntimeError(
@@ -67,3 +78,15 @@ class Switch:
 
     def __reduce__(self) -> tuple:
         return Switch, (self.skip,)
+
+
+def _refuse_checkpoint_in_reentrant_checkpoint() -> None:
+    frame = sys._getframe(2)
+    while frame is not None:
+        caller = frame.f_back
+        if frame.f_code is _BACKWARD and caller is not None and caller.f_code is _REENTRANT_BACKWARD:
+            raise RuntimeError(
+                "a checkpoint inside a reentrant checkpoint: which depth its forward ran at is not known any more. "
+                "Pass use_reentrant=False to the outer one"
+            )
+        frame = caller

@@ -151,7 +151,11 @@ def _fit(given: State, own: State, norms: Iterable[str]) -> tuple[LoadReport, di
              for key in (name[len(norm) + 6 :] for name in own if name.startswith(f"{norm}.skip."))}
     known = set(names)
     if not known & twins.keys():
-        report.filled = [twin for twin, plain in twins.items() if plain in chosen]
+        whole = {norm for norm in norms if all(
+            plain in chosen for twin, plain in twins.items()
+            if twin.startswith(f"{norm}.skip.") and own[twin].is_floating_point())}
+        report.filled = [twin for twin, plain in twins.items()
+                         if plain in chosen and twin.rpartition(".skip.")[0] in whole]
         known |= twins.keys()
     report.missing = [name for name, tensor in own.items() if name not in known and tensor.is_floating_point()
                       and name.rpartition(".")[2] not in _COMPUTED]

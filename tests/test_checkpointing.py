@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import timm
@@ -94,3 +95,49 @@ def test_too_long_ago_is_an_error_and_not_a_guess(monkeypatch: pytest.MonkeyPatc
         adn.set_depth(net, "super")
     with pytest.raises(RuntimeError, match="call backward sooner"):
         loss.backward()
+
+
+def test_a_checkpoint_inside_a_reentrant_one_is_refused() -> None:
+    net = adn.convert(build("resnet18", num_classes=10)).train()
+    net.set_grad_checkpointing(True)
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    for outer in (False, True):
+        losses = []
+        for depth in ("super", "base"):
+            adn.set_depth(net, depth)
+            losses.append(checkpoint(net, x, use_reentrant=outer).sum())
+        if outer:
+            with pytest.raises(RuntimeError, match="use_reentrant=False to the outer one"):
+                sum(losses).backward()
+        else:
+            sum(losses).backward()
+
+
+def test_features_in_a_reentrant_checkpoint_are_refused() -> None:
+    net = adn.convert(build("resnet18", num_classes=10)).train()
+    kd = adn.SelfDistillation(net, features="all")
+    inner = net.layer2.forward
+    net.layer2.forward = lambda x: checkpoint(inner, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="no gradient inside a reentrant checkpoint"):
+        kd(torch.randn(2, 3, 64, 64, requires_grad=True), torch.zeros(2, dtype=torch.long))
+
+
+def test_another_thread_counts_anew() -> None:
+    nets = [adn.convert(build("resnet18", num_classes=10)).double().train() for _ in range(2)]
+    nets[1].set_grad_checkpointing(True)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double, requires_grad=True)
+    for _ in range(3):
+        with adn.at_depth(nets[1], "base"), torch.no_grad():
+            nets[1](x)
+    for name, tensor in nets[0].state_dict().items():
+        nets[1].state_dict()[name].copy_(tensor)
+
+    def work(net: nn.Module) -> None:
+        adn.SelfDistillation(net)(x, torch.tensor([1, 2]))["loss"].backward()
+
+    for net in nets:
+        thread = threading.Thread(target=work, args=(net,))
+        thread.start()
+        thread.join()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12)

@@ -167,6 +167,17 @@ def test_reference_parameter_counts(name: str, twins: int, source: int) -> None:
     assert (own, sum(p.numel() for p in net.parameters())) == (twins, source + twins)
 
 
+@pytest.mark.parametrize(("depths", "switched"), [
+    ((2, 1, 2, 2), {0: 2, 2: 3, 3: 3}), ((1, 2, 2, 2), {1: 3, 2: 3, 3: 3})])
+def test_swin_with_a_stage_of_one_block(depths: tuple[int, ...], switched: dict[int, int]) -> None:
+    """A merging norm follows the stage it leads into, or nothing if that one has no flag."""
+    model = build("swin_tiny_patch4_window7_224", img_size=64, depths=depths)
+    plan = adn.plan(model)
+    assert {i: len(stage.norms) for i, stage in enumerate(plan) if stage.has_flag} == switched
+    for i, stage in enumerate(plan):
+        assert all(norm.startswith(f"layers.{i}.") for norm in stage.norms)
+
+
 def test_vit_with_an_incomplete_group() -> None:
     model = build("vit_tiny_patch16_224", img_size=64, depth=8)
     plan = adn.plan(model)
@@ -257,6 +268,13 @@ class TestStateDict:
         bigger = nn.ModuleDict({"backbone": adn.convert(build("resnet18"))})
         source = nn.ModuleDict({"backbone": build("resnet18")})
         bigger.load_state_dict(source.state_dict())
+
+    @pytest.mark.parametrize("twins", ["copy", "fresh"])
+    def test_a_part_of_a_norm_leaves_its_twin_alone(self, twins: str) -> None:
+        net = adn.convert(build("resnet18"), twins=twins)
+        before = {k: v.clone() for k, v in net.state_dict().items() if ".skip." in k}
+        net.load_state_dict({"fc.bias": torch.ones(1000), "layer1.0.bn1.weight": torch.ones(64)}, strict=False)
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
 
     def test_the_source_is_not_aliased_by_assign(self) -> None:
         net = adn.convert(build("resnet18"))
@@ -515,10 +533,25 @@ class TestNorms:
 
     @pytest.mark.parametrize("replace", [nn.SyncBatchNorm.convert_sync_batchnorm,
                                          timm.layers.convert_sync_batchnorm, timm.layers.freeze_batch_norm_2d])
-    def test_foreign_replacement_is_noticed(self, replace) -> None:
+    def test_foreign_replacement_is_noticed(self, replace, tmp_path) -> None:
         net = replace(adn.convert(build("resnet18")))
-        with pytest.raises(RuntimeError, match=r"convert_sync_batchnorm"):
+        for use in (lambda: adn.set_depth(net, "base"), lambda: adn.extract(net, "base"),
+                    lambda: adn.convert_sync_batchnorm(net), lambda: adn.save(net, tmp_path / "net.safetensors")):
+            with pytest.raises(RuntimeError, match=r"something replaced it .*convert_sync_batchnorm"):
+                use()
+        assert not any(tmp_path.iterdir())
+
+    def test_a_replaced_twin_is_noticed(self) -> None:
+        net = adn.convert(build("resnet18"))
+        net.layer1[0].bn1.skip = nn.BatchNorm2d(64)
+        with pytest.raises(RuntimeError, match=r"layer1\.0\.bn1\.skip"):
             adn.set_depth(net, "base")
+
+    def test_a_distillation_made_before_goes_on(self) -> None:
+        net = adn.convert(build("resnet18", num_classes=10)).train()
+        kd = adn.SelfDistillation(net, features="all")
+        adn.freeze_batch_norm(net)
+        assert kd(torch.randn(2, 3, 64, 64), torch.zeros(2, dtype=torch.long))["loss"].isfinite()
 
     def test_a_wrapper_around_a_block_is_no_replacement(self) -> None:
         model, x = net_and_input("resnet18")

@@ -27,7 +27,7 @@ def test_extract_equals_the_net_at_every_depth(name: str) -> None:
         assert not any("adn" in c.__module__.split(".") for m in static.modules() for c in type(m).__mro__)
         assert not any("adn" in type(h).__module__ or "adn" in str(getattr(h, "hook", ""))
                        for h in static._load_state_dict_pre_hooks.values())
-        assert not any(k == "switch" or k == "_adn" for m in static.modules() for k in m.__dict__)
+        assert not any(k.startswith("_adn") for m in static.modules() for k in m.__dict__)
         with torch.inference_mode(), adn.at_depth(net, depth):
             assert torch.equal(static(x), net(x)), depth
         assert set(static.state_dict()) <= set(source.state_dict()), "the source's names"
@@ -68,3 +68,41 @@ def test_wrong_depth(depth) -> None:
 def test_not_converted() -> None:
     with pytest.raises(ValueError, match="not any-depth"):
         adn.extract(build("resnet18"))
+
+
+def test_wrapped_blocks_are_found() -> None:
+    """A wrapper forwards what is read from it, not what is written into it."""
+    net = adn.convert(build("resnet18", num_classes=10))
+    for m in net.modules():
+        if isinstance(m, adn.nn.SkipNorm):
+            m.skip.weight.data.mul_(1.2)
+    for layer in (net.layer1, net.layer2):
+        for i in range(2):
+            layer[i] = torch.compile(layer[i], backend="eager")
+    x = torch.randn(1, 3, 64, 64)
+    for depth in ("FFFF", "TTTT", "TFTF"):
+        with torch.inference_mode(), adn.at_depth(net, depth):
+            assert torch.equal(adn.extract(net)(x), net(x)), depth
+
+
+def test_blocks_that_are_handed_a_mask() -> None:
+    net = adn.convert(build("vit_tiny_patch16_224", img_size=32, num_classes=10))
+    adn.set_depth(net, "TFTF")
+    x, mask = torch.randn(2, 3, 32, 32), torch.zeros(5, 5)
+    static = adn.extract(net, remove=True)
+    assert len(static.blocks) == 10
+    with torch.inference_mode():
+        assert torch.equal(static(x, attn_mask=mask), net(x, attn_mask=mask))
+    assert set(static.state_dict()) <= set(net.state_dict())
+    torch.jit.script(static)
+    with pytest.raises(ValueError, match="RegStage"):
+        adn.extract(adn.convert(build("regnety_002")), "base", remove=True)
+
+
+@pytest.mark.parametrize("change", [adn.convert_sync_batchnorm, adn.freeze_batch_norm])
+def test_after_a_change_of_norms(change) -> None:
+    net = change(adn.convert(build("resnet18", num_classes=10)))
+    x = torch.randn(2, 3, 64, 64)
+    for depth in ("FFFF", "TTTT", "TFTF"):
+        with torch.inference_mode(), adn.at_depth(net, depth):
+            assert torch.equal(adn.extract(net)(x), net(x)), depth

@@ -142,11 +142,15 @@ def untouched(model: nn.Module, before: nn.Module) -> None:
     ([adn.StagePlan("s", ["layer1.0", "layer1.1"], norms=["layer1.0.conv1"])], "Conv2d, not a norm"),
     ([adn.StagePlan("s", ["layer1.0", "layer1.1"], norms=["layer1.1.bn1"])], "refinement block"),
     ([adn.StagePlan("a", ["layer1.0", "layer1.1"]), adn.StagePlan("b", ["layer1.1", "layer1.2"])], "belongs to stages"),
-    ([adn.StagePlan("a", ["layer1.0", "layer1.1"], norms=["bn1"]),
-      adn.StagePlan("b", ["layer2.0", "layer2.1"], norms=["bn1"])], "'bn1' belongs to stages"),
+    ([adn.StagePlan("a", ["layer1.0", "layer1.1"], norms=["bn1", "layer1.0.bn1"]),
+      adn.StagePlan("b", ["layer2.0", "layer2.1"], norms=["bn1", "layer2.0.bn1"])], "'bn1' belongs to stages"),
     ([adn.StagePlan("s", ["layer1.2", "layer2.0"])], r"changes the resolution .*stride"),
     ([adn.StagePlan("s", ["layer1.0", "conv1"])], "changes the width from 3 to 16"),
     ([3], "StagePlans or names of containers"),
+    ("layer1", r"pass plan=\['layer1'\]"),
+    ({"layer1": "1"}, "cannot be essential"),
+    ({"layer1": 2.0}, "cannot be essential"),
+    ({"layer1": True}, "cannot be essential"),
 ])
 def test_refused_and_left_untouched(plan, message) -> None:
     model = cifar()
@@ -218,3 +222,96 @@ def test_blocks_called_with_keywords_and_more_arguments() -> None:
     for block in net.blocks[:2]:
         by_hand = by_hand + block.norm.skip(by_hand)
     torch.testing.assert_close(net(x), by_hand)
+
+
+class TestEdited:
+    def test_stale_norms_are_noticed(self) -> None:
+        for essential, message in ((4, "no norm of its essential block 'layer3.3'"), (2, r"'layer3\.2\.bn1' lies in")):
+            model = build("resnet50")
+            plan = adn.plan(model)
+            plan[2].essential = essential
+            with pytest.raises(adn.ConversionError, match=f"{message}.*norms=None"):
+                adn.convert(model, plan=plan)
+
+    def test_no_norms_at_all_is_a_choice(self) -> None:
+        """The ablation without skip-aware norms."""
+        model = build("resnet18")
+        plan = adn.plan(model)
+        for stage in plan:
+            stage.norms = []
+        net = adn.convert(model, plan=plan)
+        assert not any(isinstance(m, adn.nn.SkipNorm) for m in net.modules())
+        assert len(adn.depths(net)) == 16
+
+    def test_merged_stages_fail_with_a_reason(self) -> None:
+        model = build("resnet18")
+        plan = adn.plan(model)
+        plan[0].blocks += plan.pop(1).blocks
+        plan[0].norms = None
+        net = adn.convert(model, plan=plan)
+        with pytest.raises(RuntimeError, match="only a block that keeps the shape can be bypassed"):
+            net(torch.randn(1, 3, 64, 64))
+
+    def test_an_unchanged_plan_is_as_good_as_none(self) -> None:
+        net = adn.convert(model := build("resnet18"), plan=adn.plan(model))
+        assert not any(isinstance(m, adn.nn.ShapeChecked) for m in net.modules())
+
+
+def test_one_module_in_two_places() -> None:
+    model = cifar()
+    model.layer2[1] = model.layer1[1]
+    before = copy.deepcopy(model)
+    with pytest.raises(adn.ConversionError, match="are one module"):
+        adn.convert(model, plan=[adn.StagePlan("a", ["layer1.0", "layer1.1"]),
+                                 adn.StagePlan("b", ["layer2.0", "layer2.1"])])
+    untouched(model, before)
+
+
+def test_a_replaced_forward_is_refused() -> None:
+    model = cifar()
+    norm = model.layer1[0].bn1
+    norm.forward = lambda x: x
+    with pytest.raises(adn.ConversionError, match=r"layer1\.0\.bn1.*convert the model first"):
+        adn.convert(model, plan=LAYERS)
+
+
+def test_an_attribute_called_switch_is_the_users() -> None:
+    model = cifar()
+    model.layer1[2].switch = nn.ReLU()
+    model.layer1[0].bn1.switch = 0.5
+    net = adn.convert(model, plan=LAYERS)
+    adn.set_depth(net, "TTT")
+    net(X)
+    assert net.layer1[0].bn1.switch == 0.5
+    assert isinstance(adn.extract(net, "super").layer1[2].switch, nn.ReLU)
+
+
+def test_the_input_of_a_block_by_keyword_after_others() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return x + mask * self.norm(x)
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(mask=torch.ones(()), x=x)
+            return x
+
+    net = adn.convert(randomise(Stack()), plan=["blocks"])
+    adn.set_depth(net, "T")
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(net(x), x + net.blocks[0].norm.skip(x))
+
+
+def test_programs_are_refused() -> None:
+    for program in (torch.fx.symbolic_trace(cifar()), torch.jit.trace(cifar(), X)):
+        with pytest.raises(adn.ConversionError, match="convert the model, then trace it"):
+            adn.convert(program, plan=LAYERS)

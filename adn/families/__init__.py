@@ -49,10 +49,9 @@ def find_plan(model: nn.Module) -> Plan:
     Raises:
         ConversionError: if none does; it says what was looked for and what to pass.
     """
-    for known in FAMILIES.values():
-        stages = known.find(model)
-        if stages:
-            return Plan(stages, known.name).resolve(model)
+    found = [Plan(stages, known.name) for known in FAMILIES.values() if (stages := known.find(model))]
+    if found:
+        return next((plan for plan in found if plan.flagged), found[0]).resolve(model)
     containers = [name for name, m in model.named_modules()
                   if name and isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1][:6]
     raise ConversionError(
@@ -99,13 +98,10 @@ def norms_named(model: nn.Module, stage: StagePlan, names: Iterable[str]) -> lis
 def transition_norms(
     model: nn.Module, stages: list[StagePlan]
 ) -> Iterator[tuple[str, StagePlan | None, StagePlan | None]]:
-    """(norm, stage before it, stage after it) for every norm outside the blocks, in the order of the model.
-
-    A block of a run of one (no flag) counts as outside. "Stage" here means one with a flag.
-    """
-    flagged = [stage for stage in stages if stage.has_flag]
-    owner = {block: stage for stage in flagged for block in stage.blocks}
-    ahead = list(flagged)
+    """(norm, stage before it, stage after it) for every norm outside the blocks of these stages, in the model's
+    order."""
+    owner = {block: stage for stage in stages for block in stage.blocks}
+    ahead = list(stages)
     before: StagePlan | None = None
     for name, module in model.named_modules():
         stage = owner.get(name)

@@ -24,6 +24,6 @@ def _keeps_shape(block: nn.Module) -> bool:
 def convnext(model: nn.Module) -> list[StagePlan]:
     stages = [stage.resolve(model) for stage in runs(model, BLOCKS, _keeps_shape)]
     for norm, before, after in transition_norms(model, stages):
-        if before is not None and after is not None:
+        if before is not None and after is not None and after.has_flag:
             after.norms.append(norm)
     return stages

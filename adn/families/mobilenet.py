@@ -38,7 +38,7 @@ def _keeps_shape(block: nn.Module) -> bool:
 def mobilenet(model: nn.Module) -> list[StagePlan]:
     # Two runs of one container are two stages even where a stage of the model's own holds both.
     stages = [stage.resolve(model) for stage in runs(model, TIMM_BLOCKS + TORCHVISION_BLOCKS, _keeps_shape)]
-    for norm, before, after in transition_norms(model, stages):
+    for norm, before, after in transition_norms(model, [stage for stage in stages if stage.has_flag]):
         stage = before or after
         if stage is not None:
             stage.norms.append(norm)

@@ -22,6 +22,6 @@ def swin(model: nn.Module) -> list[StagePlan]:
         stage.channel_dim = -1
         stage.norms = norms_named(model, stage, ("norm1", "norm2"))
     for norm, before, after in transition_norms(model, stages):
-        if before is not None and after is not None:
+        if before is not None and after is not None and after.has_flag:
             after.norms.append(norm)
     return stages
