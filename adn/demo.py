@@ -35,13 +35,16 @@ RECIPE = Recipe(
 class Digits:
     """scikit-learn's digits (Alpaydin and Kaynak 1998, test part), as float32 (N, 1, 32, 32) and int64 (N,).
 
-    The held-out part is the same for every seed, and nothing but the final evaluation sees it.
+    Grey values are scaled to [0, 1], then normalised by `mean` and `std` of the part to learn from. The held-out part
+    is the same for every seed, and nothing but the final evaluation sees it.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     held_out_x: torch.Tensor
     held_out_y: torch.Tensor
+    mean: float
+    std: float
 
     @classmethod
     def load(cls) -> Digits:
@@ -50,13 +53,14 @@ class Digits:
         except ImportError as error:
             raise ImportError('the demo needs scikit-learn: pip install "adn[demo]"') from error
         data = load_digits()
-        x = torch.from_numpy(data.images).float()[:, None]
+        x = torch.from_numpy(data.images).float()[:, None] / 16
         y = torch.from_numpy(data.target).long()
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1797))
         held_out, training = order[:HELD_OUT], order[HELD_OUT:]
         x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-        x = (x - x[training].mean()) / x[training].std()
-        return cls(x[training], y[training], x[held_out], y[held_out])
+        mean, std = x[training].mean().item(), x[training].std().item()
+        x = (x - mean) / std
+        return cls(x[training], y[training], x[held_out], y[held_out], mean, std)
 
     def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The training digits in random order, each batch shifted by up to 4 of 32 pixels."""
@@ -102,7 +106,8 @@ def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = 
     net = create_model(f"anydepth_{RECIPE.model}", num_classes=10, **RECIPE.model_kwargs)
     state_of(net).class_names = [str(digit) for digit in range(10)]
     fit(net, digits.batches, None, recipe, out=out, overwrite=_is_demo(out), progress=progress,
-        config={"demo": True, "recipe": recipe.to_dict()})
+        config={"demo": True, "recipe": recipe.to_dict()}, extra={"data": {
+            "size": SIZE, "resize": SIZE, "interpolation": "bilinear", "mean": [digits.mean], "std": [digits.std]}})
     rows = evaluate(net, digits.held_out(), progress=progress)
     result = profile(net, digits.held_out_x[:1], accuracy=rows, rounds=40, progress=progress)
     result.to_csv(out / "depths.csv")

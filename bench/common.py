@@ -25,7 +25,9 @@ def header(device: torch.device | str = "cpu") -> dict[str, str]:
     commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"],
                             capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]]),
+        # Folders of one machine mean nothing on another.
+        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)),
+                             *(Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv[1:])]),
         "device": device_name(torch.device(device)),
         "threads": str(torch.get_num_threads()),
         "adn": f"{adn.__version__} ({commit or 'no commit'})",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import adn
 from adn import demo
@@ -53,6 +54,18 @@ def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
     profile = adn.Profile.from_csv(out / "depths.csv")
     digits = demo.Digits.load()
+    checkpoint = ["--checkpoint", str(out / "model.safetensors")]
+    assert main(["profile", *checkpoint, "--rounds", "1", "--budget", "10000"]) == 0
+    assert "FFFF fits 10000 ms" in capsys.readouterr().out
+    # A picture of a held-out digit, as a user would have it, is prepared as the digits were.
+    grey = (digits.held_out_x[0, 0] * digits.std + digits.mean).mul(255).round().byte().numpy()
+    Image.fromarray(grey).save(tmp_path / "digit.png")
+    assert main(["predict", str(tmp_path / "digit.png"), *checkpoint, "--depth", "TTFF", "--top", "1"]) == 0
+    with torch.inference_mode(), adn.at_depth(net, "TTFF"):
+        expected = net(digits.held_out_x[:1]).softmax(1).max(1)
+    share, label = capsys.readouterr().out.split()[-2:]
+    assert int(label) == expected.indices.item()
+    assert float(share.rstrip("%")) == pytest.approx(100 * expected.values.item(), abs=2)
     for row in adn.evaluate(net, digits.held_out()):
         assert demo.accuracy_of(profile, str(row.depth)) == pytest.approx(row.top1)
 

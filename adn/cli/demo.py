@@ -52,5 +52,5 @@ def run(args: argparse.Namespace) -> int:
     worst = min(result.profile, key=lambda point: point.top1)
     print(f"\nevery depth is right on at least {worst.top1:.2f} % ({worst.depth}); {time.perf_counter() - start:.0f} s")
     print(f"written: {args.out / 'model.safetensors'}, depths.csv, depths.png")
-    print(f"next:    adn profile --checkpoint {args.out / 'model.safetensors'} --size {demo.SIZE} --budget 2")
+    print(f"next:    adn profile --checkpoint {args.out / 'model.safetensors'} --budget 2")
     return 0

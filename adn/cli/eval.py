@@ -139,12 +139,14 @@ def open_loader(root: str, args: argparse.Namespace, config: dict[str, Any], spl
 
 
 def example(net: nn.Module, size: int, batch: int = 1) -> Any:
-    """Random images (batch, 3, size, size) of the net's device and dtype."""
+    """Random images (batch, channels of the net, size, size) of the net's device and dtype."""
     import torch
+    from torch import nn
 
     parameter = next(net.parameters())
+    channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 3, size, size, generator=generator).to(parameter.device, parameter.dtype)
+    return torch.randn(batch, channels, size, size, generator=generator).to(parameter.device, parameter.dtype)
 
 
 def report_unreadable(data: ImageData) -> None:
