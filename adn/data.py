@@ -12,6 +12,7 @@ from typing import Any
 import timm.data
 import torch
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchvision.transforms import v2
@@ -23,6 +24,7 @@ IMAGENET_STD = timm.data.IMAGENET_DEFAULT_STD
 UNREADABLE = (
     OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, tarfile.TarError, Image.DecompressionBombError
 )
+_EVALUATION = ("validation", "val", "valid", "eval", "evaluation")
 # Prefixes of timm's factory, and the packages it needs for them.
 _FACTORY = {"torch": "torchvision", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets",
             "wds": "webdataset"}
@@ -126,7 +128,8 @@ def open_dataset(
         download: fetch a named data set that is not there.
 
     Raises:
-        ValueError: if there is nothing to open at `root`, no image in it, or too few classes.
+        ValueError: if there is nothing to open at `root`, no image in it, too few classes, or images that do not lie
+            in one folder per class.
         ImportError: if the data set needs a package that is not installed.
     """
     root = os.fspath(root)
@@ -150,6 +153,7 @@ def open_dataset(
     except (RuntimeError, AssertionError, ValueError, tarfile.TarError) as error:
         # Their kinds differ by source: an empty folder, an empty or broken archive, a name nobody knows.
         raise ValueError(f"no images to read in {root!r}: {error}") from error
+    _check_folders(root, source)
     names = _class_names(source)
     if names and len(names) < need_classes:
         raise ValueError(f"{root!r} has {len(names)} class ({names[0]!r}), at least {need_classes} are needed: put the "
@@ -226,11 +230,27 @@ def _find_folder(root: str, split: str) -> str:
         raise ValueError(f"{root!r} is a file; pass a folder with one sub-folder of images per class, or a .tar of one")
     if not split or os.path.isfile(root):
         return root
-    evaluation = ("validation", "val", "valid", "eval", "evaluation")
-    for name in dict.fromkeys((split, *(evaluation if split in evaluation else ()))):
+    for name in dict.fromkeys((split, *(_EVALUATION if split in _EVALUATION else ()))):
         if os.path.isdir(os.path.join(root, name)):
             return os.path.join(root, name)
     raise ValueError(f"{root!r} has no folder {split!r}")
+
+
+def _check_folders(root: str, source: Dataset) -> None:
+    """timm labels an image by the innermost folder: refuse where that is not what was meant."""
+    reader = getattr(source, "reader", None)
+    if not isinstance(reader, ReaderImageFolder):
+        return
+    for index in range(len(reader)):
+        name = reader.filename(index)
+        folders = name.split(os.sep)[:-1]
+        if not folders:
+            raise ValueError(f"{name!r} in {root!r} has no class: images lie in one sub-folder per class; move it")
+        if len(folders) > 1:
+            hint = f" Open a part of it: --split {folders[0]}, or pass {os.path.join(root, folders[0])}." \
+                if folders[0] in ("train", *_EVALUATION, "test") else ""
+            raise ValueError(f"{name!r} in {root!r} lies too deep: images lie directly in one sub-folder per "
+                             f"class.{hint}")
 
 
 def _class_names(source: Dataset) -> list[str]:

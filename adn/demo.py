@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from .convert import convert
-from .evaluate import Row, evaluate
+from .evaluate import evaluate
 from .export import extract
 from .models import create_model
-from .profile import Profile, profile
+from .profile import Profile, profile, require_matplotlib
 from .state import state_of
-from .train import Recipe, fit
+from .train import Recipe, fit, holds_run
 
 SIZE = 32  # the 8 x 8 digits are enlarged to this
 HELD_OUT = 360
 SHIFT = 4
 RECIPE = Recipe(
-    model="resnet18", model_kwargs={"in_chans": 1, "channels": [32, 64, 128, 256]}, epochs=16, batch_size=32,
+    model="resnet18", model_kwargs={"channels": [32, 64, 128, 256]}, epochs=16, batch_size=32,
     optimizer="sgd", lr=0.05, weight_decay=5e-4, norm_decay=0.0, bias_decay=0.0, schedule="cosine", warmup_epochs=2,
     warmup_factor=0.1, features=("all",), train_size=SIZE, eval_size=SIZE, eval_resize=SIZE,
 )
@@ -33,7 +33,7 @@ RECIPE = Recipe(
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """scikit-learn's digits (Alpaydin and Kaynak 1998, test part), as float32 (N, 1, 32, 32) and int64 (N,).
+    """scikit-learn's digits (Alpaydin and Kaynak 1998, test part), as float32 (N, 3, 32, 32), grey, and int64 (N,).
 
     Grey values are scaled to [0, 1], then normalised by `mean` and `std` of the part to learn from. The held-out part
     is the same for every seed, and nothing but the final evaluation sees it.
@@ -59,7 +59,8 @@ class Digits:
         held_out, training = order[:HELD_OUT], order[HELD_OUT:]
         x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
         mean, std = x[training].mean().item(), x[training].std().item()
-        x = (x - mean) / std
+        # Three equal channels, as a picture of a digit has when it is read from a file.
+        x = ((x - mean) / std).expand(-1, 3, -1, -1)
         return cls(x[training], y[training], x[held_out], y[held_out], mean, std)
 
     def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -100,14 +101,18 @@ def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = 
         ImportError: without scikit-learn or matplotlib, `pip install "adn[demo]"`.
         ValueError: if `out` holds a run that is not a demo.
     """
+    require_matplotlib()
     digits, out = Digits.load(), Path(out)
+    if not _is_demo(out) and holds_run(out):
+        raise ValueError(f"{out} holds another run; choose another folder with --out")
     recipe = RECIPE.but(seed=seed, epochs=epochs)
     torch.manual_seed(seed)
     net = create_model(f"anydepth_{RECIPE.model}", num_classes=10, **RECIPE.model_kwargs)
     state_of(net).class_names = [str(digit) for digit in range(10)]
+    preparation = {"size": SIZE, "resize": SIZE, "interpolation": "bilinear", "mean": [digits.mean] * 3,
+                   "std": [digits.std] * 3}
     fit(net, digits.batches, None, recipe, out=out, overwrite=_is_demo(out), progress=progress,
-        config={"demo": True, "recipe": recipe.to_dict()}, extra={"data": {
-            "size": SIZE, "resize": SIZE, "interpolation": "bilinear", "mean": [digits.mean], "std": [digits.std]}})
+        config={"demo": True, "recipe": recipe.to_dict()}, extra={"data": preparation})
     rows = evaluate(net, digits.held_out(), progress=progress)
     result = profile(net, digits.held_out_x[:1], accuracy=rows, rounds=40, progress=progress)
     result.to_csv(out / "depths.csv")
@@ -138,7 +143,3 @@ def _is_demo(out: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and bool(config.get("demo"))
-
-
-def accuracy_of(rows: list[Row] | Profile, depth: str) -> float:
-    return next(row.top1 for row in rows if str(row.depth) == depth)

@@ -162,8 +162,8 @@ def profile(
 
 
 def fit_budget(profile: Sequence[Point], *, ms: float, percentile: int = 50) -> Depth:
-    """The best depth that runs in a given time: the most accurate one, or where accuracy is unknown the one with the
-    most multiply-adds; of equals the fastest.
+    """The deepest depth that runs in a given time, the one with the most multiply-adds; of equals the most accurate,
+    if known, then the fastest.
 
     Args:
         ms: time for one forward, in milliseconds, at the batch size of the profile.
@@ -185,7 +185,7 @@ def fit_budget(profile: Sequence[Point], *, ms: float, percentile: int = 50) -> 
         fastest = min(profile, key=spent)
         raise ValueError(f"no depth runs in {ms} ms: the fastest, {fastest.depth}, takes {spent(fastest):.3g} ms "
                          f"(p{percentile})")
-    return max(fitting, key=lambda point: (point.value, -spent(point))).depth
+    return max(fitting, key=lambda point: (point.macs, point.top1 or 0, -spent(point))).depth
 
 
 def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike]) -> list[int]:
@@ -331,12 +331,18 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _draw(profile: Profile, path: str | os.PathLike) -> None:
+def require_matplotlib() -> None:
+    """Raise ImportError, naming the extra, where a figure could not be drawn."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError('a figure needs matplotlib: pip install "adn[plot]"') from error
+
+
+def _draw(profile: Profile, path: str | os.PathLike) -> None:
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     accurate = all(point.top1 is not None for point in profile)
     scale = 1 if accurate else 1e-9

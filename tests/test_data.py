@@ -213,3 +213,24 @@ def test_data_config() -> None:
     assert data_config(net, stored, size=64) | {"mean": 0} == data_config(net, stored) | {
         "size": 64, "resize": None, "mean": 0}
     eval_transform(**config)
+
+
+def test_both_parts_of_a_data_set_are_not_mixed(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_images(tmp_path / split, {"cat": 2, "dog": 2})
+    with pytest.raises(ValueError, match=r"lies too deep.*--split train"):
+        open_dataset(tmp_path)
+    assert len(open_dataset(tmp_path, "val")) == 4
+
+
+def test_folders_in_folders_are_no_classes(tmp_path: Path) -> None:
+    for animal in ("cat", "dog"):
+        write_images(tmp_path / animal, {"p1": 1, "p2": 1})
+    with pytest.raises(ValueError, match=r"lies too deep: images lie directly in one sub-folder per class\.$"):
+        open_dataset(tmp_path)
+
+
+def test_an_image_beside_the_class_folders(photos: Path) -> None:
+    Image.new("RGB", (4, 4)).save(photos / "thumb.png")
+    with pytest.raises(ValueError, match=r"'thumb\.png' .* has no class"):
+        open_dataset(photos)

@@ -31,7 +31,7 @@ def test_batches_are_shifted_digits() -> None:
     batches = list(digits.batches(0))
     assert len(batches) == 1437 // demo.RECIPE.batch_size
     for x, y in batches[:3]:
-        assert x.shape == (demo.RECIPE.batch_size, 1, demo.SIZE, demo.SIZE)
+        assert x.shape == (demo.RECIPE.batch_size, 3, demo.SIZE, demo.SIZE)
         assert y.shape == (demo.RECIPE.batch_size,)
         for image, label in zip(x[:4], y, strict=False):
             # Only pixels pushed over the edge may be lost: the same digit must be among the unshifted ones.
@@ -66,8 +66,8 @@ def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     share, label = capsys.readouterr().out.split()[-2:]
     assert int(label) == expected.indices.item()
     assert float(share.rstrip("%")) == pytest.approx(100 * expected.values.item(), abs=2)
-    for row in adn.evaluate(net, digits.held_out()):
-        assert demo.accuracy_of(profile, str(row.depth)) == pytest.approx(row.top1)
+    for row, point in zip(adn.evaluate(net, digits.held_out()), profile, strict=True):
+        assert (row.depth, row.top1) == (point.depth, pytest.approx(point.top1))
 
     again = demo.run(tmp_path / "again", epochs=1, progress=False)
     assert [p.top1 for p in again.profile] == [p.top1 for p in profile], "the same numbers for the same seed"

@@ -237,7 +237,8 @@ def test_fit_budget() -> None:
     assert str(fit_budget(made(), ms=9.99)) == "TFFF", "of equals the fastest"
     assert str(fit_budget(made(), ms=8.9)) == "TTTT"
     assert str(fit_budget(made(), ms=10, percentile=99)) == "FTFF"
-    assert str(fit_budget(made(ACCURACY), ms=1000)) == "FTFF", "accuracy goes before size"
+    assert str(fit_budget(made(ACCURACY), ms=1000)) == "FFFF", "the deepest, also where another is more accurate"
+    assert str(fit_budget(made(ACCURACY), ms=9.6)) == "FTFF", "of equals the most accurate"
     with pytest.raises(ValueError, match=r"4 ms: the fastest, TTTT, takes 5 ms \(p50\)"):
         fit_budget(made(), ms=4)
     with pytest.raises(ValueError, match=r"TTTT, takes 8 ms \(p99\)"):

@@ -534,3 +534,20 @@ def test_two_processes_are_one_with_both_halves(tmp_path: Path) -> None:
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
         assert a["val_top1_base"] == b["val_top1_base"]
     assert {path.name for path in (tmp_path / "two").iterdir()} >= {"last.pt", "model.safetensors", "log.csv"}
+
+
+def test_the_logged_loss_is_per_image() -> None:
+    """Batches need not be of one size."""
+    net = nn.Linear(2, 3)
+
+    class Known(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.net(x).sum() * 0 + y.float().mean()}
+
+    batches = [(torch.zeros(9, 2), torch.ones(9)), (torch.zeros(1, 2), torch.full((1,), 11.0))]
+    result = fit(net, lambda _epoch: batches, None, Recipe(epochs=1), loss=Known(), progress=False)
+    assert result.history[0]["train_loss"] == pytest.approx(2.0)

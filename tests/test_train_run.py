@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -290,3 +291,47 @@ def test_torchrun(images: Path, tmp_path: Path) -> None:
     assert last(tmp_path / "run")["world"] == 2
     correct = float(row["val_top1_super"]) * 12 / 100
     assert correct == pytest.approx(round(correct), abs=1e-3)  # every image counted once
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--model-kwargs", '{"foo": 1}'], "--model-kwargs.*foo"),
+    (["--model-kwargs", '{"num_classes": 5}'], "num_classes does not belong"),
+    (["--augment", "rand", "--magnitude", "99"], "RandAugment knows 0 to 30"),
+    (["--checkpoint", "net.safetensors", "--model", "resnet18"], "leave out --model"),
+])
+def test_options_that_cannot_be(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str],
+                                message: str) -> None:
+    assert main(["train", str(images), "--out", str(tmp_path / "run"), *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_start_is_not_overwritten(images: Path, tmp_path: Path) -> None:
+    train(config(images, tmp_path / "a", SMALL.but(epochs=1)))
+    start = tmp_path / "a" / "model.safetensors"
+    before = start.read_bytes()
+    with pytest.raises(ValueError, match="lies in the folder that is to be overwritten"):
+        train(config(images, tmp_path / "a", checkpoint=str(start)), overwrite=True)
+    assert start.read_bytes() == before
+
+
+def test_resuming_from_another_folder(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(images.parent)
+    started = SMALL.but(epochs=1, model_kwargs={**KWARGS, "channels": (8, 8, 16, 16)})
+    train(config(Path(images.name), tmp_path / "a", started))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--out", "a", "--resume", "--epochs", "2"]) == 0
+    assert last(tmp_path / "a")["epoch"] == 2
+
+
+def test_eval_where_a_class_has_no_images(images: Path, tmp_path: Path) -> None:
+    train(config(images, tmp_path / "a", SMALL.but(epochs=8)))
+    shutil.copytree(images / "val", tmp_path / "val")
+    shutil.rmtree(tmp_path / "val" / "blue")
+    options = ["--workers", "0", "--csv", str(tmp_path / "t"), "--depth", "super"]
+    net = str(tmp_path / "a" / "model.safetensors")
+    assert main(["eval", str(tmp_path / "val"), "--checkpoint", net, *options]) == 0
+    with (tmp_path / "t").open() as file:
+        row, = csv.DictReader(file)
+    assert row["images"] == "8"
+    assert float(row["top1"]) > 60, "the labels of green were not shifted onto blue"

@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from ..profile import table
     from ..state import get_depth, set_depth
 
+    if args.batches < 1:
+        raise ValueError(f"--batches {args.batches}; pass 1 or more")
     if os.path.realpath(args.out) == os.path.realpath(args.checkpoint):
         raise ValueError("--out names the checkpoint itself, which serves all depths; pass a file of its own")
     net, config = load_net(args)
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     data = open_images(args.data, args, config, args.split)
     sources = [data]
     if args.val:
-        used, held_out = data, open_images(args.val, args, config)
+        used, held_out = data, open_images(args.val, args, config, net=net)
         sources.append(held_out)
     elif isinstance(data, IterableDataset):
         raise ValueError(f"images of {args.data!r} come in turn and cannot be divided; pass --val")
@@ -74,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     print(table([("", "top-1 (%)", "top-5 (%)", "loss"), *(
         (f"{depth} {when}", f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.loss:.4f}")
         for when, row in (("as it was", before), ("calibrated", after)))]))
+    if after.loss > before.loss:
+        print("worse than before: this depth needs no calibration, or these images are not like those of training")
     print(f"{after.images} images not used for calibration; wrote {args.out}, for depth {depth} alone")
     for source in sources:
         report_unreadable(source)

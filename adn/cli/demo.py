@@ -45,10 +45,9 @@ def run(args: argparse.Namespace) -> int:
     print(result.profile)
     if result.separate:
         print()
-        for which, alone in result.separate.items():
-            depth = "FFFF" if which == "super" else "TTTT"
-            print(f"{which}-net {depth}: {demo.accuracy_of(result.profile, depth):.2f} %, "
-                  f"trained separately: {alone:.2f} %")
+        # All depths, counted in binary: the super-net is first and the base-net last.
+        for point, (which, alone) in zip((result.profile[0], result.profile[-1]), result.separate.items(), strict=True):
+            print(f"{which}-net {point.depth}: {point.top1:.2f} %, trained separately: {alone:.2f} %")
     worst = min(result.profile, key=lambda point: point.top1)
     print(f"\nevery depth is right on at least {worst.top1:.2f} % ({worst.depth}); {time.perf_counter() - start:.0f} s")
     print(f"written: {args.out / 'model.safetensors'}, depths.csv, depths.png")

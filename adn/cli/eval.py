@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     net, config = load_net(args)
     depths = choose_depths(net, args.depth)
-    loader = open_loader(args.data, args, config, split=args.split)
+    loader = open_loader(args.data, args, config, net)
     rows = evaluate(net, loader, depths, args.device, args.amp)
     macs = count_macs(net, example(net, config["size"]), depths)
     print(table([
@@ -119,10 +119,18 @@ def load_net(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     return net, data_config(net, stored, **given)
 
 
-def open_images(root: str, args: argparse.Namespace, config: dict[str, Any], split: str = "") -> ImageData:
+def open_images(root: str, args: argparse.Namespace, config: dict[str, Any], split: str = "",
+                net: nn.Module | None = None) -> ImageData:
     from ..data import eval_transform, open_dataset
+    from ..state import state_of
 
-    return open_dataset(root, split, transform=eval_transform(**config), class_map=args.class_map)
+    data = open_dataset(root, split, transform=eval_transform(**config), class_map=args.class_map)
+    known = state_of(net).class_names if net is not None else None
+    if known and not args.class_map and len(data.class_names) < len(known) and set(data.class_names) <= set(known):
+        # A class without images must not shift the labels of those after it.
+        class_map = {name: i for i, name in enumerate(known)}
+        data = open_dataset(root, split, transform=data.transform, class_map=class_map)
+    return data
 
 
 def make_loader(data: Dataset, args: argparse.Namespace, **options: Any) -> DataLoader:
@@ -134,8 +142,8 @@ def make_loader(data: Dataset, args: argparse.Namespace, **options: Any) -> Data
                       pin_memory=args.device.startswith("cuda"), **options)
 
 
-def open_loader(root: str, args: argparse.Namespace, config: dict[str, Any], split: str = "") -> DataLoader:
-    return make_loader(open_images(root, args, config, split), args)
+def open_loader(root: str, args: argparse.Namespace, config: dict[str, Any], net: nn.Module) -> DataLoader:
+    return make_loader(open_images(root, args, config, args.split, net), args)
 
 
 def example(net: nn.Module, size: int, batch: int = 1) -> Any:

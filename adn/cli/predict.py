@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.images:
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB" if len(config["mean"]) == 3 else "L")
+                image = file.convert("RGB")
         except UNREADABLE as error:
             print(f"{path}: cannot be read ({error})", file=sys.stderr)
             unread += 1

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=50, metavar="N", help="timed forwards per depth (default: 50)")
     parser.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
     parser.add_argument("--plot", metavar="FILE", help="draw accuracy, or MACs if unknown, against latency (png, pdf)")
-    parser.add_argument("--budget", type=float, metavar="MS", help="name the best depth that runs in this time")
+    parser.add_argument("--budget", type=float, metavar="MS", help="name the deepest depth that runs in this time")
     parser.add_argument("--percentile", type=int, choices=(50, 99), default=50,
                         help="of the times that must fit the budget (default: 50)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
@@ -49,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
     from ..data import data_config
     from ..evaluate import choose_depths
     from ..models import PREFIX, create_model
-    from ..profile import fit_budget, profile, read_table
+    from ..profile import fit_budget, profile, read_table, require_matplotlib
     from ..state import depths as all_depths
 
+    if args.plot:
+        require_matplotlib()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.checkpoint:

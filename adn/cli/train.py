@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     elif "data" not in given:
         raise ValueError("no images to train on: pass DATA, or --resume to go on with the run in --out")
     else:
+        if "checkpoint" in given and (clash := [name for name in ("model", "model_kwargs", "twins") if name in given]):
+            raise ValueError(f"--checkpoint says what the net is; leave out --{clash[0].replace('_', '-')}")
         config = Config(**others, recipe=RECIPES[given.get("recipe", DEFAULT)].but(**settings))
     try:
         train(config, resume=resume, overwrite="overwrite" in given)

@@ -23,12 +23,12 @@ What differs from the reference's training (Adaptive Depth Networks, NeurIPS 202
 """
 
 from .data import TrainBatches, mixing, train_sampler, train_transform
-from .engine import Diverged, Interrupted, Result, Supervised, default_loss, fit
+from .engine import Diverged, Interrupted, Result, Supervised, default_loss, fit, holds_run
 from .recipes import DEFAULT, RECIPES, Recipe, recipe
 from .run import Config, train
 from .seeds import seed_all
 
 __all__ = [
     "DEFAULT", "RECIPES", "Config", "Diverged", "Interrupted", "Recipe", "Result", "Supervised", "TrainBatches",
-    "default_loss", "fit", "mixing", "recipe", "seed_all", "train", "train_sampler", "train_transform",
+    "default_loss", "fit", "holds_run", "mixing", "recipe", "seed_all", "train", "train_sampler", "train_transform",
 ]

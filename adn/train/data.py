@@ -86,7 +86,8 @@ def train_sampler(data: Dataset, recipe: Recipe, epoch: int, rank: int, world: i
     process takes every `world`-th, `floor(images / 256) * 256 / world` of them (all, of fewer than 256 images).
     """
     if recipe.repeats > 1:
-        sampler = timm.data.distributed_sampler.RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats)
+        sampler = timm.data.distributed_sampler.RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats,
+                                                                   selected_round=256 if len(data) >= 256 else 0)
         sampler.set_epoch(mixed_seed(recipe.seed, epoch))
         return sampler
     return DistributedSampler(data, world, rank, shuffle=True, seed=mixed_seed(recipe.seed, epoch))

@@ -149,11 +149,12 @@ def fit(
     """
     run = _Run(net, recipe, loss, _device(net, device), out, progress and _rank() == 0)
     start = time.perf_counter()
+    make_writer = run.tensorboard_writer() if tensorboard else None
     if resume:
         run.resume(config)
     else:
         run.begin(overwrite, config)
-    writer = run.tensorboard() if tensorboard else None
+    writer = make_writer() if make_writer else None
     try:
         with _Interrupts() as interrupts:
             while run.epoch < recipe.epochs:
@@ -224,7 +225,8 @@ class _Run:
         self.scheduler.step(epoch)
         self.loss.train()
         loader = batches(epoch)
-        total: dict[str, torch.Tensor] = {}
+        total: dict[str, torch.Tensor] = {}  # sums over images: batches need not be of one size
+        images = 0
         look_every = 1 if self.device.type == "cpu" else _STEPS_PER_LOOK
         self.steps = 0
         bar = tqdm(loader, f"epoch {epoch + 1}/{recipe.epochs}", unit="step", leave=False,
@@ -237,10 +239,11 @@ class _Run:
                     self.ema.update_in(epoch, self.net)
                 for name, value in losses.items():
                     if value.ndim == 0:
-                        total[name] = total[name] + value.detach() if name in total else value.detach()
+                        total[name] = value.detach() * len(x) + total.get(name, 0)
+                images += len(x)
                 if self.steps % look_every == 0:
                     loss = self._check_finite(total["loss"])
-                    bar.set_postfix(loss=f"{loss / (self.steps + 1):.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{loss / images:.4f}", refresh=False)
                 self.steps += 1
                 interrupts.hold = False
                 interrupts.check()
@@ -249,7 +252,7 @@ class _Run:
             raise ValueError(f"epoch {epoch + 1} has no batch to train on: there are no images, or none could be read")
         self._check_finite(total["loss"])
         self._check_weights()
-        means = self._mean_over_processes(torch.stack([value.double() for value in total.values()]) / self.steps)
+        means = self._means(torch.stack([value.double() for value in total.values()]), images)
         return {"epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "steps": self.steps,
                 **{f"train_{name}": value for name, value in zip(total, means, strict=True)}}
 
@@ -385,7 +388,7 @@ class _Run:
             self.say(f"going on with epoch {self.epoch + 1} of {self.recipe.epochs}")
 
     def _compare(self, before: Recipe, world: int) -> None:
-        old, new = before.to_dict(), self.recipe.to_dict()
+        old, new = (json.loads(json.dumps(recipe.to_dict())) for recipe in (before, self.recipe))
         changed = [name for name in new if new[name] != old[name]]
         if fixed := [name for name in changed if name in _FIXED]:
             raise ValueError("a run cannot be resumed with another " + ", ".join(
@@ -440,14 +443,15 @@ class _Run:
             with atomic_write(self.out / name) as temporary:
                 safetensors.torch.save_model(self.evaluated, str(temporary))
 
-    def tensorboard(self) -> Any:
+    def tensorboard_writer(self) -> Callable[[], Any] | None:
+        """What makes the writer once the folder is there; a missing package is noticed before."""
         if self.out is None or self.rank != 0:
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError('TensorBoard is not installed: pip install "adn[tensorboard]"') from error
-        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch + 1)
+        return lambda: SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch + 1)
 
     def _write_config(self, config: Mapping[str, Any] | None) -> None:
         self._write_json(CONFIG, {"recipe": self.recipe.to_dict()} if config is None else dict(config))
@@ -487,18 +491,24 @@ class _Run:
         return Diverged(f"{what}.{kept} Try a lower learning rate (--lr, now {self.recipe.lr}), a longer warm-up "
                         f"(--warmup-epochs){clip}{half}")
 
-    def _mean_over_processes(self, values: torch.Tensor) -> list[float]:
+    def _means(self, sums: torch.Tensor, images: int) -> list[float]:
+        """Per image, over all processes."""
+        sums = torch.cat([sums, sums.new_tensor([images])])
         if self.world > 1:
-            dist.all_reduce(values)
-        return (values / self.world).tolist()
+            dist.all_reduce(sums)
+        return (sums[:-1] / sums[-1]).tolist()
+
+
+def holds_run(out: Path) -> bool:
+    """Is there something in the folder that `overwrite` would destroy? (Settings alone are what a full disk leaves.)"""
+    return any((out / name).exists() for name in (LAST, BEST, FINAL, LOG))
 
 
 def refuse_overwriting(out: Path) -> None:
     """Raise ValueError if there is a run in the folder."""
-    found = [name for name in FILES if (out / name).exists()]
-    if found:
-        raise ValueError(f"{out} holds a run already ({', '.join(found)}): go on with it by --resume, replace it by "
-                         "--overwrite, or choose another folder")
+    if holds_run(out):
+        raise ValueError(f"{out} holds a run already: go on with it by --resume, replace it by --overwrite, or choose "
+                         "another folder")
 
 
 class _Interrupts:

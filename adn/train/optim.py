@@ -42,10 +42,14 @@ def parameter_groups(net: nn.Module, recipe: Recipe) -> list[dict]:
 
 def create_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """timm's optimizer of that name over `parameter_groups`."""
-    return timm.optim.create_optimizer_v2(
-        parameter_groups(net, recipe), opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-    )
+    try:
+        return timm.optim.create_optimizer_v2(
+            parameter_groups(net, recipe), opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+        )
+    except (AssertionError, ImportError) as error:
+        raise ValueError(f"timm's optimizer {recipe.optimizer!r} cannot be made here ({error}); choose another one by "
+                         "--optimizer") from error
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Scheduler:

@@ -111,6 +111,8 @@ class Recipe:
         for name in ("erase", "flip", "min_area", "warmup_factor", "ema_decay", "label_smoothing", "alpha", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}; pass a number from 0 to 1")
+        if self.magnitude > 30:
+            raise ValueError(f"magnitude={self.magnitude}; RandAugment knows 0 to 30")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip={self.clip}; pass a number above 0, or none for no limit")
         if list(self.milestones) != sorted(self.milestones):

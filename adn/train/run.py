@@ -85,7 +85,7 @@ class Config:
             return cls.from_dict(values)
         except FileNotFoundError:
             raise ValueError(f"nothing to resume in {os.fspath(out)}: there is no {CONFIG}") from None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not what adn train wrote ({error!r})") from error
 
 
@@ -103,11 +103,17 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prog
             a net that cannot take the images.
         Otherwise as `fit`.
     """
+    # A run may be resumed from another folder than it was started in.
+    config = dataclasses.replace(config, **{
+        name: os.path.abspath(path) for name in ("data", "checkpoint", "weights")
+        if (path := getattr(config, name)) is not None and os.path.exists(path)})
     with _process_group(config.device) as device:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         talk, recipe = progress and rank == 0, config.recipe
         if rank == 0 and not (resume or overwrite):
             refuse_overwriting(Path(config.out))
+        if overwrite and config.checkpoint and Path(config.checkpoint).resolve().parent == Path(config.out).resolve():
+            raise ValueError(f"{config.checkpoint} lies in the folder that is to be overwritten; choose another --out")
         training, validation = _open(config)
         classes = _count_classes(config, training)
         seed_all(recipe.seed)
@@ -212,8 +218,15 @@ def _start(config: Config, classes: int, resume: bool) -> nn.Module:
                              "a fresh classifier on it")
         return net
     name = recipe.model if recipe.model.startswith(PREFIX) else PREFIX + recipe.model
-    net = create_model(name, num_classes=classes, pretrained=config.pretrained and not resume, twins=recipe.twins,
-                       **recipe.model_kwargs)
+    if "num_classes" in recipe.model_kwargs:
+        raise ValueError("num_classes does not belong into model_kwargs: the data say how many there are, or "
+                         "--num-classes")
+    try:
+        net = create_model(name, num_classes=classes, pretrained=config.pretrained and not resume, twins=recipe.twins,
+                           **recipe.model_kwargs)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be built with --model-kwargs {json.dumps(recipe.model_kwargs)}: {error}"
+                         ) from error
     if config.weights is not None and not resume:
         report = load_weights(net, config.weights, strict=not config.new_head)
         head = tuple(f"{part}." for part in _head_names(net))
