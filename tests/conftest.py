@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +25,24 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, metavar="DIR", help="write tables of what the tests found to this folder")
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
+    """Rows to write to `<test module>.csv` in the folder of `--results`."""
+    rows: list[dict[str, object]] = []
+    yield rows
+    folder = request.config.getoption("--results")
+    if folder is not None and rows:
+        with (folder / f"{request.module.__name__}.csv").open("w", newline="") as file:
+            file.write(f"# torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}\n")
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 @pytest.fixture(scope="session")
 def seeded() -> ModuleType:
     """The module that regenerates the weights and inputs of the golden fixtures from their names."""
@@ -32,8 +52,6 @@ def seeded() -> ModuleType:
     spec = importlib.util.spec_from_file_location("golden_seeded", path)
     module = importlib.util.module_from_spec(spec)
     # dataclasses look their module up while the class is being made.
-    import sys
-
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module

@@ -61,7 +61,7 @@ def test_at_least_forty_names() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_family(name: str) -> None:
+def test_family(name: str, table: list) -> None:
     model, x = net_and_input(name)
     family = next(f for f, names in MODELS.items() if name in names)
     source = copy.deepcopy(model)
@@ -102,6 +102,13 @@ def test_family(name: str) -> None:
         assert torch.equal(outputs[adn.Depth([False] * len(stages))], expected)
         distinct = {out.numpy().tobytes() for out in outputs.values()}
         assert len(distinct) == len(outputs), "every depth computes something else"
+    base = outputs[adn.Depth([True] * len(stages))]
+    table.append({
+        "model": name, "family": family, "depths": 2 ** len(stages), "depths_run": len(outputs),
+        "twins": sum(len(stage.plan.norms) for stage in stages),
+        "super_difference": (outputs[adn.Depth([False] * len(stages))] - expected).abs().max().item(),
+        "base_difference": f"{(base - expected).abs().max().item():.2e}",
+    })
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "swin_tiny_patch4_window7_224", "tv_vit_b_32"])

@@ -325,7 +325,7 @@ def test_resuming_from_another_folder(images: Path, tmp_path: Path, monkeypatch:
 
 
 def test_eval_where_a_class_has_no_images(images: Path, tmp_path: Path) -> None:
-    train(config(images, tmp_path / "a", SMALL.but(epochs=8)))
+    train(config(images, tmp_path / "a", SMALL.but(epochs=15)))
     shutil.copytree(images / "val", tmp_path / "val")
     shutil.rmtree(tmp_path / "val" / "blue")
     options = ["--workers", "0", "--csv", str(tmp_path / "t"), "--depth", "super"]
