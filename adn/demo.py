@@ -124,7 +124,7 @@ def _separately(digits: Digits, recipe: Recipe, progress: bool) -> dict[str, flo
     """Top-1 of the source network, and of the network the base-net is, each trained alone from labels."""
     torch.manual_seed(recipe.seed)
     plain = timm.create_model(recipe.model, num_classes=10, **recipe.model_kwargs)
-    networks = {"super": plain, "base": extract(convert(plain, inplace=False, twins="fresh"), "base")}
+    networks = {"super": plain, "base": extract(convert(plain, inplace=False), "base")}
     top1 = {}
     for which, network in networks.items():
         if progress:

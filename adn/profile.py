@@ -25,6 +25,7 @@ from .evaluate import Row, evaluating, read_depths, try_forward
 from .state import DepthLike, set_depth, state_of, unwrap
 from .state import depths as all_depths
 
+_LEAST_SPAN = 5  # of a figure's accuracy axis, in percentage points
 _COLUMNS = ("depth", "macs", "params", "p50_ms", "p99_ms", "top1")
 
 
@@ -372,6 +373,11 @@ def _draw(profile: Profile, path: str | os.PathLike) -> None:
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.margins(0.1)
+    low, high = axes.get_ylim()
+    if accurate and high - low < _LEAST_SPAN:
+        # A tenth of a per cent is one image of a thousand: do not draw it as a cliff.
+        top = min(max(high, 100.2), (low + high + _LEAST_SPAN) / 2)
+        axes.set_ylim(top - _LEAST_SPAN, top)
     axes.legend(frameon=False, fontsize=8)
     _label(figure, axes, front, [point for point in chain if point not in front], profile, scale)
     figure.savefig(path)
