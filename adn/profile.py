@@ -308,7 +308,10 @@ def _cuda_ms(net: nn.Module, x: torch.Tensor) -> float:
 
 
 def _machine(x: torch.Tensor, rounds: int, warmup: int) -> dict[str, str]:
+    from . import __version__
+
     return {
+        "adn": __version__,
         "device": device_name(x.device),
         "threads": str(torch.get_num_threads()),
         "dtype": str(x.dtype).removeprefix("torch."),

@@ -2,7 +2,7 @@
 
 A ResNet-18 from timm is converted, trained by self-distillation between its
 deepest and its shallowest self, and then evaluated and timed at all of its
-sixteen depths, fourteen of which it was never trained at. No download; half a
+sixteen depths, fourteen of which it was never trained at. No download; under a
 minute on two cores.
 
 Writes to the folder --out:
