@@ -55,7 +55,7 @@ class SkipNorm(Swapped):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._adn_switch.bypassed():
-            return self.skip(x, *args, **kwargs)
+            return self._modules["skip"](x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
 

@@ -33,7 +33,12 @@ _REMEMBERED_CHANGES = 4096
 
 def recomputing() -> bool:
     """Is this forward running inside a backward pass, i.e. repeated by gradient checkpointing?"""
-    return not torch.compiler.is_compiling() and _graph_task() != -1
+    return _graph_task() != -1
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: compiled forwards are not recomputed
+# by Python, and every norm of every forward asks.
+recomputing._dynamo_marked_constant = True
 
 
 class Switch:
