@@ -151,11 +151,9 @@ class SelfDistillation(nn.Module):
         scale = scaler.scale if scaler is not None else lambda loss: loss
         with quiet:
             terms, logits, taps = self._super_pass(x, y)
-            with at_depth(self.net, "super"):
-                scale(terms["super"]).backward()
+            scale(terms["super"]).backward()
         terms |= self._base_pass(x, y, logits.detach(), taps)
-        with at_depth(self.net, "base"):
-            scale(terms["base"]).backward()
+        scale(terms["base"]).backward()
         terms["loss"] = terms["super"] + terms["base"]
         return {name: value.detach() for name, value in terms.items()}
 
