@@ -25,6 +25,21 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of launchers run on a GPU, or in Triton's interpreter and then alone (see tests/kernels/harness.py)."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    on_gpu = torch.cuda.is_available() and not interpreted
+    chosen = []
+    for item in items:
+        of_launcher = item.get_closest_marker("launcher") is not None
+        if of_launcher and on_gpu:
+            item.add_marker("cuda")
+        if of_launcher if interpreted else (on_gpu or not of_launcher):
+            chosen.append(item)
+    items[:] = chosen
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, metavar="DIR", help="write tables of what the tests found to this folder")
 

@@ -1,0 +1,137 @@
+"""What every launcher shares: how a kernel is launched, where its configuration comes from, what inputs may look like.
+
+A *launcher* is the part of an op that runs on a GPU: it allocates outputs and calls `launch`. Its sizes may be symbolic
+(an op traced for a dynamic batch), so it takes no decision on them that a compiler would have to guard.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch._prims_common import suggest_memory_format
+from torch.library import wrap_triton
+
+TABLES = Path(__file__).parent / "tables"
+
+# Programs that a reduction over rows is split into: two for each multiprocessor of an H100 or H200, four for half of
+# them. Fixed, so that the order of the sum, and with it every bit of the result, is the same on any device.
+SPLITS = 264
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
+    """Run a Triton kernel on the device of its first argument.
+
+    Args:
+        kernel: a function made by `triton.jit`.
+        grid: up to three numbers of programs, none of them 0.
+        args, options: its arguments, constexprs, and `num_warps`, `num_stages`.
+    """
+    if not isinstance(kernel, triton.runtime.JITFunction):  # the interpreter
+        kernel[tuple(grid)](*args, **options)
+    elif _device_count() > 1 and not torch.compiler.is_compiling():
+        with torch.cuda.device(args[0].device):
+            wrap_triton(kernel)[tuple(grid)](*args, **options)
+    else:
+        wrap_triton(kernel)[tuple(grid)](*args, **options)
+
+
+@functools.cache
+def _device_count() -> int:
+    return torch.cuda.device_count()
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether an op runs its kernels on x: CUDA (or ROCm) and a type they compute; float64 takes the reference."""
+    return x.device.type == "cuda" and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; symbolic sizes stay symbolic."""
+    return -(-a // b)
+
+
+def tuned(kernel: str, device: torch.device, default: dict[str, int], **key: Any) -> dict[str, int]:
+    """The configuration measured best for `key` on this architecture, or `default`.
+
+    Tables are files of `adn_kernels/tables`, one per architecture, written by `python -m adn_kernels.tune`. Nothing is
+    timed here. A key with a symbolic size has no entry.
+
+    Args:
+        kernel: its name in the table.
+        key: what the choice depends on, shapes and dtype.
+    """
+    table = _table(_architecture(device.index))
+    if not table or not all(isinstance(value, int | str) for value in key.values()):
+        return default
+    return table.get((kernel, *sorted(key.items())), default)
+
+
+@functools.cache
+def _architecture(index: int | None) -> str:
+    if not torch.cuda.is_available():  # tracing with fake tensors
+        return "none"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+@functools.cache
+def _table(architecture: str) -> dict[tuple, dict[str, int]]:
+    path = TABLES / f"{architecture}.json"
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    return {(row["kernel"], *sorted(row["key"].items())): row["config"] for row in rows}
+
+
+def dot_precision(x: torch.Tensor, kind: str) -> str:
+    """`input_precision` of a float32 product as torch itself is set: "tf32" or "ieee".
+
+    Args:
+        kind: "conv" (by default TF32) or "matmul" (by default IEEE); each has its own setting in `torch.backends`.
+    """
+    backend = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul
+    return "tf32" if x.dtype == torch.float32 and backend.fp32_precision == "tf32" else "ieee"
+
+
+def check_no_alias(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+    """Raises ValueError if an input shares memory with `out`: its programs would read what others have written."""
+    for name, tensor in inputs.items():
+        if tensor is not None and torch._C._is_alias_of(out, tensor) and _overlap(out, tensor):
+            raise ValueError(f"{name} shares memory with the output, which is written while it is read; "
+                             f"pass a tensor of its own")
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    (a0, a1), (b0, b1) = _extent(a), _extent(b)
+    return a0 < b1 and b0 < a1
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """First and last byte, within its storage."""
+    size = x.element_size()
+    start = x.storage_offset() * size
+    return start, start + (sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1) * size
+
+
+def check_flags(flags: torch.Tensor | None, name: str, samples: int, device: torch.device) -> None:
+    """Raises ValueError unless `flags` (`bank`, `active`) is None or int32 of one element or one per sample."""
+    if flags is None:
+        return
+    if flags.dtype != torch.int32:
+        raise ValueError(f"{name} is {flags.dtype}; pass int32")
+    if flags.device != device:
+        raise ValueError(f"{name} is on {flags.device}, x on {device}; pass both on one device")
+    if flags.ndim > 1 or (flags.ndim == 1 and flags.shape[0] not in (1, samples)):
+        raise ValueError(f"{name} has shape {tuple(flags.shape)}; pass one value, or one per sample ({samples})")
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """The layout of a 4-D tensor, as torch reads it off the strides: also of slices, which are not contiguous."""
+    return suggest_memory_format(x)
