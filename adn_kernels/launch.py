@@ -6,6 +6,7 @@ A *launcher* is the part of an op that runs on a GPU: it allocates outputs and c
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -135,3 +136,35 @@ def check_flags(flags: torch.Tensor | None, name: str, samples: int, device: tor
 def memory_format(x: torch.Tensor) -> torch.memory_format:
     """The layout of a 4-D tensor, as torch reads it off the strides: also of slices, which are not contiguous."""
     return suggest_memory_format(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a 4-D tensor (N, C, H, W) lies in memory, for kernels that know two layouts.
+
+    `channels_last`: N*H*W rows of C adjacent channels, `stride` apart (more than C in a slice of channels).
+    Otherwise: N samples of C*H*W adjacent elements, `stride` apart.
+    """
+
+    channels_last: bool
+    stride: int
+
+
+def layout_of(x: torch.Tensor, name: str = "x") -> Layout:
+    """Raises ValueError, saying what to do, for a tensor that is neither NHWC nor NCHW (a slice of channels is)."""
+    if x.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; pass (N, C, H, W), or a view of it with H = W = 1")
+    n, c, h, w = x.shape
+    sn, sc, sh, sw = x.stride()
+    # The stride of an axis of one element says nothing. Which layout, where both fit, is torch's to say.
+    prefer_last = memory_format(x) == torch.channels_last
+    row = sw if w != 1 else sh if h != 1 else sn if n != 1 else c
+    last = ((c == 1 or sc == 1) and (h == 1 or w == 1 or sh == w * sw)
+            and (n == 1 or (w == 1 and h == 1) or sn == h * w * row))
+    first = (w == 1 or sw == 1) and (h == 1 or sh == w) and (c == 1 or sc == h * w)
+    if last and (prefer_last or not first):
+        return Layout(True, row)
+    if first:
+        return Layout(False, sn if n != 1 else c * h * w)
+    raise ValueError(f"{name} of shape {tuple(x.shape)} has strides {x.stride()}, which are neither those of NCHW nor "
+                     f"of NHWC: pass {name}.contiguous() or .contiguous(memory_format=torch.channels_last)")
