@@ -22,6 +22,8 @@ GOLDEN = Path(os.environ.get("ADN_GOLDEN", Path(__file__).parents[2] / "shared" 
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # also for the processes that tests start
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
