@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,7 +64,8 @@ def check_epilogue(
         if tuple(vector.shape) != want:
             raise ValueError(f"{name} has shape {tuple(vector.shape)}; pass {want}"
                              + (" (one bank, as no `bank` is given)" if bank is None else " (both banks)"))
-        if vector.dtype not in (torch.float32, torch.float64) or not vector.is_contiguous():
+        # Of x's dtype: a bias as cuDNN takes it, see `conv.fold`.
+        if vector.dtype not in (torch.float32, x.dtype) or not vector.is_contiguous():
             raise ValueError(f"{name} is {vector.dtype} with strides {vector.stride()}; pass contiguous float32")
         if vector.device != x.device:
             raise ValueError(f"{name} is on {vector.device}, x on {x.device}; pass both on one device")
@@ -116,6 +118,16 @@ def epilogue_reference(
     return act_reference(z, activation)
 
 
+def conv_reference(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    bank: Tensor | None, activation: str, stride: int, padding: int = 0, groups: int = 1,
+) -> Tensor:
+    """`act(conv2d(x, weight, ...) * scale + shift + residual)`, computed and returned in float32 (float64 stays)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = F.conv2d(x.to(wide), weight.to(wide), None, stride, padding, 1, groups)
+    return epilogue_reference(z, scale, shift, bank, residual, activation)
+
+
 def write_active(out: Tensor, y: Tensor, active: Tensor | None) -> None:
     """Reference of the bypass: out[i] = y[i] where active, NaN and all; elsewhere out keeps its bits."""
     if active is None:
@@ -140,6 +152,16 @@ def epilogue(
     BANK: tl.constexpr,  # none, scalar, per sample
 ):
     """`epilogue_reference` on the tile of a convolution; stores it."""
+    y = epilogue_value(acc, scale, shift, bank, residual_at, n, channel, C, channel_mask, mask, ACTIVATION, BANK)
+    tl.store(out_at, y.to(out_at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def epilogue_value(
+    acc, scale, shift, bank, residual_at, n, channel, C, channel_mask, mask, ACTIVATION: tl.constexpr,
+    BANK: tl.constexpr,
+):
+    """What `epilogue` stores, float32: for kernels of several tiles, which have to load for all before they store."""
     if BANK == 2:
         # Rows of a tile nearly always share their bank. If so one pair of vectors is read, not a [BM, BN] gather.
         b = (tl.load(bank + n) != 0).to(tl.int32)
@@ -155,16 +177,19 @@ def epilogue(
         z = _affine(acc, scale, shift, channel, channel_mask)
     if residual_at is not None:
         z += tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_at, act(z, ACTIVATION).to(out_at.dtype.element_ty), mask=mask)
+    return act(z, ACTIVATION)
 
 
 @triton.jit
 def _affine(acc, scale, shift, at, channel_mask):
     z = acc
-    if scale is not None:
-        z = z * tl.load(scale + at, mask=channel_mask, other=0.0)[None, :]
-    if shift is not None:
-        z = z + tl.load(shift + at, mask=channel_mask, other=0.0)[None, :]
+    if scale is not None and shift is not None:
+        s = tl.load(scale + at, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+        z = tl.fma(z, s, tl.load(shift + at, mask=channel_mask, other=0.0).to(tl.float32)[None, :])
+    elif scale is not None:
+        z = z * tl.load(scale + at, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    elif shift is not None:
+        z = z + tl.load(shift + at, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
     return z
 
 
@@ -182,9 +207,34 @@ def conv_act_backward(
     Returns:
         The five gradients, each with dtype and layout of what it is the gradient of; an empty tensor where not wanted.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    conv = torch.nn.functional.conv2d(x, weight.to(x.dtype), None, stride, padding, 1, groups)
-    z = conv.to(wide)
+    conv = F.conv2d(x, weight.to(x.dtype), None, stride, padding, 1, groups)
+    dconv, dscale, dshift, dresidual = epilogue_backward(dy, conv, scale, shift, residual, bank, activation, needs)
+    dx = dw = None
+    if needs[0] or needs[1]:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dconv.to(x.dtype), x, weight.to(x.dtype), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
+            [needs[0], needs[1], False],
+        )
+    return gradients((x, weight, scale, shift, residual), needs, (dx, dw, dscale, dshift, dresidual))
+
+
+@conv_act_backward.register_fake
+def _(dy, x, weight, scale, shift, residual, bank, activation, stride, padding, groups, needs):
+    return empty_gradients((x, weight, scale, shift, residual), needs)
+
+
+def epilogue_backward(
+    dy: Tensor, conv: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    bank: Tensor | None, activation: str, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Gradients of `epilogue_reference` at `conv`, in at least float32: of conv, scale, shift, residual.
+
+    Args:
+        dy, conv: (N, C, H, W).
+        needs: as for `conv_act_backward`; scale and shift have None where theirs is not wanted.
+    """
+    conv = conv.to(torch.promote_types(conv.dtype, torch.float32))
+    z = conv
     if scale is not None:
         z = z * picked(scale, bank)
     if shift is not None:
@@ -192,28 +242,22 @@ def conv_act_backward(
     if residual is not None:
         z = z + residual
     g = dy.to(z.dtype) * act_grad_reference(z, activation)
-    dx = dw = dscale = dshift = None
-    if needs[2] and scale is not None:
-        dscale = _per_bank((g * conv).sum((2, 3)), bank)
-    if needs[3] and shift is not None:
-        dshift = _per_bank(g.sum((2, 3)), bank)
-    if needs[0] or needs[1]:
-        dconv = (g if scale is None else g * picked(scale, bank)).to(x.dtype)
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            dconv, x, weight.to(x.dtype), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
-            [needs[0], needs[1], False],
-        )
-    given = (x, weight, scale, shift, residual)
-    return [
-        torch.empty_like(t).copy_(grad) if need and t is not None else x.new_empty(0)
-        for t, need, grad in zip(given, needs, (dx, dw, dscale, dshift, g))
-    ]
+    dscale = _per_bank((g * conv).sum((2, 3)), bank) if needs[2] else None
+    dshift = _per_bank(g.sum((2, 3)), bank) if needs[3] else None
+    return g if scale is None else g * picked(scale, bank), dscale, dshift, g
 
 
-@conv_act_backward.register_fake
-def _(dy, x, weight, scale, shift, residual, bank, activation, stride, padding, groups, needs):
-    given = (x, weight, scale, shift, residual)
-    return [torch.empty_like(t) if need and t is not None else x.new_empty(0) for t, need in zip(given, needs)]
+def gradients(
+    given: Sequence[Tensor | None], needs: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """What a backward op returns: each gradient with dtype and layout of its tensor; empty where not wanted."""
+    return [empty.copy_(grad) if need else empty for empty, need, grad in zip(
+        empty_gradients(given, needs), needs, grads)]
+
+
+def empty_gradients(given: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """Memory for `gradients`."""
+    return [torch.empty_like(t) if need else given[0].new_empty(0) for t, need in zip(given, needs)]
 
 
 def _per_bank(per_sample: Tensor, bank: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+# While `adn_kernels.tune` measures: called with (kernel, default, key), returns the configuration to be used.
+override: Callable[[str, dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+
+
 def tuned(kernel: str, device: torch.device, default: dict[str, int], **key: Any) -> dict[str, int]:
     """The configuration measured best for `key` on this architecture, or `default`.
 
@@ -67,6 +71,8 @@ def tuned(kernel: str, device: torch.device, default: dict[str, int], **key: Any
         kernel: its name in the table.
         key: what the choice depends on, shapes and dtype.
     """
+    if override is not None:
+        return override(kernel, default, key)
     table = _table(_architecture(device.index))
     if not table or not all(isinstance(value, int | str) for value in key.values()):
         return default
@@ -131,6 +137,8 @@ def check_flags(flags: torch.Tensor | None, name: str, samples: int, device: tor
         raise ValueError(f"{name} is on {flags.device}, x on {device}; pass both on one device")
     if flags.ndim > 1 or (flags.ndim == 1 and flags.shape[0] not in (1, samples)):
         raise ValueError(f"{name} has shape {tuple(flags.shape)}; pass one value, or one per sample ({samples})")
+    if not flags.is_contiguous():
+        raise ValueError(f"{name} has strides {flags.stride()}; pass {name}.contiguous()")
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -154,17 +162,25 @@ def layout_of(x: torch.Tensor, name: str = "x") -> Layout:
     """Raises ValueError, saying what to do, for a tensor that is neither NHWC nor NCHW (a slice of channels is)."""
     if x.ndim != 4:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; pass (N, C, H, W), or a view of it with H = W = 1")
-    n, c, h, w = x.shape
-    sn, sc, sh, sw = x.stride()
-    # The stride of an axis of one element says nothing. Which layout, where both fit, is torch's to say.
-    prefer_last = memory_format(x) == torch.channels_last
-    row = sw if w != 1 else sh if h != 1 else sn if n != 1 else c
-    last = ((c == 1 or sc == 1) and (h == 1 or w == 1 or sh == w * sw)
-            and (n == 1 or (w == 1 and h == 1) or sn == h * w * row))
-    first = (w == 1 or sw == 1) and (h == 1 or sh == w) and (c == 1 or sc == h * w)
-    if last and (prefer_last or not first):
-        return Layout(True, row)
-    if first:
-        return Layout(False, sn if n != 1 else c * h * w)
+    last, first = stride_in(x, channels_last=True), stride_in(x, channels_last=False)
+    # Which layout, where both fit, is torch's to say.
+    if last is not None and (first is None or memory_format(x) == torch.channels_last):
+        return Layout(True, last)
+    if first is not None:
+        return Layout(False, first)
     raise ValueError(f"{name} of shape {tuple(x.shape)} has strides {x.stride()}, which are neither those of NCHW nor "
                      f"of NHWC: pass {name}.contiguous() or .contiguous(memory_format=torch.channels_last)")
+
+
+def stride_in(x: torch.Tensor, channels_last: bool) -> int | None:
+    """`Layout.stride` of a 4-D tensor read in this layout, or None if it does not lie so."""
+    n, c, h, w = x.shape
+    sn, sc, sh, sw = x.stride()
+    # The stride of an axis of one element says nothing.
+    if not channels_last:
+        fits = (w == 1 or sw == 1) and (h == 1 or sh == w) and (c == 1 or sc == h * w)
+        return (sn if n != 1 else c * h * w) if fits else None
+    row = sw if w != 1 else sh if h != 1 else sn if n != 1 else c
+    fits = ((c == 1 or sc == 1) and (h == 1 or w == 1 or sh == w * sw)
+            and (n == 1 or (w == 1 and h == 1) or sn == h * w * row))
+    return row if fits else None

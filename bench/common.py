@@ -1,10 +1,13 @@
-"""What the benchmarks share: the head of a result file, and where it goes."""
+"""What the benchmarks share: the head of a result file, and where it goes. Importing it lets them run from a plain
+copy of the repository, not installed."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,42 +15,78 @@ from pathlib import Path
 
 import timm
 import torch
+import triton
 
-import adn
-from adn.profile import device_name
-
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(ROOT))
 
 
 def header(device: torch.device | str = "cpu") -> dict[str, str]:
     """Device, versions, commit, date and the command: without them a number is worth nothing."""
-    root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"],
-                            capture_output=True, text=True, check=False).stdout.strip()
+    import adn
+    from adn.profile import device_name
+
     return {
         # Folders of one machine mean nothing on another.
-        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)),
+        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)),
                              *(Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv[1:])]),
         "device": device_name(torch.device(device)),
+        "driver": _driver() if torch.device(device).type == "cuda" else "none",
         "threads": str(torch.get_num_threads()),
-        "adn": f"{adn.__version__} ({commit or 'no commit'})",
+        "adn": f"{adn.__version__} ({_commit() or 'no commit'})",
         "torch": torch.__version__,
+        "triton": triton.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, object]], head: Mapping[str, str]) -> None:
-    """A tidy CSV file, one row per measurement, the head before it in lines that begin with `#`."""
+def _commit() -> str:
+    """Of the checkout; where there is only a copy of it, what `ADN_COMMIT` says."""
+    if shutil.which("git") is None:
+        return os.environ.get("ADN_COMMIT", "")
+    described = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"],
+                               capture_output=True, text=True, check=False).stdout.strip()
+    return described or os.environ.get("ADN_COMMIT", "")
+
+
+def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return lines[0] if lines else "unknown"
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]], head: Mapping[str, str],
+               fields: Sequence[str] | None = None) -> None:
+    """A tidy CSV file, one row per measurement, the head before it in lines that begin with `#`.
+
+    Args:
+        fields: names of the columns; by default those of the first row.
+    """
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in head.items())
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.DictWriter(file, fields or rows[0].keys(), lineterminator="\n").writeheader()
+    append_rows(path, rows)
     print(f"written: {path}")
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """To a file of `write_rows`."""
+    with path.open("a", newline="", encoding="utf-8") as file:
+        for row in rows:
+            csv.DictWriter(file, row.keys(), lineterminator="\n").writerow(row)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """What `write_rows` wrote, as text."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
 def columns(rows: Sequence[Sequence[object]]) -> str:

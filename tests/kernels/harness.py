@@ -29,6 +29,23 @@ DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, 
 GUARD = 64  # elements before and after every buffer
 
 
+def _loop_to_arguments() -> None:
+    """Lets `range` take a kernel's argument with Triton 3.6 and NumPy 2.4, where an array of one is no index."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_also(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)  # `scope` undoes both
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_also
+
+
+if INTERPRETED:
+    _loop_to_arguments()
+
+
 class Guards(TorchDispatchMode):
     """While active, whatever is allocated empty is full of NaN and lies between guard bands of NaN.
 

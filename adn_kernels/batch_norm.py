@@ -1,0 +1,1248 @@
+"""Batch norm with the statistics of the batch, residual and activation in one op, forward and backward.
+
+    y = act((x - mean) * (weight / sqrt(var + eps)) + bias + residual)
+
+A tensor (N, C, H, W) is read where it lies, as rows of adjacent `columns`: in NHWC a row is a pixel with C columns, in
+NCHW a sample with C*H*W. `inner` columns in a row have one channel: 1 in NHWC, H*W in NCHW. The batch consists of
+`groups` contiguous equal parts, each with statistics of its own; all counts of rows are those of one group.
+
+Statistics are float32, found in two stages in a fixed order without atomics: the GPU is filled with programs that each
+take the moments of some rows (Welford's recurrence in every lane; Chan, Golub and LeVeque 1983 to combine), then few
+programs combine those, look up the bank and write `stats`, all that the apply kernel needs. Passes over the tensor: 3
+forward (4 with a residual), 5 backward (7). The backward recomputes z, what the activation is applied to, so that
+besides x only the residual is saved, and no activation needs to be invertible. If the rows are few and their number is
+known, one kernel, each program owning some channels, does it all in 2 (3) and 3 (5) passes.
+
+All of it is bound by HBM bandwidth, for small tensors by the latency of the launches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from .activation import act, act_grad, act_grad_reference, act_reference, check_activation
+from .launch import SPLITS, cdiv, launch, layout_of, on_gpu, stride_in, tuned
+
+# Rows (values per channel) that one program holds in registers.
+FEW = 512
+
+
+# Kernels. Sizes and strides called "per VEC" are passed divided by the constexpr VEC: the product is then known to be
+# divisible by it, which 16-byte accesses need; Triton by itself only notices divisibility by 16.
+#
+# stats: float32 (5, groups, C), what is known of every channel once its rows have been read:
+#   0 mean, 1 rstd = 1 / sqrt(var + eps), 2 scale = rstd * weight, 3 bias, 4 count of values.
+# The mean stays apart: x * scale + (bias - mean * scale) would cancel where the mean is large.
+
+
+@triton.jit
+def _combine(mean, m2, count):
+    """Mean, sum of squared differences from it and count of the union of P sets, each [P, C] (count also [P, 1])."""
+    n = tl.sum(count, 0)
+    share = count / tl.maximum(n, 1.0)[None, :]
+    centre = tl.sum(mean * share, 0)
+    # Once more from the first result: a mean far from 0 loses no digits.
+    centre += tl.sum((mean - centre[None, :]) * share, 0)
+    d = mean - centre[None, :]
+    return centre, tl.sum(m2 + count * d * d, 0), n + tl.zeros_like(centre)
+
+
+@triton.jit
+def _store_moments(moments, part, g, groups, c, C, mask, mean, m2, count):
+    at = moments + (part * groups + g) * 3 * C + c
+    tl.store(at, mean, mask=mask)
+    tl.store(at + C, m2, mask=mask)
+    tl.store(at + 2 * C, count, mask=mask)
+
+
+@triton.jit
+def _moments_kernel(
+    x,  # NHWC
+    moments,  # float32 (parts, groups, 3, C): mean, sum of squared differences, count
+    rows,
+    groups,
+    C,  # per VEC
+    stride,  # of a row; per VEC
+    rows_per_part,  # a multiple of BM
+    VEC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    part, g = tl.program_id(0), tl.program_id(2)
+    C = C * VEC
+    stride = stride * VEC
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = (c < C)[None, :]
+    lane = tl.arange(0, BM)
+    first = part.to(tl.int64) * rows_per_part
+    length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
+    start = x + (g.to(tl.int64) * rows + first) * stride
+    tile = lane.to(tl.int64)[:, None] * stride + c[None, :]
+    step = tl.full([], BM, tl.int64) * stride
+    mean = tl.zeros([BM, BC], tl.float32)
+    m2 = tl.zeros([BM, BC], tl.float32)
+    full = length // BM
+    for i in tl.range(0, full, num_stages=STAGES):
+        v = tl.load(start + i * step + tile, mask=mask, other=0.0).to(tl.float32)
+        d = v - mean
+        mean += d * (1.0 / (i + 1))
+        m2 += d * (v - mean)
+    # What is left, less than BM rows: only the lanes that have one go on.
+    count = (full + (lane < length - full * BM)).to(tl.float32)[:, None]
+    mask &= (lane < length - full * BM)[:, None]
+    v = tl.load(start + full * step + tile, mask=mask, other=0.0).to(tl.float32)
+    d = tl.where(mask, v - mean, 0.0)
+    mean += d / tl.maximum(count, 1.0)
+    m2 += tl.where(mask, d * (v - mean), 0.0)
+    mean, m2, count = _combine(mean, m2, count)
+    _store_moments(moments, part, g, groups, c, C, c < C, mean, m2, count)
+
+
+@triton.jit
+def _moments_planes_kernel(
+    x,  # NCHW
+    moments,  # as above, parts = sample parts * plane parts
+    rows,
+    groups,
+    C,
+    inner,  # per VEC
+    stride,  # of a sample; per VEC
+    plane_parts,
+    rows_per_part,  # a multiple of BM
+    blocks_per_part,  # of BI columns
+    VEC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    part, c, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    inner = inner * VEC
+    stride = stride * VEC
+    lane, i = tl.arange(0, BM), tl.arange(0, BI)
+    first = (part // plane_parts).to(tl.int64) * rows_per_part
+    length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
+    block = (part % plane_parts) * blocks_per_part
+    blocks = tl.maximum(tl.minimum(tl.cdiv(inner, BI) - block, blocks_per_part), 0)
+    start = x + (g.to(tl.int64) * rows + first) * stride + c.to(tl.int64) * inner
+    steps = tl.cdiv(length, BM)  # over the samples, for each block of the plane
+    # How often each row of lanes has a sample. Only the last block of a plane may be partial, and is the last here, so
+    # until then the counts of the lanes of a row are equal: no count per lane, no division per element.
+    hits = tl.maximum((length - lane + BM - 1) // BM, 0)[:, None]
+    mean = tl.zeros([BM, BI], tl.float32)
+    m2 = tl.zeros([BM, BI], tl.float32)
+    for step in tl.range(0, steps * blocks, num_stages=STAGES):
+        b, r = step // steps, step % steps
+        at = (block + b) * BI + i
+        mask = (lane < length - r * BM)[:, None] & (at < inner)[None, :]
+        row = (r * BM + lane).to(tl.int64)[:, None] * stride
+        v = tl.load(start + row + at[None, :], mask=mask, other=0.0).to(tl.float32)
+        d = tl.where(mask, v - mean, 0.0)
+        mean += d * (1.0 / (b * hits + r + 1))
+        m2 += tl.where(mask, d * (v - mean), 0.0)
+    partial = ((block + blocks - 1) * BI + i < inner)[None, :] & (blocks > 0)
+    count = (hits * (tl.maximum(blocks - 1, 0) + partial)).to(tl.float32)
+    mean, m2, count = _combine(
+        tl.reshape(mean, [BM * BI, 1]), tl.reshape(m2, [BM * BI, 1]), tl.reshape(count, [BM * BI, 1]))
+    c += tl.arange(0, 1)
+    _store_moments(moments, part, g, groups, c, C, c < C, mean, m2, count)
+
+
+@triton.jit
+def _load_moments(moments, parts, g, groups, c, C, mask, BP: tl.constexpr):
+    p = tl.arange(0, BP)
+    at = moments + (p * groups + g)[:, None] * 3 * C + c[None, :]
+    mask = (p < parts)[:, None] & mask[None, :]
+    mean = tl.load(at, mask=mask, other=0.0)
+    m2 = tl.load(at + C, mask=mask, other=0.0)
+    return _combine(mean, m2, tl.load(at + 2 * C, mask=mask, other=0.0))
+
+
+@triton.jit
+def _combine_kernel(
+    moments,  # float32 (parts, groups, 3, C)
+    combined,  # float32 (groups, 3, C)
+    parts, groups, C,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(1)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mean, m2, count = _load_moments(moments, parts, g, groups, c, C, c < C, BP)
+    _store_moments(combined, 0, g, groups, c, C, c < C, mean, m2, count)
+
+
+@triton.jit
+def _of_bank(first, second, is_second, c, mask):
+    value = tl.load(first + c, mask=mask, other=0.0).to(tl.float32)
+    if second is not None:
+        value = tl.where(is_second, tl.load(second + c, mask=mask, other=0.0).to(tl.float32), value)
+    return value
+
+
+@triton.jit
+def _store_stats(
+    stats, weight, bias, weight2, bias2, is_second, mean, m2, count, eps, g, groups, c, C, mask
+):  # fmt: skip
+    """Writes the stats of a group; returns scale and bias."""
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(m2 / tl.maximum(count, 1.0) + eps))
+    scale = rstd
+    shift = tl.zeros_like(rstd)
+    if weight is not None:
+        scale = rstd * _of_bank(weight, weight2, is_second, c, mask)
+    if bias is not None:
+        shift = _of_bank(bias, bias2, is_second, c, mask)
+    at = stats + g * C + c
+    tl.store(at, mean, mask=mask)
+    tl.store(at + groups * C, rstd, mask=mask)
+    tl.store(at + 2 * groups * C, scale, mask=mask)
+    tl.store(at + 3 * groups * C, shift, mask=mask)
+    tl.store(at + 4 * groups * C, count, mask=mask)
+    return scale, shift
+
+
+@triton.jit
+def _moved(running, batch, momentum, moves):
+    return tl.where(moves, (1.0 - momentum) * running + momentum * batch, running)
+
+
+@triton.jit
+def _finalize_kernel(
+    moments,  # float32 (parts, groups, 3, C)
+    stats,  # float32 (5, groups, C)
+    weight, bias, running_mean, running_var,  # (C,) of any floating type, or None: the live bank, or the first
+    weight2, bias2, running_mean2, running_var2,  # the second, if there is `bank`
+    new_mean, new_var,  # (C,), with `bank` (2, C)
+    bank,  # int32 (groups,): 0 the first, else the second; or None
+    parts, groups, C, momentum, eps,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = c < C
+    if running_mean is not None:
+        mean1 = tl.load(running_mean + c, mask=mask, other=0.0).to(tl.float32)
+        var1 = tl.load(running_var + c, mask=mask, other=0.0).to(tl.float32)
+    if running_mean2 is not None:
+        mean2 = tl.load(running_mean2 + c, mask=mask, other=0.0).to(tl.float32)
+        var2 = tl.load(running_var2 + c, mask=mask, other=0.0).to(tl.float32)
+    for g in range(groups):
+        is_second = g < 0
+        if bank is not None:
+            is_second = tl.load(bank + g) != 0
+        mean, m2, count = _load_moments(moments, parts, g, groups, c, C, mask, BP)
+        _store_stats(stats, weight, bias, weight2, bias2, is_second, mean, m2, count, eps, g, groups, c, C, mask)
+        # An empty batch moves nothing.
+        if running_mean is not None:
+            var = m2 / (count - 1.0)
+            mean1 = _moved(mean1, mean, momentum, (count > 0) & (is_second == 0))
+            var1 = _moved(var1, var, momentum, (count > 0) & (is_second == 0))
+            if running_mean2 is not None:
+                mean2 = _moved(mean2, mean, momentum, (count > 0) & is_second)
+                var2 = _moved(var2, var, momentum, (count > 0) & is_second)
+    if running_mean is not None:
+        tl.store(new_mean + c, mean1.to(new_mean.dtype.element_ty), mask=mask)
+        tl.store(new_var + c, var1.to(new_var.dtype.element_ty), mask=mask)
+    if running_mean2 is not None:
+        tl.store(new_mean + C + c, mean2.to(new_mean.dtype.element_ty), mask=mask)
+        tl.store(new_var + C + c, var2.to(new_var.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _per_column(vector, start, columns, inner, C, BN: tl.constexpr, PLANES: tl.constexpr):
+    """Of a vector (C,) the value of each column from `start` (int64) on: [1, BN]."""
+    lane = tl.arange(0, BN)
+    channel = start // inner
+    offset = (start - channel * inner).to(tl.int32)
+    if PLANES:
+        low, high = tl.load(vector + channel), tl.load(vector + tl.minimum(channel + 1, C - 1))
+        return tl.where(offset + lane < inner, low, high)[None, :]
+    # No 64-bit division per column.
+    return tl.load(vector + channel + (offset + lane) // inner, mask=lane < columns - start, other=0.0)[None, :]
+
+
+@triton.jit
+def _apply_kernel(
+    x, residual,  # residual may be None
+    y,
+    stats,
+    rows, groups, C, inner,
+    columns,  # C * inner; per VEC
+    x_stride, residual_stride, y_stride,  # of a row; per VEC
+    rows_per_program,  # a multiple of BM
+    VEC: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PLANES: tl.constexpr,  # inner is at least BN, so a block of columns has one or two channels
+):  # fmt: skip
+    p, g = tl.program_id(0), tl.program_id(1)
+    columns = columns * VEC
+    blocks = tl.cdiv(columns, BN)
+    column = (p % blocks).to(tl.int64) * BN
+    mean = _per_column(stats + g * C, column, columns, inner, C, BN, PLANES)
+    scale = _per_column(stats + (2 * groups + g) * C, column, columns, inner, C, BN, PLANES)
+    bias = _per_column(stats + (3 * groups + g) * C, column, columns, inner, C, BN, PLANES)
+    first = (p // blocks).to(tl.int64) * rows_per_program
+    lane = tl.arange(0, BN)[None, :]
+    for i in range(0, rows_per_program, BM):
+        r = first + i + tl.arange(0, BM)[:, None]
+        mask = (r < rows) & (lane < columns - column)
+        r += g.to(tl.int64) * rows
+        v = tl.load(x + column + r * (x_stride * VEC) + lane, mask=mask, other=0.0).to(tl.float32)
+        z = tl.fma(v - mean, scale, bias)
+        if residual is not None:
+            z += tl.load(residual + column + r * (residual_stride * VEC) + lane, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + column + r * (y_stride * VEC) + lane, act(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _few_kernel(
+    x, residual,  # residual may be None
+    y, stats,
+    weight, bias, running_mean, running_var,  # as in _finalize_kernel
+    weight2, bias2, running_mean2, running_var2,
+    new_mean, new_var,
+    bank,
+    rows, groups, inner,
+    C,  # per VEC
+    x_stride, residual_stride, y_stride,  # of a row; per VEC
+    momentum, eps,
+    VEC: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,  # at least rows * inner
+    BC: tl.constexpr,
+):  # fmt: skip
+    """The whole forward: a program owns BC channels and holds all their values of a group."""
+    C = C * VEC
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c_mask = c < C
+    value = tl.arange(0, BM)
+    mask = (value < rows * inner)[:, None] & c_mask[None, :]
+    row = (value // inner).to(tl.int64)[:, None]
+    column = (value % inner)[:, None] + c[None, :] * inner
+    count = tl.full([BC], rows * inner, tl.int32).to(tl.float32)
+    if running_mean is not None:
+        mean1 = tl.load(running_mean + c, mask=c_mask, other=0.0).to(tl.float32)
+        var1 = tl.load(running_var + c, mask=c_mask, other=0.0).to(tl.float32)
+    if running_mean2 is not None:
+        mean2 = tl.load(running_mean2 + c, mask=c_mask, other=0.0).to(tl.float32)
+        var2 = tl.load(running_var2 + c, mask=c_mask, other=0.0).to(tl.float32)
+    for g in range(groups):
+        is_second = g < 0
+        if bank is not None:
+            is_second = tl.load(bank + g) != 0
+        r = row + g * rows
+        v = tl.load(x + r * (x_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(v, 0) / count
+        mean += tl.sum(tl.where(mask, v - mean[None, :], 0.0), 0) / count
+        d = tl.where(mask, v - mean[None, :], 0.0)
+        m2 = tl.sum(d * d, 0)
+        scale, shift = _store_stats(
+            stats, weight, bias, weight2, bias2, is_second, mean, m2, count, eps, g, groups, c, C, c_mask)
+        if running_mean is not None:
+            var = m2 / (count - 1.0)
+            mean1 = _moved(mean1, mean, momentum, is_second == 0)
+            var1 = _moved(var1, var, momentum, is_second == 0)
+            if running_mean2 is not None:
+                mean2 = _moved(mean2, mean, momentum, is_second)
+                var2 = _moved(var2, var, momentum, is_second)
+        z = tl.fma(v - mean[None, :], scale[None, :], shift[None, :])
+        if residual is not None:
+            z += tl.load(residual + r * (residual_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + r * (y_stride * VEC) + column, act(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+    if running_mean is not None:
+        tl.store(new_mean + c, mean1.to(new_mean.dtype.element_ty), mask=c_mask)
+        tl.store(new_var + c, var1.to(new_var.dtype.element_ty), mask=c_mask)
+    if running_mean2 is not None:
+        tl.store(new_mean + C + c, mean2.to(new_mean.dtype.element_ty), mask=c_mask)
+        tl.store(new_var + C + c, var2.to(new_var.dtype.element_ty), mask=c_mask)
+
+
+# Backward. With dz = dy * act'(z), the gradient before the activation (and that of the residual), in each group:
+#   dbias = sum dz,  dweight = rstd * sum dz (x - mean),  dx = scale * (dz - a - k (x - mean)),
+#   a = sum dz / count,  k = rstd^2 * sum dz (x - mean) / count.
+# a + k (x - mean) is the least-squares line of dz over x: `line`, float32 (2, groups, C), holds a and k.
+# Where there is a residual, dz is rounded to the type of y and written, and the sums are those of the rounded values.
+
+
+@triton.jit
+def _backward_reduce_kernel(
+    dy, x, residual,  # NHWC; residual may be None
+    dz,  # written if there is a residual
+    stats,
+    sums,  # float32 (parts, groups, 2, C): of dz, of dz (x - mean)
+    rows,
+    groups,
+    C,  # per VEC
+    dy_stride, x_stride, residual_stride, dz_stride,  # of a row; per VEC
+    rows_per_part,  # a multiple of BM
+    VEC: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    part, g = tl.program_id(0), tl.program_id(2)
+    C = C * VEC
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = c < C
+    at = stats + g * C + c
+    mean = tl.load(at, mask=mask, other=0.0)[None, :]
+    scale = tl.load(at + 2 * groups * C, mask=mask, other=0.0)[None, :]
+    bias = tl.load(at + 3 * groups * C, mask=mask, other=0.0)[None, :]
+    first = part.to(tl.int64) * rows_per_part
+    length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
+    first += g.to(tl.int64) * rows
+    sum_dz = tl.zeros([BM, BC], tl.float32)
+    sum_dzx = tl.zeros([BM, BC], tl.float32)
+    for i in tl.range(0, tl.cdiv(length, BM), num_stages=STAGES):
+        lane = i * BM + tl.arange(0, BM)[:, None]
+        here = (lane < length) & mask[None, :]
+        r = first + lane
+        d = tl.load(x + r * (x_stride * VEC) + c[None, :], mask=here, other=0.0).to(tl.float32) - mean
+        grad = tl.load(dy + r * (dy_stride * VEC) + c[None, :], mask=here, other=0.0).to(tl.float32)
+        z = tl.fma(d, scale, bias)
+        if residual is not None:
+            z += tl.load(residual + r * (residual_stride * VEC) + c[None, :], mask=here, other=0.0).to(tl.float32)
+        grad *= act_grad(z, ACTIVATION)
+        if residual is not None:
+            rounded = grad.to(dz.dtype.element_ty)
+            tl.store(dz + r * (dz_stride * VEC) + c[None, :], rounded, mask=here)
+            grad = rounded.to(tl.float32)
+        sum_dz += grad
+        sum_dzx = tl.fma(grad, d, sum_dzx)
+    at = sums + (part * groups + g) * 2 * C + c
+    tl.store(at, tl.sum(sum_dz, 0), mask=mask)
+    tl.store(at + C, tl.sum(sum_dzx, 0), mask=mask)
+
+
+@triton.jit
+def _backward_reduce_planes_kernel(
+    dy, x, residual,  # NCHW; residual may be None
+    dz,
+    stats,
+    sums,
+    rows,
+    groups,
+    C,
+    inner,  # per VEC
+    dy_stride, x_stride, residual_stride, dz_stride,  # of a sample; per VEC
+    plane_parts,
+    rows_per_part,  # a multiple of BM
+    blocks_per_part,  # of BI columns
+    VEC: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    part, c, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    inner = inner * VEC
+    at = stats + g * C + c
+    mean = tl.load(at)
+    scale = tl.load(at + 2 * groups * C)
+    bias = tl.load(at + 3 * groups * C)
+    first = (part // plane_parts).to(tl.int64) * rows_per_part
+    length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
+    first += g.to(tl.int64) * rows
+    block = (part % plane_parts) * blocks_per_part
+    blocks = tl.maximum(tl.minimum(tl.cdiv(inner, BI) - block, blocks_per_part), 0)
+    plane = c.to(tl.int64) * inner
+    steps = tl.cdiv(length, BM)
+    sum_dz = tl.zeros([BM, BI], tl.float32)
+    sum_dzx = tl.zeros([BM, BI], tl.float32)
+    for step in tl.range(0, steps * blocks, num_stages=STAGES):
+        lane = step % steps * BM + tl.arange(0, BM)[:, None]
+        column = (block + step // steps) * BI + tl.arange(0, BI)[None, :]
+        here = (lane < length) & (column < inner)
+        r = first + lane
+        d = tl.load(x + plane + r * (x_stride * VEC) + column, mask=here, other=0.0).to(tl.float32) - mean
+        grad = tl.load(dy + plane + r * (dy_stride * VEC) + column, mask=here, other=0.0).to(tl.float32)
+        z = tl.fma(d, scale, bias)
+        if residual is not None:
+            z += tl.load(residual + plane + r * (residual_stride * VEC) + column, mask=here, other=0.0).to(tl.float32)
+        grad *= act_grad(z, ACTIVATION)
+        if residual is not None:
+            rounded = grad.to(dz.dtype.element_ty)
+            tl.store(dz + plane + r * (dz_stride * VEC) + column, rounded, mask=here)
+            grad = rounded.to(tl.float32)
+        sum_dz += grad
+        sum_dzx = tl.fma(grad, d, sum_dzx)
+    at = sums + (part * groups + g) * 2 * C + c
+    tl.store(at, tl.sum(tl.sum(sum_dz, 1), 0))
+    tl.store(at + C, tl.sum(tl.sum(sum_dzx, 1), 0))
+
+
+@triton.jit
+def _line(stats, sum_dz, sum_dzx, g, groups, c, C, mask):
+    """a, k and the group's part of dweight."""
+    rstd = tl.load(stats + (groups + g) * C + c, mask=mask, other=0.0)
+    count = tl.maximum(tl.load(stats + (4 * groups + g) * C + c, mask=mask, other=1.0), 1.0)
+    return sum_dz / count, sum_dzx / count * rstd * rstd, sum_dzx * rstd
+
+
+@triton.jit
+def _store_parameter_gradient(grad, first, second, bank, c, C, mask):
+    if grad is not None:
+        tl.store(grad + c, first.to(grad.dtype.element_ty), mask=mask)
+        if bank is not None:
+            tl.store(grad + C + c, second.to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_finalize_kernel(
+    sums,  # float32 (parts, groups, 2, C)
+    stats,
+    line,
+    dweight, dbias,  # (C,), with `bank` (2, C); either may be None
+    bank,
+    parts, groups, C,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = c < C
+    p = tl.arange(0, BP)
+    part_mask = (p < parts)[:, None] & mask[None, :]
+    dweight1 = tl.zeros([BC], tl.float32)
+    dweight2 = tl.zeros([BC], tl.float32)
+    dbias1 = tl.zeros([BC], tl.float32)
+    dbias2 = tl.zeros([BC], tl.float32)
+    for g in range(groups):
+        is_second = g < 0
+        if bank is not None:
+            is_second = tl.load(bank + g) != 0
+        at = sums + (p * groups + g)[:, None] * 2 * C + c[None, :]
+        sum_dz = tl.sum(tl.load(at, mask=part_mask, other=0.0), 0)
+        sum_dzx = tl.sum(tl.load(at + C, mask=part_mask, other=0.0), 0)
+        a, k, of_weight = _line(stats, sum_dz, sum_dzx, g, groups, c, C, mask)
+        tl.store(line + g * C + c, a, mask=mask)
+        tl.store(line + (groups + g) * C + c, k, mask=mask)
+        dweight1 += tl.where(is_second, 0.0, of_weight)
+        dweight2 += tl.where(is_second, of_weight, 0.0)
+        dbias1 += tl.where(is_second, 0.0, sum_dz)
+        dbias2 += tl.where(is_second, sum_dz, 0.0)
+    _store_parameter_gradient(dweight, dweight1, dweight2, bank, c, C, mask)
+    _store_parameter_gradient(dbias, dbias1, dbias2, bank, c, C, mask)
+
+
+@triton.jit
+def _backward_apply_kernel(
+    dy,  # or dz, with ACTIVATION "identity"
+    x,
+    dx,
+    stats,
+    line,
+    rows, groups, C, inner,
+    columns,  # C * inner; per VEC
+    dy_stride, x_stride, dx_stride,  # of a row; per VEC
+    rows_per_program,  # a multiple of BM
+    VEC: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PLANES: tl.constexpr,  # inner is at least BN, so a block of columns has one or two channels
+):  # fmt: skip
+    p, g = tl.program_id(0), tl.program_id(1)
+    columns = columns * VEC
+    blocks = tl.cdiv(columns, BN)
+    column = (p % blocks).to(tl.int64) * BN
+    mean = _per_column(stats + g * C, column, columns, inner, C, BN, PLANES)
+    scale = _per_column(stats + (2 * groups + g) * C, column, columns, inner, C, BN, PLANES)
+    if ACTIVATION != "identity":
+        bias = _per_column(stats + (3 * groups + g) * C, column, columns, inner, C, BN, PLANES)
+    a = _per_column(line + g * C, column, columns, inner, C, BN, PLANES)
+    k = _per_column(line + (groups + g) * C, column, columns, inner, C, BN, PLANES)
+    first = (p // blocks).to(tl.int64) * rows_per_program
+    lane = tl.arange(0, BN)[None, :]
+    for i in range(0, rows_per_program, BM):
+        r = first + i + tl.arange(0, BM)[:, None]
+        mask = (r < rows) & (lane < columns - column)
+        r += g.to(tl.int64) * rows
+        d = tl.load(x + column + r * (x_stride * VEC) + lane, mask=mask, other=0.0).to(tl.float32) - mean
+        dz = tl.load(dy + column + r * (dy_stride * VEC) + lane, mask=mask, other=0.0).to(tl.float32)
+        if ACTIVATION != "identity":
+            dz *= act_grad(tl.fma(d, scale, bias), ACTIVATION)
+        grad = scale * (dz - tl.fma(d, k, a))
+        tl.store(dx + column + r * (dx_stride * VEC) + lane, grad.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_few_kernel(
+    dy, x, residual,  # residual may be None
+    dx,
+    dz,  # written if there is a residual
+    stats, dweight, dbias, bank,
+    rows, groups, inner,
+    C,  # per VEC
+    dy_stride, x_stride, residual_stride, dx_stride, dz_stride,  # of a row; per VEC
+    VEC: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,  # at least rows * inner
+    BC: tl.constexpr,
+):  # fmt: skip
+    """The whole backward: a program owns BC channels and holds all their values of a group."""
+    C = C * VEC
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    c_mask = c < C
+    value = tl.arange(0, BM)
+    mask = (value < rows * inner)[:, None] & c_mask[None, :]
+    row = (value // inner).to(tl.int64)[:, None]
+    column = (value % inner)[:, None] + c[None, :] * inner
+    dweight1 = tl.zeros([BC], tl.float32)
+    dweight2 = tl.zeros([BC], tl.float32)
+    dbias1 = tl.zeros([BC], tl.float32)
+    dbias2 = tl.zeros([BC], tl.float32)
+    for g in range(groups):
+        is_second = g < 0
+        if bank is not None:
+            is_second = tl.load(bank + g) != 0
+        r = row + g * rows
+        at = stats + g * C + c
+        scale = tl.load(at + 2 * groups * C, mask=c_mask, other=0.0)[None, :]
+        bias = tl.load(at + 3 * groups * C, mask=c_mask, other=0.0)[None, :]
+        d = tl.load(x + r * (x_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
+        d -= tl.load(at, mask=c_mask, other=0.0)[None, :]
+        grad = tl.load(dy + r * (dy_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
+        z = tl.fma(d, scale, bias)
+        if residual is not None:
+            z += tl.load(residual + r * (residual_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
+        grad *= act_grad(z, ACTIVATION)
+        if residual is not None:
+            rounded = grad.to(dz.dtype.element_ty)
+            tl.store(dz + r * (dz_stride * VEC) + column, rounded, mask=mask)
+            grad = rounded.to(tl.float32)
+        sum_dz = tl.sum(grad, 0)
+        a, k, of_weight = _line(stats, sum_dz, tl.sum(grad * d, 0), g, groups, c, C, c_mask)
+        grad = scale * (grad - tl.fma(d, k[None, :], a[None, :]))
+        tl.store(dx + r * (dx_stride * VEC) + column, grad.to(dx.dtype.element_ty), mask=mask)
+        dweight1 += tl.where(is_second, 0.0, of_weight)
+        dweight2 += tl.where(is_second, of_weight, 0.0)
+        dbias1 += tl.where(is_second, 0.0, sum_dz)
+        dbias2 += tl.where(is_second, sum_dz, 0.0)
+    _store_parameter_gradient(dweight, dweight1, dweight2, bank, c, C, c_mask)
+    _store_parameter_gradient(dbias, dbias1, dbias2, bank, c, C, c_mask)
+
+
+# Launchers.
+
+
+class _Rows:
+    """How kernels see x: rows of columns (see the top of the file), their number that of one group."""
+
+    def __init__(self, x: Tensor, groups: int) -> None:
+        n, self.channels, h, w = x.shape
+        self.channels_last = layout_of(x).channels_last
+        # Images of one pixel are NHWC, whatever their strides are called.
+        self.inner = 1 if self.channels_last else h * w
+        self.rows = n // groups * (h * w if self.channels_last else 1)
+        self.key = {"rows": self.rows, "channels": self.channels, "inner": self.inner,
+                    "dtype": str(x.dtype).removeprefix("torch.")}
+
+    @property
+    def columns(self) -> int:
+        return self.channels * self.inner
+
+    def strides(self, *tensors: Tensor | None) -> list[int]:
+        """From row to row; all tensors have the shape and layout of x."""
+        return [0 if t is None else stride_in(t, self.channels_last) for t in tensors]
+
+    def few(self) -> bool:
+        values = self.rows * self.inner
+        return isinstance(values, int) and 0 < values <= FEW
+
+
+def _vector(*sizes: int) -> int:
+    """The power of two up to 8 that divides all sizes: 16 bytes of a 2-byte type. 1 if one is symbolic."""
+    return math.gcd(8, *sizes) if all(isinstance(size, int) for size in sizes) else 1
+
+
+def _power_of_2(n: int, most: int) -> int:
+    """The next power of 2 of n, but no more than `most`; `most` if n is symbolic."""
+    return min(triton.next_power_of_2(n), most) if isinstance(n, int) else most
+
+
+def _at_most(n: int, most: int) -> int:
+    """The smaller of both, at least 1; n if `most` is symbolic."""
+    return max(1, min(n, most)) if isinstance(most, int) else n
+
+
+def _split(
+    name: str, elements: int, x: Tensor, rows: _Rows, groups: int
+) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, int]]:
+    """How a reduction over rows is split: its grid (parts first), arguments that say so, configuration.
+
+    Args:
+        elements: in the tile of a program, unless a table has something better.
+    """
+    if rows.inner == 1:
+        width = _power_of_2(rows.channels, 64)
+        default = {"BM": elements // width, "BC": width, "STAGES": 3, "num_warps": 8}
+        config = tuned(name, x.device, default, **rows.key)
+        blocks = cdiv(rows.channels, config["BC"])
+        parts = _at_most(max(1, SPLITS // (blocks * groups)), cdiv(rows.rows, config["BM"]))
+        return (parts, blocks, groups), (cdiv(cdiv(rows.rows, parts), config["BM"]) * config["BM"],), config
+    height = _power_of_2(rows.rows, elements // _power_of_2(rows.inner, 512))
+    default = {"BM": height, "BI": _power_of_2(rows.inner, elements // height), "STAGES": 3, "num_warps": 8}
+    config = tuned(name, x.device, default, **rows.key)
+    parts = max(1, SPLITS // (rows.channels * groups))
+    row_parts = _at_most(parts, cdiv(rows.rows, config["BM"]))
+    blocks = cdiv(rows.inner, config["BI"])
+    plane_parts = _at_most(parts // row_parts, blocks)
+    rows_per_part = cdiv(cdiv(rows.rows, row_parts), config["BM"]) * config["BM"]
+    arguments = (plane_parts, rows_per_part, cdiv(blocks, plane_parts))
+    return (row_parts * plane_parts, rows.channels, groups), arguments, config
+
+
+def _walk(name: str, x: Tensor, rows: _Rows, groups: int) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """How an apply kernel is split: grid, rows per program, configuration."""
+    height = _power_of_2(rows.rows, 2048 // _power_of_2(rows.columns, 64 if rows.inner == 1 else 512))
+    width = _power_of_2(rows.columns, 64 if rows.inner == 1 else 2048 // height)
+    # 128 rows make the vectors of the channels cheap; but first there have to be programs for the whole GPU.
+    walk = 128
+    if isinstance(rows.rows * rows.columns, int):
+        walk = min(walk, triton.next_power_of_2(rows.rows * cdiv(rows.columns, width) * groups // 1024))
+        walk = max(height, min(walk, triton.next_power_of_2(rows.rows)))
+    default = {"BM": height, "BN": width, "rows": walk, "num_warps": 4}
+    config = dict(tuned(name, x.device, default, **rows.key))
+    walk = config.pop("rows")
+    config["PLANES"] = isinstance(rows.inner, int) and rows.inner >= config["BN"]
+    return (cdiv(rows.columns, config["BN"]) * cdiv(rows.rows, walk), groups), walk, config
+
+
+def _few_config(rows: _Rows) -> dict[str, int]:
+    """The grid is one of channels. In NHWC blocks of 16, which is at least 32 bytes of each row."""
+    height = triton.next_power_of_2(rows.rows * rows.inner)
+    width = _power_of_2(rows.channels, 16 if rows.inner == 1 else max(1, 1024 // height))
+    return {"BM": height, "BC": width, "num_warps": 4 if height * width <= 2048 else 8}
+
+
+def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    last = layout_of(x).channels_last
+    return torch.empty(x.shape, dtype=dtype, device=x.device,
+                       memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
+def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
+    # Autograd may hand over an expanded gradient, of a sum for instance, or one in another layout: it is copied.
+    if stride_in(dy, layout_of(x).channels_last) is None:
+        return _dense_like(x, dy.dtype).copy_(dy)
+    return dy
+
+
+def _per_bank(like: Tensor | None, bank: Tensor | None, x: Tensor) -> Tensor:
+    """Memory for what there is once for each bank: (C,) or (2, C); nothing if `like` is None."""
+    if like is None:
+        return x.new_empty(0)
+    return like.new_empty(like.shape if bank is None else (2, like.shape[0]))
+
+
+class Parameters(NamedTuple):
+    """Of the live bank, each (C,) or None; with `bank` those of the second one too."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight2: Tensor | None = None
+    bias2: Tensor | None = None
+    running_mean2: Tensor | None = None
+    running_var2: Tensor | None = None
+
+
+def _launch_parts(x: Tensor, groups: int) -> Tensor:
+    """Moments of each part of the rows, (parts, groups, 3, C)."""
+    rows = _Rows(x, groups)
+    grid, split, config = _split("batch_norm_moments", 4096, x, rows, groups)
+    moments = torch.empty(grid[0], groups, 3, rows.channels, device=x.device)
+    (stride,) = rows.strides(x)
+    if rows.inner == 1:
+        kernel, vec = _moments_kernel, _vector(rows.channels, stride)
+        sizes = (rows.channels // vec,)
+    else:
+        kernel, vec = _moments_planes_kernel, _vector(rows.inner, stride)
+        sizes = (rows.channels, rows.inner // vec)
+    launch(kernel, grid, x, moments, rows.rows, groups, *sizes, stride // vec, *split, VEC=vec, **config)
+    return moments
+
+
+def launch_batch_norm_moments(x: Tensor, groups: int) -> Tensor:
+    """Mean, sum of squared differences from it and count: float32 (groups, 3, C)."""
+    parts = _launch_parts(x, groups)
+    combined = torch.empty_like(parts[0])
+    c = x.shape[1]
+    launch(_combine_kernel, (cdiv(c, 8), groups), parts, combined, parts.shape[0], groups, c,
+           BP=triton.next_power_of_2(parts.shape[0]), BC=8, num_warps=4)
+    return combined
+
+
+def launch_batch_norm_finish(
+    x: Tensor, residual: Tensor | None, moments: Tensor, parameters: Parameters, bank: Tensor | None, groups: int,
+    activation: str, momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, stats and new running values from moments (parts, groups, 3, C), whosever rows those are of."""
+    c, parts = x.shape[1], moments.shape[0]
+    stats = torch.empty(5, groups, c, device=x.device)
+    running = [_per_bank(r, bank, x) for r in parameters[2:4]]
+    launch(_finalize_kernel, (cdiv(c, 8),), moments, stats, *parameters, *running, bank, parts, groups, c, momentum,
+           eps, BP=triton.next_power_of_2(parts), BC=8, num_warps=4)
+    y = _dense_like(x, _result_dtype(x, residual))
+    if x.numel() != 0:
+        rows = _Rows(x, groups)
+        grid, walk, config = _walk("batch_norm_apply", x, rows, groups)
+        strides = rows.strides(x, residual, y)
+        vec = _vector(rows.columns, *strides)
+        launch(_apply_kernel, grid, x, residual, y, stats, rows.rows, groups, c, rows.inner, rows.columns // vec,
+               *(s // vec for s in strides), walk, VEC=vec, ACTIVATION=activation, **config)
+    return y, stats, *running
+
+
+def launch_batch_norm(
+    x: Tensor, residual: Tensor | None, parameters: Parameters, bank: Tensor | None, groups: int, activation: str,
+    momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the op."""
+    rows = _Rows(x, groups)
+    if not rows.few():
+        moments = _launch_parts(x, groups)
+        return launch_batch_norm_finish(x, residual, moments, parameters, bank, groups, activation, momentum, eps)
+    c = rows.channels
+    y, stats = _dense_like(x, _result_dtype(x, residual)), torch.empty(5, groups, c, device=x.device)
+    running = [_per_bank(r, bank, x) for r in parameters[2:4]]
+    strides = rows.strides(x, residual, y)
+    vec = _vector(c, *strides)
+    config = _few_config(rows)
+    launch(_few_kernel, (cdiv(c, config["BC"]),), x, residual, y, stats, *parameters, *running, bank, rows.rows, groups,
+           rows.inner, c // vec, *(s // vec for s in strides), momentum, eps, VEC=vec, ACTIVATION=activation, **config)
+    return y, stats, *running
+
+
+def launch_batch_norm_backward_reduce(
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
+    bank: Tensor | None, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dz (nothing without a residual), line (2, groups, C), dweight and dbias."""
+    groups, c = stats.shape[1:]
+    rows = _Rows(x, groups)
+    dz = None if residual is None else _dense_like(x, _result_dtype(x, residual))
+    grid, split, config = _split("batch_norm_backward_reduce", 2048, x, rows, groups)
+    sums = torch.empty(grid[0], groups, 2, c, device=x.device)
+    strides = rows.strides(dy, x, residual, dz)
+    if rows.inner == 1:
+        kernel, vec = _backward_reduce_kernel, _vector(c, *strides)
+        sizes = (c // vec,)
+    else:
+        kernel, vec = _backward_reduce_planes_kernel, _vector(rows.inner, *strides)
+        sizes = (c, rows.inner // vec)
+    launch(kernel, grid, dy, x, residual, dz, stats, sums, rows.rows, groups, *sizes, *(s // vec for s in strides),
+           *split, VEC=vec, ACTIVATION=activation, **config)
+    line = torch.empty_like(stats[:2])
+    dweight, dbias = _per_bank(weight, bank, x), _per_bank(bias, bank, x)
+    launch(_backward_finalize_kernel, (cdiv(c, 8),), sums, stats, line, None if weight is None else dweight,
+           None if bias is None else dbias, bank, grid[0], groups, c, BP=triton.next_power_of_2(grid[0]), BC=8,
+           num_warps=4)
+    return x.new_empty(0) if dz is None else dz, line, dweight, dbias
+
+
+def launch_batch_norm_backward_apply(dy: Tensor, x: Tensor, stats: Tensor, line: Tensor, activation: str) -> Tensor:
+    """dx from dy; from dz if `activation` is "identity"."""
+    groups, c = stats.shape[1:]
+    dx = _dense_like(x, x.dtype)
+    if x.numel() != 0:
+        rows = _Rows(x, groups)
+        grid, walk, config = _walk("batch_norm_backward_apply", x, rows, groups)
+        strides = rows.strides(dy, x, dx)
+        vec = _vector(rows.columns, *strides)
+        launch(_backward_apply_kernel, grid, dy, x, dx, stats, line, rows.rows, groups, c, rows.inner,
+               rows.columns // vec, *(s // vec for s in strides), walk, VEC=vec, ACTIVATION=activation, **config)
+    return dx
+
+
+def launch_batch_norm_backward(
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
+    bank: Tensor | None, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dz, dweight, dbias; dy in the layout of x."""
+    groups, c = stats.shape[1:]
+    rows = _Rows(x, groups)
+    if not rows.few():
+        dz, line, dweight, dbias = launch_batch_norm_backward_reduce(
+            dy, x, residual, stats, weight, bias, bank, activation)
+        given = (dy, activation) if residual is None else (dz, "identity")
+        return launch_batch_norm_backward_apply(given[0], x, stats, line, given[1]), dz, dweight, dbias
+    dx = _dense_like(x, x.dtype)
+    dz = None if residual is None else _dense_like(x, _result_dtype(x, residual))
+    dweight, dbias = _per_bank(weight, bank, x), _per_bank(bias, bank, x)
+    strides = rows.strides(dy, x, residual, dx, dz)
+    vec = _vector(c, *strides)
+    config = _few_config(rows)
+    launch(_backward_few_kernel, (cdiv(c, config["BC"]),), dy, x, residual, dx, dz, stats,
+           None if weight is None else dweight, None if bias is None else dbias, bank, rows.rows, groups, rows.inner,
+           c // vec, *(s // vec for s in strides), VEC=vec, ACTIVATION=activation, **config)
+    return dx, x.new_empty(0) if dz is None else dz, dweight, dbias
+
+
+# Plain PyTorch, at least in float32. What kernels see as rows is split here into (groups, samples, C, H, W).
+
+
+def _grouped(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    n, c, h, w = x.shape
+    return x.to(dtype).reshape(groups, n // groups, c, h, w)
+
+
+def _per_channel(vectors: Tensor) -> Tensor:
+    """(..., groups, C) as it broadcasts against `_grouped`."""
+    return vectors[..., None, :, None, None]
+
+
+def _live(first: Tensor, second: Tensor | None, bank: Tensor | None, groups: int) -> Tensor:
+    """The vector of each group: (groups, C)."""
+    if bank is None:
+        return first.expand(groups, -1)
+    return torch.where((bank != 0)[:, None], second, first)
+
+
+def batch_norm_moments_reference(x: Tensor, groups: int) -> Tensor:
+    xs = _grouped(x, groups, torch.promote_types(x.dtype, torch.float32))
+    count = xs.shape[1] * xs.shape[3] * xs.shape[4]
+    mean = xs.sum((1, 3, 4)) / torch.sym_max(count, 1)
+    m2 = (xs - _per_channel(mean)).square().sum((1, 3, 4))
+    return torch.stack([mean, m2, torch.full_like(mean, count)], 1)
+
+
+def batch_norm_finish_reference(
+    x: Tensor, residual: Tensor | None, moments: Tensor, parameters: Parameters, bank: Tensor | None, groups: int,
+    activation: str, momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight, bias, running_mean, running_var, weight2, bias2, running_mean2, running_var2 = parameters
+    means, m2s, counts = moments.unbind(2)
+    count = counts.sum(0)
+    mean = (means * counts).sum(0) / count.clamp(min=1)
+    m2 = (m2s + counts * (means - mean).square()).sum(0)
+    rstd = (m2 / count.clamp(min=1) + eps).rsqrt()
+    scale = rstd if weight is None else rstd * _live(weight, weight2, bank, groups)
+    shift = torch.zeros_like(rstd) if bias is None else _live(bias, bias2, bank, groups)
+    stats = torch.stack([v.to(moments.dtype) for v in (mean, rstd, scale, shift, count)])
+
+    centred = _grouped(x, groups, moments.dtype) - _per_channel(mean)
+    z = (centred * _per_channel(stats[2]) + _per_channel(stats[3])).reshape(x.shape)
+    y = _dense_like(x, _result_dtype(x, residual))
+    y.copy_(act_reference(z if residual is None else z + residual, activation))
+
+    def moved(first: Tensor | None, second: Tensor | None, batch: Tensor) -> Tensor:
+        if first is None:
+            return x.new_empty(0)
+        value = first if bank is None else torch.stack([first, second])
+        result = value.to(moments.dtype)
+        for g in range(groups):
+            moves = count[g] > 0
+            if bank is not None:
+                moves = moves & ((bank[g] != 0) == torch.arange(2, device=x.device)[:, None].bool())
+            result = torch.where(moves, (1 - momentum) * result + momentum * batch[g], result)
+        return result.to(value.dtype, copy=True)
+
+    return y, stats, moved(running_mean, running_mean2, mean), moved(running_var, running_var2, m2 / (count - 1))
+
+
+def batch_norm_reference(
+    x: Tensor, residual: Tensor | None, parameters: Parameters, bank: Tensor | None, groups: int, activation: str,
+    momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    moments = batch_norm_moments_reference(x, groups)[None]
+    return batch_norm_finish_reference(x, residual, moments, parameters, bank, groups, activation, momentum, eps)
+
+
+def batch_norm_backward_reduce_reference(
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
+    bank: Tensor | None, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = stats.shape[1]
+    mean, rstd, scale, shift, count = stats.unbind(0)
+    centred = _grouped(x, groups, stats.dtype) - _per_channel(mean)
+    z = (centred * _per_channel(scale) + _per_channel(shift)).reshape(x.shape)
+    dz = dy * act_grad_reference(z if residual is None else z + residual, activation)
+    written = x.new_empty(0)
+    if residual is not None:
+        dz = written = _dense_like(x, _result_dtype(x, residual)).copy_(dz)
+    dzs = _grouped(dz, groups, stats.dtype)
+    sum_dz, sum_dzx = dzs.sum((1, 3, 4)), (dzs * centred).sum((1, 3, 4))
+    line = torch.stack([sum_dz, sum_dzx * rstd * rstd]) / count.clamp(min=1)
+
+    def of_bank(like: Tensor | None, per_group: Tensor) -> Tensor:
+        if like is None:
+            return x.new_empty(0)
+        if bank is None:
+            return per_group.sum(0).to(like.dtype)
+        # Chosen, not multiplied by 0: a NaN in the group of one bank stays out of the other's gradient.
+        second = (bank != 0)[:, None]
+        return torch.stack([torch.where(second, 0, per_group), torch.where(second, per_group, 0)]).sum(1).to(like.dtype)
+
+    return written, line, of_bank(weight, sum_dzx * rstd), of_bank(bias, sum_dz)
+
+
+def batch_norm_backward_apply_reference(dy: Tensor, x: Tensor, stats: Tensor, line: Tensor, activation: str) -> Tensor:
+    groups = stats.shape[1]
+    mean, _, scale, shift, _ = _per_channel(stats).unbind(0)
+    a, k = _per_channel(line).unbind(0)
+    centred = _grouped(x, groups, stats.dtype) - mean
+    dz = _grouped(dy, groups, stats.dtype) * act_grad_reference(centred * scale + shift, activation)
+    return _dense_like(x, x.dtype).copy_((scale * (dz - a - k * centred)).reshape(x.shape))
+
+
+def batch_norm_backward_reference(
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
+    bank: Tensor | None, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dz, line, dweight, dbias = batch_norm_backward_reduce_reference(
+        dy, x, residual, stats, weight, bias, bank, activation)
+    given = (dy, activation) if residual is None else (dz, "identity")
+    return batch_norm_backward_apply_reference(given[0], x, stats, line, given[1]), dz, dweight, dbias
+
+
+# Operators.
+
+
+@triton_op("adn::batch_norm", mutates_args=())
+def batch_norm_op(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, running_mean2: Tensor | None,
+    running_var2: Tensor | None, bank: Tensor | None, groups: int, activation: str, momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, stats (see the kernels), new running mean and variance: (C,), with `bank` (2, C), empty if there are none."""
+    parameters = Parameters(
+        weight, bias, running_mean, running_var, weight2, bias2, running_mean2, running_var2)
+    if not on_gpu(x):
+        return batch_norm_reference(x, residual, parameters, bank, groups, activation, momentum, eps)
+    return launch_batch_norm(x, residual, parameters, bank, groups, activation, momentum, eps)
+
+
+@triton_op("adn::batch_norm_backward", mutates_args=())
+def batch_norm_backward_op(
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
+    bank: Tensor | None, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dz (empty without a residual), dweight and dbias as the new running values; dy in the layout of x."""
+    if not on_gpu(x):
+        return batch_norm_backward_reference(dy, x, residual, stats, weight, bias, bank, activation)
+    return launch_batch_norm_backward(dy, x, residual, stats, weight, bias, bank, activation)
+
+
+# The same in pieces, between which processes exchange moments (groups, 3, C) and lines (2, groups, C).
+
+
+@triton_op("adn::batch_norm_moments", mutates_args=())
+def batch_norm_moments_op(x: Tensor, groups: int) -> Tensor:
+    if not on_gpu(x):
+        return batch_norm_moments_reference(x, groups)
+    return launch_batch_norm_moments(x, groups)
+
+
+@triton_op("adn::batch_norm_finish", mutates_args=())
+def batch_norm_finish_op(
+    x: Tensor, residual: Tensor | None, moments: Tensor, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, weight2: Tensor | None, bias2: Tensor | None,
+    running_mean2: Tensor | None, running_var2: Tensor | None, bank: Tensor | None, groups: int, activation: str,
+    momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parameters = Parameters(
+        weight, bias, running_mean, running_var, weight2, bias2, running_mean2, running_var2)
+    if not on_gpu(x):
+        return batch_norm_finish_reference(
+            x, residual, moments, parameters, bank, groups, activation, momentum, eps)
+    return launch_batch_norm_finish(x, residual, moments, parameters, bank, groups, activation, momentum, eps)
+
+
+@triton_op("adn::batch_norm_backward_reduce", mutates_args=())
+def batch_norm_backward_reduce_op(
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
+    bank: Tensor | None, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not on_gpu(x):
+        return batch_norm_backward_reduce_reference(dy, x, residual, stats, weight, bias, bank, activation)
+    return launch_batch_norm_backward_reduce(dy, x, residual, stats, weight, bias, bank, activation)
+
+
+@triton_op("adn::batch_norm_backward_apply", mutates_args=())
+def batch_norm_backward_apply_op(dy: Tensor, x: Tensor, stats: Tensor, line: Tensor, activation: str) -> Tensor:
+    if not on_gpu(x):
+        return batch_norm_backward_apply_reference(dy, x, stats, line, activation)
+    return launch_batch_norm_backward_apply(dy, x, stats, line, activation)
+
+
+def _save(
+    ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, bank: Tensor | None,
+    activation: str, outputs: tuple[Tensor, ...],
+) -> None:
+    _, stats, new_mean, new_var = outputs
+    ctx.save_for_backward(x, residual, stats, weight, bias, bank)
+    ctx.activation = activation
+    # Otherwise running values would require grad from the first step on, and the second step would fail.
+    ctx.mark_non_differentiable(stats, new_mean, new_var)
+
+
+def _gradients(
+    dx: Tensor, dz: Tensor, dweight: Tensor, dbias: Tensor, residual: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, bank: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """For x, residual and the eight parameters."""
+
+    def of_banks(given: Tensor | None, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if given is None:
+            return None, None
+        return (grad, None) if bank is None else (grad[0], grad[1])
+
+    weights, biases = of_banks(weight, dweight), of_banks(bias, dbias)
+    return (dx, None if residual is None else dz.to(residual.dtype),
+            weights[0], biases[0], None, None, weights[1], biases[1], None, None)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, *_, bank, _, activation, _, _ = inputs
+    _save(ctx, x, residual, weight, bias, bank, activation, output)
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, residual, stats, weight, bias, bank = ctx.saved_tensors
+    grads = torch.ops.adn.batch_norm_backward(
+        _in_layout_of(x, dy), x, residual, stats, weight, bias, bank, ctx.activation)
+    return *_gradients(*grads, residual, weight, bias, bank), *[None] * 5
+
+
+batch_norm_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _AcrossProcesses(torch.autograd.Function):
+    """The op with statistics of the batches of all processes, which may be of any sizes.
+
+    As in `nn.SyncBatchNorm`, gradients of weight and bias are those of the local batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, process_group: dist.ProcessGroup, x: Tensor, residual: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        *parameters, bank, groups, activation, momentum, eps = rest
+        moments = torch.ops.adn.batch_norm_moments(x, groups)
+        gathered = moments.new_empty(dist.get_world_size(process_group) * groups, *moments.shape[1:])
+        dist.all_gather_into_tensor(gathered, moments, group=process_group)
+        outputs = torch.ops.adn.batch_norm_finish(
+            x, residual, gathered.unflatten(0, (-1, groups)), *parameters, bank, groups, activation, momentum, eps)
+        _save(ctx, x, residual, *parameters[:2], bank, activation, outputs)
+        ctx.process_group = process_group
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, residual, stats, weight, bias, bank = ctx.saved_tensors
+        dy, activation = _in_layout_of(x, dy), ctx.activation
+        dz, line, dweight, dbias = torch.ops.adn.batch_norm_backward_reduce(
+            dy, x, residual, stats, weight, bias, bank, activation)
+        # Each process divided its sums by the count of all: what is left to do is to add.
+        dist.all_reduce(line, group=ctx.process_group)
+        if residual is not None:
+            dy, activation = dz, "identity"
+        dx = torch.ops.adn.batch_norm_backward_apply(dy, x, stats, line, activation)
+        return None, *_gradients(dx, dz, dweight, dbias, residual, weight, bias, bank), *[None] * 5
+
+
+# What others call.
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _banks(name: str, value: Tensor | Sequence[Tensor | None] | None, bank: Tensor | None) -> tuple:
+    """First and second bank of a parameter, the second None if only the live one is given."""
+    if value is None:
+        return None, None
+    if bank is None:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; pass the live bank's tensor, or `bank` as well")
+        return value, None
+    if isinstance(value, Tensor) or len(value) != 2 or (value[0] is None) != (value[1] is None):
+        raise ValueError(f"`bank` is given: pass {name} as a pair (first, second), or None")
+    return tuple(value)
+
+
+def _check(
+    x: Tensor, residual: Tensor | None, parameters: Parameters, bank: Tensor | None, groups: int, activation: str
+) -> None:
+    check_activation(activation)
+    layout = layout_of(x)
+    n, c = x.shape[:2]
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; pass a floating type")
+    if groups < 1 or n % groups != 0:
+        raise ValueError(f"a batch of {n} cannot be split into {groups} equal groups")
+    if bank is not None and (bank.dtype != torch.int32 or tuple(bank.shape) != (groups,)):
+        raise ValueError(f"bank is {bank.dtype} of shape {tuple(bank.shape)}; pass int32, one value for each of the "
+                         f"{groups} groups")
+    for name, value in (*parameters._asdict().items(), ("bank", bank), ("residual", residual)):
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, x on {x.device}; pass both on one device")
+    for name, value in parameters._asdict().items():
+        if value is not None and (tuple(value.shape) != (c,) or not value.is_floating_point()):
+            raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; pass {c} floating values")
+        if value is not None and not value.is_contiguous():
+            raise ValueError(f"{name} has strides {value.stride()}; pass it contiguous")
+    if (parameters.running_mean is None) != (parameters.running_var is None):
+        raise ValueError("pass running_mean and running_var, or neither")
+    for first, second in zip(parameters[:4], parameters[4:]):
+        if second is not None and first.dtype != second.dtype:
+            raise ValueError(f"the banks have types {first.dtype} and {second.dtype}; pass both in one")
+    if residual is not None:
+        if residual.ndim != 4 or any(a != b for a, b in zip(residual.shape, x.shape)):
+            raise ValueError(f"residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; pass the same")
+        if stride_in(residual, layout.channels_last) is None:
+            name = "torch.channels_last" if layout.channels_last else "torch.contiguous_format"
+            raise ValueError(f"residual has strides {residual.stride()}, x has {x.stride()}: pass it in the layout of "
+                             f"x, residual.contiguous(memory_format={name})")
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | Pair | None,
+    bias: Tensor | Pair | None,
+    running_mean: Tensor | Pair | None,
+    running_var: Tensor | Pair | None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    groups: int = 1,
+    bank: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor | Pair | None, Tensor | Pair | None]:
+    """Batch norm with the statistics of the batch, residual and activation: `y = act(bn(x) + residual)`.
+
+    Forward 3 passes over HBM (x, x, y; 4 with a residual), backward 5 (dy, x, dy, x, dx; 7 with a residual), which
+    bind it; 2 (3) and 3 (5) up to 512 values per channel, where launches do. x is read twice because its statistics
+    must be complete before the first value of y. Same bits in every run.
+
+    Args:
+        x: (N, C, H, W), float32, float16 or bfloat16 (float64 in plain PyTorch); NHWC, NCHW or a slice of channels of
+            either.
+        weight, bias: (C,) of the live norm bank, any floating type, or None.
+        running_mean, running_var: (C,), any floating type, or None; not written.
+        residual: of the shape and layout of x, any floating type; added before the activation.
+        activation: one of `ACTIVATIONS`.
+        momentum: share of the batch in the new running values. As in torch, var in them is the unbiased one.
+        groups: the batch consists of this many contiguous equal parts with statistics of their own. Running values
+            move once for each, in this order: a concatenated batch is what its parts one after the other are.
+        bank: int32 (groups,), read on the device: which bank a group takes, 0 the first, else the second. Then weight,
+            bias, running_mean and running_var are pairs (first, second); both get a gradient, that of the one no group
+            takes is 0.
+        process_group: take statistics over the batches of all its processes, as `nn.SyncBatchNorm`: one all_gather
+            forward, one all_reduce backward. Batches may differ in size; all processes must take part.
+
+    Returns:
+        y in the layout of x, its dtype that of `x + residual`; new running mean and variance, like those passed. An
+        empty batch moves nothing.
+
+    Raises:
+        ValueError: for one value per channel (in a group), and for anything else it cannot take.
+    """
+    pairs = [_banks(name, value, bank) for name, value in (
+        ("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))]
+    parameters = Parameters(*(first for first, _ in pairs), *(second for _, second in pairs))
+    _check(x, residual, parameters, bank, groups, activation)
+    arguments = (x, residual, *parameters, bank, groups, activation, momentum, eps)
+    if process_group is not None and dist.get_world_size(process_group) > 1:
+        y, _, *running = _AcrossProcesses.apply(process_group, *arguments)
+    else:
+        if x.shape[2] * x.shape[3] == 1 and x.shape[0] == groups:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}"
+                             + (f" in {groups} groups" if groups > 1 else ""))
+        y, _, *running = torch.ops.adn.batch_norm(*arguments)
+    if parameters.running_mean is None:
+        return y, None, None
+    return y, *(value if bank is None else (value[0], value[1]) for value in running)

@@ -1,0 +1,336 @@
+"""Depthwise convolution of 3x3, 5x5 or 7x7 that ends with norm, residual and activation."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.library import triton_op
+
+from .epilogue import (
+    PER_SAMPLE,
+    check_epilogue,
+    check_inference,
+    conv_act_backward,
+    conv_reference,
+    empty_output,
+    epilogue_value,
+    flags_kind,
+    write_active,
+)
+from .gemm import check_same_kind
+from .launch import SPLITS, cdiv, launch, memory_format, on_gpu, tuned
+
+KERNEL_SIZES = (3, 5, 7)
+
+
+@triton.jit
+def depthwise_kernel(
+    x,  # (N, C, A_IN, B_IN), strides below; A and B are H and W, or W and H, see `_launch`
+    weight,  # (C, 1, KERNEL, KERNEL)
+    scale, shift,  # float32 (C,), or (2, C) with `bank`; or None
+    residual,  # (N, C, A_OUT, B_OUT) or None; may be `out`
+    out,  # (N, C, A_OUT, B_OUT)
+    bank, active,  # int32 (1,) or (N,), or None
+    bank_n, active_n,  # 1 if they hold one value per sample, else 0
+    C, A_IN, B_IN, A_OUT, B_OUT,  # C in units of ALIGN, and so strides but those of channels
+    x_n, x_c, x_a, x_b,
+    weight_c, weight_a, weight_b,
+    residual_n, residual_c, residual_a, residual_b,
+    out_n, out_c, out_a, out_b,
+    rows,  # KERNEL once more: a number the compiler does not know
+    ACTIVATION: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program computes BLOCK_A x BLOCK_B pixels of one sample x BLOCK_C channels.
+
+    A thread holds BLOCK_B neighbours, so that what it loads serves up to KERNEL of them.
+    """
+    C *= ALIGN
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    blocks_b = tl.cdiv(B_OUT, BLOCK_B)
+    blocks_a = tl.cdiv(A_OUT, BLOCK_A)
+    tile = tl.program_id(0) // blocks_c
+    n = (tile // blocks_b // blocks_a).to(tl.int64)
+    if active is not None:  # noqa: SIM102 (`and` would load from None)
+        if tl.load(active + n * active_n) == 0:
+            return
+
+    channel = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_mask = channel < C
+    a = tile // blocks_b % blocks_a * BLOCK_A + tl.arange(0, BLOCK_A)
+    b = tl.full([BLOCK_A], tile % blocks_b * BLOCK_B, tl.int32)
+    # Int64 also along channels, which are far apart in NCHW.
+    wide_channel = channel.to(tl.int64)[None, :]
+    x_at = x + n * (x_n * ALIGN) + wide_channel * x_c
+    weight_at = weight + channel * weight_c
+    acc = ()
+    for _ in tl.static_range(BLOCK_B):
+        acc += (tl.zeros([BLOCK_A, BLOCK_C], tl.float32),)
+    # Unrolled along B only: with all taps of a 7x7 in a row, as a known number of rows leads to, registers spill.
+    for i in range(rows):
+        a_in = a * STRIDE + (i - PADDING)
+        in_a = (a_in >= 0) & (a_in < A_IN)
+        at_a = a_in.to(tl.int64) * (x_a * ALIGN)
+        taps = ()
+        for j in tl.static_range(KERNEL):
+            tap = tl.load(weight_at + (i * weight_a + j * weight_b), mask=channel_mask, other=0.0)
+            taps += (tap.to(tl.float32)[None, :],)
+        for j in tl.static_range((BLOCK_B - 1) * STRIDE + KERNEL):
+            b_in = b * STRIDE + (j - PADDING)
+            mask = (in_a & (b_in >= 0) & (b_in < B_IN))[:, None] & channel_mask[None, :]
+            at = at_a + b_in.to(tl.int64) * (x_b * ALIGN)
+            pixel = tl.load(x_at + at[:, None], mask=mask, other=0.0).to(tl.float32)
+            summed = ()
+            for p in tl.static_range(BLOCK_B):
+                if j >= p * STRIDE and j < p * STRIDE + KERNEL:
+                    summed += (tl.fma(pixel, taps[j - p * STRIDE], acc[p]),)
+                else:
+                    summed += (acc[p],)
+            acc = summed
+
+    if bank is not None:
+        bank += n * bank_n
+    out_at = out + n * (out_n * ALIGN) + wide_channel * out_c
+    results = ()
+    for p in tl.static_range(BLOCK_B):
+        mask = ((a < A_OUT) & (b + p < B_OUT))[:, None] & channel_mask[None, :]
+        residual_at = residual
+        if residual is not None:
+            at = a.to(tl.int64) * (residual_a * ALIGN) + (b + p).to(tl.int64) * (residual_b * ALIGN)
+            residual_at += n * (residual_n * ALIGN) + wide_channel * residual_c + at[:, None]
+        results += (epilogue_value(acc[p], scale, shift, bank, residual_at, n, channel, C, channel_mask, mask,
+                                   ACTIVATION, 0 if bank is None else 1),)
+    for p in tl.static_range(BLOCK_B):
+        mask = ((a < A_OUT) & (b + p < B_OUT))[:, None] & channel_mask[None, :]
+        at = a.to(tl.int64) * (out_a * ALIGN) + (b + p).to(tl.int64) * (out_b * ALIGN)
+        tl.store(out_at + at[:, None], results[p].to(out.dtype.element_ty), mask=mask)
+
+
+def _config(
+    n: int, channels: int, a: int, b: int, stride: int, itemsize: int, vector: bool, channels_last: bool
+) -> dict[str, int]:
+    """The default tile. Sizes may be symbolic; `vector` is whether channels are read 16 bytes at a time."""
+    # 16 bytes for each of 128 threads; or 4 elements where each needs an address of its own, in registers.
+    elements = 2048 // itemsize if vector else 512
+    if channels_last:
+        block_c = 64 if channels % 64 == 0 or channels > 256 else 32 if channels > 16 else 16
+        if isinstance(a, int) and a <= 8:
+            block_c = min(elements // 8, max(block_c, triton.next_power_of_2(channels)))
+        block_a = elements // block_c
+    else:
+        block_a = min(64, max(8, triton.next_power_of_2(a))) if isinstance(a, int) else 32
+        block_c = elements // block_a
+    # 7 divides the maps of 224 x 224 images. With stride 2 neighbours share less than they cost in registers.
+    block_b = 2 if stride == 2 else 7 if isinstance(b, int) and b % 7 == 0 else 4
+    if all(isinstance(size, int) for size in (n, a, b)):
+        programs = n * cdiv(a, block_a) * cdiv(b, block_b) * cdiv(channels, block_c)
+        # Few, as at batch 1: more, smaller ones to occupy the GPU.
+        block_b = block_b if programs >= SPLITS else 2
+    return {"BLOCK_A": block_a, "BLOCK_B": block_b, "BLOCK_C": block_c, "num_warps": 4}
+
+
+def _launch(
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
+) -> None:
+    n, channels, _, _ = out.shape
+    channels_last = memory_format(x) == torch.channels_last
+    # Lanes lie along the axis of adjacent elements: channels, or W. The neighbours in registers along another.
+    order = (0, 1, 2, 3) if channels_last else (0, 1, 3, 2)
+
+    def axes(tensor: Tensor) -> tuple[list[int], list[int]]:
+        return [tensor.shape[i] for i in order[2:]], [tensor.stride(i) for i in order]
+
+    (a_in, b_in), x_strides = axes(x)
+    (a_out, b_out), out_strides = axes(out)
+    residual_strides = [None] * 4 if residual is None else axes(residual)[1]
+    weight_strides = [weight.stride(0), *axes(weight)[1][2:]]
+
+    # Triton knows by itself what is divisible by 16. Accesses of 16 bytes need no more than 8.
+    given = [s for s in (channels, *x_strides, *out_strides, *residual_strides) if s is not None]
+    vector = channels_last and all(statically_known_true(s % 8 == 0) or statically_known_true(s == 1) for s in given)
+    align = 8 if vector else 1
+
+    def units(strides: list[int | None]) -> list[int | None]:
+        return [s if s is None or i == 1 else s // align for i, s in enumerate(strides)]
+
+    size = weight.shape[-1]
+    config = tuned(
+        "depthwise", x.device, _config(n, channels, a_out, b_out, stride, x.element_size(), vector, channels_last),
+        n=n, channels=channels, a=a_out, b=b_out, size=size, stride=stride, channels_last=int(channels_last),
+        dtype=str(x.dtype),
+    )
+    programs = (n * cdiv(a_out, config["BLOCK_A"]) * cdiv(b_out, config["BLOCK_B"])
+                * cdiv(channels, config["BLOCK_C"]))
+    launch(
+        depthwise_kernel, (programs,), x, weight, scale, shift, residual, out, bank, active,
+        int(flags_kind(bank) == PER_SAMPLE), int(flags_kind(active) == PER_SAMPLE),
+        channels // align, a_in, b_in, a_out, b_out,
+        *units(x_strides), *weight_strides, *units(residual_strides), *units(out_strides), size,
+        ACTIVATION=activation, KERNEL=size, STRIDE=stride, PADDING=padding, ALIGN=align, **config,
+    )
+
+
+def launch_depthwise(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    bank: Tensor | None, activation: str, stride: int, padding: int,
+) -> Tensor:
+    y = empty_output(x, _out_shape(x, weight, stride, padding), residual)
+    if y.numel():
+        _launch(y, x, weight, scale, shift, residual, bank, None, activation, stride, padding)
+    return y
+
+
+def launch_depthwise_(
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
+    bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
+) -> None:
+    if out.numel():
+        residual = out if accumulate else None
+        _launch(out, x, weight, scale, shift, residual, bank, active, activation, stride, padding)
+
+
+def _out_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+    n, channels, h, w = x.shape
+    size = weight.shape[-1]
+    return n, channels, (h + 2 * padding - size) // stride + 1, (w + 2 * padding - size) // stride + 1
+
+
+def _check(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, bank: Tensor | None,
+    residual: Tensor | None, activation: str, stride: int, padding: int, out: Tensor | None = None,
+    active: Tensor | None = None,
+) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; pass (N, C, H, W)")
+    channels, size = x.shape[1], weight.shape[-1]
+    if tuple(weight.shape) != (channels, 1, size, size) or size not in KERNEL_SIZES:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; pass ({channels}, 1, k, k), k one of "
+                         f"{KERNEL_SIZES}, for x of shape {tuple(x.shape)}")
+    check_same_kind(x, weight)
+    if stride not in (1, 2):
+        raise ValueError(f"stride={stride}; pass 1 or 2")
+    shape = _out_shape(x, weight, stride, padding)
+    if padding < 0 or any(isinstance(n, int) and n < 1 for n in shape[2:]):
+        raise ValueError(f"x of shape {tuple(x.shape)} with padding={padding} is smaller than the {size}x{size} kernel")
+    check_epilogue(x, channels, shape, scale, shift, bank, residual, activation, out, active)
+
+
+def depthwise_reference(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    bank: Tensor | None, activation: str, stride: int, padding: int,
+) -> Tensor:
+    """`act(conv2d(x, weight, groups=C) * scale + shift + residual)` in float32; float64 stays."""
+    return conv_reference(x, weight, scale, shift, residual, bank, activation, stride, padding, x.shape[1])
+
+
+@triton_op("adn::depthwise", mutates_args=())
+def _depthwise(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    bank: Tensor | None, activation: str, stride: int, padding: int,
+) -> Tensor:
+    _check(x, weight, scale, shift, bank, residual, activation, stride, padding)
+    if not on_gpu(x):
+        y = depthwise_reference(x, weight, scale, shift, residual, bank, activation, stride, padding)
+        return empty_output(x, y.shape, residual).copy_(y)
+    return launch_depthwise(x, weight, scale, shift, residual, bank, activation, stride, padding)
+
+
+@triton_op("adn::depthwise_", mutates_args=("out",))
+def _depthwise_(
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
+    bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
+) -> None:
+    _check(x, weight, scale, shift, bank, None, activation, stride, padding, out, active)
+    if not on_gpu(x):
+        residual = out if accumulate else None
+        y = depthwise_reference(x, weight, scale, shift, residual, bank, activation, stride, padding)
+        write_active(out, y, active)
+    else:
+        launch_depthwise_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.activation, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dy):
+    x, *_ = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:5]
+    grads = conv_act_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.stride, ctx.padding, x.shape[1], needs)
+    return *(grad if need else None for grad, need in zip(grads, needs)), None, None, None, None
+
+
+_depthwise.register_autograd(_backward, setup_context=_setup_context)
+
+
+def tap_major(weight: Tensor) -> Tensor:
+    """The same (C, 1, k, k) weight with channels adjacent in memory, which NHWC reads 16 bytes at a time.
+
+    A copy, to be made once; any other strides are right as well, and slower.
+    """
+    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *,
+    residual: Tensor | None = None, activation: str = "identity", stride: int = 1, padding: int | None = None,
+    bank: Tensor | None = None,
+) -> Tensor:
+    """`act(conv2d(x, weight, groups=C) * scale + shift + residual)` in one pass.
+
+    Bound by HBM bandwidth: reads x (and residual) and writes y once each; a program of BLOCK_A x BLOCK_B pixels fetches
+    `(BLOCK_A + k - 1) (BLOCK_B + k - 1) / (BLOCK_A BLOCK_B)` times its part of x from L2 (stride 1), and its threads
+    `k (BLOCK_B + k - 1) / BLOCK_B` times from L1: for 16 x 7 pixels 1.4 and 3.9 times at 3x3, 2.6 and 13 at 7x7. Sums
+    are float32.
+
+    Args:
+        x: (N, C, H, W), any strides; NHWC and NCHW are read along their adjacent elements.
+        weight: (C, 1, k, k), k of 3, 5, 7, of x's dtype; fastest as `tap_major` lays it out.
+        scale, shift: float32 (C,), or (2, C) with `bank`, see `fold_norm`.
+        residual: (N, C, OH, OW), any float dtype.
+        stride: 1 or 2. padding: k // 2 unless given.
+        bank: int32, one value or N; picks the row of scale and shift on the device.
+
+    Returns:
+        (N, C, OH, OW) in x's layout, of the dtype of x + residual.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices other than these.
+    """
+    padding = weight.shape[-1] // 2 if padding is None else padding
+    return _depthwise(x, weight, scale, shift, residual, bank, activation, stride, padding)
+
+
+def depthwise_(
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *,
+    accumulate: bool = False, activation: str = "identity", stride: int = 1, padding: int | None = None,
+    bank: Tensor | None = None, active: Tensor | None = None,
+) -> Tensor:
+    """`depthwise` written to `out` (N, C, OH, OW), any strides and float dtype; not differentiable.
+
+    Args:
+        accumulate: add what `out` holds, before the activation.
+        active: int32, one value or N; where 0, out stays as it is and x is not read.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: as `depthwise`, and if out shares memory with x.
+        RuntimeError: if autograd would have to follow.
+    """
+    check_inference("depthwise_", out, x, weight, scale, shift)
+    padding = weight.shape[-1] // 2 if padding is None else padding
+    _depthwise_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding)
+    return out

@@ -1,0 +1,114 @@
+"""What a call of an op costs the host, next to the same expression in aten, on tensors so small that nothing else does.
+
+    python bench/host_cost.py --csv bench/results/host_cost_cpu.csv
+    python bench/host_cost.py --device cuda
+
+A call is checks of its arguments, dispatch (schema, autograd, device) and the op's body. On a GPU the body is the
+launcher; on a CPU it is the reference, so of a CPU's numbers only checks and dispatch say something of a GPU's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Case
+from common import columns, header, write_rows
+from kernels import OPS
+from shapes import Block, Conv, Feature, Layer, LayerNorm, Linear, Logits, Norm
+from timing import make_inputs, set_up
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TINY: tuple[Layer, ...] = (
+    Norm("tiny", "norm", 1, 16, 2, "relu", False), LayerNorm("tiny", "layer norm", 1, 4, 16, False),
+    Conv("tiny", "1x1", 1, 16, 16, 2, 1, activation="relu"), Conv("tiny", "3x3", 1, 16, 16, 2, 3, activation="relu"),
+    Conv("tiny", "depthwise", 1, 16, 16, 2, 3, groups=16, activation="relu"),
+    Linear("tiny", "linear", 1, 4, 16, 16, "gelu"), Block("tiny", "bottleneck", 1, "bottleneck", 16, 16, 16, 2, 1,
+                                                         "identity", "relu"),
+    Logits("tiny", "logits", 1, 1, 16), Feature("tiny", "feature", 1, 16, 2),
+)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the calls of this package's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, dict]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "adn":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], args: argparse.Namespace) -> list[float]:
+    """Of each, the least over rounds of the mean of some calls: whatever makes it more is not its own cost. On CUDA the
+    calls of a round are few enough for the queue of launches."""
+    least = [float("inf")] * len(calls)
+    for _ in range(args.rounds):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            for _ in range(args.calls):
+                call()
+            least[i] = min(least[i], 1e6 * (time.perf_counter() - start) / args.calls)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+    return least
+
+
+def measure(case: Case, recorded: bool, args: argparse.Namespace) -> dict[str, Any]:
+    """One row; `recorded`: by autograd."""
+    inputs = [t if t is None or recorded else t.detach() for t in make_inputs(case, args.device)]
+    ours, eager = case.contenders["ours"], case.contenders.get("eager", lambda *_: None)
+    with torch.set_grad_enabled(recorded):
+        ours(*inputs)
+        with Recorder() as recorder:
+            ours(*inputs)
+        ops = [(OPDEFS[f"{func.namespace}::{func._opname}"], func, a, k) for func, a, k in recorder.calls]
+
+        def bodies() -> None:
+            with torch.no_grad():
+                for op, _, a, k in ops:
+                    op._init_fn(*a, **k)
+
+        whole, dispatched, body, aten = microseconds([
+            lambda: ours(*inputs), lambda: [func(*a, **k) for _, func, a, k in ops], bodies, lambda: eager(*inputs)],
+            args)
+    return {
+        "op": case.op, "layer": case.layer, "direction": "forward, recorded" if recorded else next(iter(case.costs)),
+        "ops": len(ops), "call_us": f"{whole:.1f}", "checks_us": f"{whole - dispatched:.1f}",
+        "dispatch_us": f"{dispatched - body:.1f}", "body_us": f"{body:.1f}",
+        "aten_us": f"{aten:.1f}" if "eager" in case.contenders else "",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--calls", type=int, default=20, help="per round")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    set_up()
+    rows = [measure(case, recorded, args) for op in OPS for layer in TINY
+            for case in importlib.import_module(f"bench_{op}").cases(layer, 1, torch.float32)
+            for recorded in ((False, True) if case.grads else (False,))]
+    x = torch.randn(16, device=args.device)
+    add, = microseconds([lambda: x + x], args)
+    rows.append(dict.fromkeys(rows[0], "") | {"op": "aten.add", "layer": "16 elements", "aten_us": f"{add:.1f}"})
+    print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
+    if args.csv:
+        write_rows(args.csv, rows, header(args.device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Inputs of fused convolutions, and what plain PyTorch makes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from types import ModuleType
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from harness import Guards
+
+from adn_kernels.activation import ACTIVATIONS
+from adn_kernels.gemm import TILES
+
+ACT = {"identity": lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "gelu": F.gelu,
+       "hardswish": F.hardswish}
+assert set(ACT) == set(ACTIVATIONS)
+
+# Every tile an op may use, for tests whose few pixels would always get the smallest.
+CONFIGS = [
+    *({"BM": bm, "BN": bn, "BK": bk, "num_warps": 8, "num_stages": 3}
+      for (bm, bn), bk in zip(TILES, (64, 32, 32, 16, 32))),
+    {"BM": 16, "BN": 16, "BK": 16, "num_warps": 4, "num_stages": 3},
+]
+# `active` of six samples
+MIXTURES = [None, [0], [1], [0, 0, 0, 0, 0, 0], [1, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0], [-1, 0, 7, 0, 1, 1]]
+
+
+@dataclasses.dataclass
+class Conv:
+    """Arguments of a fused convolution; None where left out."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    bank: torch.Tensor | None = None
+    activation: str = "identity"
+    stride: int = 1
+    padding: int = 0
+
+    def placed(self, guards: Guards) -> Conv:
+        """On the device under test, between guard bands."""
+        return self._map(guards.place)
+
+    def double(self) -> Conv:
+        return self._map(lambda t: t.double() if t is not None and t.is_floating_point() else t)
+
+    def _map(self, f) -> Conv:
+        names = ("x", "weight", "scale", "shift", "residual", "bank")
+        return dataclasses.replace(self, **{name: f(getattr(self, name)) for name in names})
+
+    def torch(self) -> torch.Tensor:
+        """What separate layers of PyTorch compute, each rounding to the type of x."""
+        kind = self.x.dtype
+        z = F.conv2d(self.x, self.weight, None, self.stride, self.padding)
+        if self.scale is not None:
+            z = (z * self._picked(self.scale)).to(kind)
+        if self.shift is not None:
+            z = (z + self._picked(self.shift)).to(kind)
+        if self.residual is not None:
+            z = z + self.residual
+        return ACT[self.activation](z)
+
+    def _picked(self, vector: torch.Tensor) -> torch.Tensor:
+        if self.bank is None:
+            return vector[:, None, None]
+        rows = [vector[int(b != 0)] for b in self.bank.reshape(-1)]
+        return torch.stack(rows)[:, :, None, None]
+
+    @property
+    def epilogue(self) -> tuple:
+        return self.scale, self.shift, self.residual, self.bank, self.activation
+
+
+def conv_case(
+    n: int, k: int, h: int, w: int, c: int, size: int, *, dtype: torch.dtype = torch.float32, affine: bool = True,
+    bank: list[int] | int | None = None, residual: bool | torch.dtype = False, seed: int = 0, **kwargs,
+) -> Conv:
+    """Random values, NCHW; `bank` makes scale and shift of both banks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(kind)
+
+    case = Conv(random(n, k, h, w), (random(c, k, size, size) / (k * size * size) ** 0.5).to(dtype), **kwargs)
+    if affine:
+        rows = (c,) if bank is None else (2, c)
+        case.scale, case.shift = random(*rows, kind=torch.float32), random(*rows, kind=torch.float32)
+    if bank is not None:
+        case.bank = torch.tensor(bank, dtype=torch.int32)
+    if residual:
+        oh, ow = ((side + 2 * case.padding - size) // case.stride + 1 for side in (h, w))
+        case.residual = random(n, c, oh, ow, kind=dtype if residual is True else residual)
+    return case
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """For comparisons in which NaN equals itself and -0 differs from 0."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def configured(module: ModuleType, config: dict | None) -> contextlib.AbstractContextManager:
+    """Within, launchers use this configuration instead of their default."""
+    if config is None:
+        return contextlib.nullcontext()
+    return mock.patch.object(module, "gemm_config", return_value=config)

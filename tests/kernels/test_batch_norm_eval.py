@@ -1,0 +1,780 @@
+"""Batch norm with fixed statistics, activation and residual add: kernels, reference, op."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    Guards,
+    assert_accurate,
+    assert_caught,
+    bytes_of,
+    last_programs,
+    layouts,
+    plant,
+    traffic,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_checks import check_compile, check_export, check_fake_gpu
+from torch.testing import assert_close
+
+from adn_kernels.activation import ACTIVATIONS, act_reference
+from adn_kernels.batch_norm_eval import batch_norm_eval, batch_norm_eval_
+
+module = importlib.import_module("adn_kernels.batch_norm_eval")  # the package has a function of that name
+EPS = 1e-3
+LAYOUTS = ("nchw", "nhwc", "slice of nchw", "slice of nhwc")
+BANKS = (None, 0, 1, (0, 1, 1), (1, 0, 7))
+GRADIENTS = ("x", "residual", "weight", "bias", "weight2", "bias2")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="watches the interpreter")
+
+
+def int32(values: int | tuple[int, ...] | None) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.int32)
+
+
+def random(shape: tuple[int, ...], layout: str = "nchw", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return layouts(torch.randn(shape).to(dtype))[LAYOUTS.index(layout)]
+
+
+def parameters(channels: int, dtype: torch.dtype = torch.float32, affine: bool = True) -> list[torch.Tensor | None]:
+    """Weight, bias, mean, var of one bank."""
+    weight, bias = torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
+    return [weight if affine else None, bias if affine else None, torch.randn(channels), torch.rand(channels) + 0.2]
+
+
+def operands(
+    shape: tuple[int, ...], layout: str = "nchw", dtype: torch.dtype = torch.float32,
+    residual: torch.dtype | None = None, bank: int | tuple[int, ...] | None = None, affine: bool = True,
+    affine_dtype: torch.dtype = torch.float32, residual_layout: str | None = None,
+) -> tuple:
+    """The arguments of the op up to `var2`."""
+    return (
+        random(shape, layout, dtype), *parameters(shape[1], affine_dtype, affine),
+        None if residual is None else random(shape, residual_layout or layout, residual), int32(bank),
+        *(parameters(shape[1], affine_dtype, affine) if bank is not None else [None] * 4),
+    )
+
+
+def in_torch(args: tuple, activation: str, double: bool = False) -> torch.Tensor:
+    """The same by `F.batch_norm`, each sample with its bank; in float64, or in the types of the arguments."""
+    x, w, b, m, v, residual, bank, w2, b2, m2, v2 = (
+        t.double() if double and t is not None and t.is_floating_point() else t for t in args)
+    # torch wants parameters of x's type, or float32 ones where x is of half precision.
+    kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+    def norm(x, w, b, m, v):
+        w, b, m, v = (t if t is None else t.to(kind) for t in (w, b, m, v))
+        return F.batch_norm(x, m, v, w, b, False, 0.0, EPS)
+
+    if bank is None:
+        y = norm(x, w, b, m, v)
+    else:
+        banks = bank.reshape(-1).expand(x.shape[0]).tolist()
+        y = torch.cat([norm(x[i:i + 1], w, b, m, v) if which == 0 else norm(x[i:i + 1], w2, b2, m2, v2)
+                       for i, which in enumerate(banks)])
+    return act_reference(y if residual is None else y + residual, activation)
+
+
+def gradients_in_torch(args: tuple, dy: torch.Tensor, activation: str, double: bool = False) -> list:
+    args = tuple(t.detach().double() if double and t is not None and t.is_floating_point() else t for t in args)
+    wanted = [args[i] for i in (0, 5, 1, 2, 7, 8)]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in wanted]
+    args = (leaves[0], *leaves[2:4], *args[3:5], leaves[1], args[6], *leaves[4:], *args[9:])
+    given = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad(in_torch(args, activation), given, dy.double() if double else dy,
+                                     allow_unused=True, materialize_grads=True))
+    return [None if leaf is None else next(found) for leaf in leaves]
+
+
+def check_forward(module: ModuleType, args: tuple, activation: str) -> None:
+    with Guards() as guards:
+        placed = [guards.place(t) for t in args]
+        y = module.launch_batch_norm_eval(*placed, activation, EPS)
+        guards.check()
+    assert_accurate("y", y, in_torch(args, activation), in_torch(args, activation, double=True))
+    if y.is_contiguous() == y.is_contiguous(memory_format=torch.channels_last):
+        return
+    assert y.is_contiguous(memory_format=torch.channels_last) == (args[0].stride(1) == 1)
+
+
+def check_backward(
+    module: ModuleType, args: tuple, activation: str, needs: tuple[bool, ...] | None = None, dy_layout: str = "nchw"
+) -> None:
+    dtype = args[0].dtype if args[5] is None else torch.promote_types(args[0].dtype, args[5].dtype)
+    dy = random(tuple(args[0].shape), dy_layout, dtype)
+    given = [args[i] is not None for i in (0, 5, 1, 2, 7, 8)]
+    needs = [a and b for a, b in zip(given, needs or (True,) * 6)]
+    with Guards() as guards:
+        placed = [guards.place(t) for t in args]
+        found = module.launch_batch_norm_eval_backward(guards.place(dy), *placed, activation, EPS, needs)
+        guards.check()
+    eager = gradients_in_torch(args, dy, activation)
+    exact = gradients_in_torch(args, dy, activation, double=True)
+    for name, need, a, e, x in zip(GRADIENTS, needs, found, eager, exact):
+        if not need:
+            assert a.numel() == 0
+            continue
+        # Parameters' gradients are sums: eager's error there is luck of one order of summation.
+        assert_accurate(f"gradient of {name}", a, e, x, atol=1e-6 if a.ndim == 4 else 5e-6)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(dtype: torch.dtype, residual: bool, activation: str, layout: str) -> None:
+    torch.manual_seed(0)
+    args = operands((3, 21, 5, 7), layout, dtype, residual=dtype if residual else None)
+    check_forward(module, args, activation)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward(dtype: torch.dtype, activation: str, layout: str) -> None:
+    torch.manual_seed(0)
+    check_backward(module, operands((3, 21, 5, 7), layout, dtype, residual=dtype), activation, dy_layout=layout)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("bank", BANKS[1:], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("shape", [(3, 21, 5, 7), (3, 70, 1, 1), (3, 1, 9, 4)], ids=str)
+def test_banks(shape: tuple[int, ...], layout: str, bank: int | tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    args = operands(shape, layout, residual=torch.float32, bank=bank)
+    check_forward(module, args, "silu")
+    check_backward(module, args, "silu", dy_layout=layout)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("bank", [None, 1, (0, 1, 1)], ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("residual",), ("x", "residual"), ("weight", "weight2"), ("bias", "bias2"), ("x", "bias"),
+               ("weight2",)], ids=str)
+def test_only_wanted_gradients(wanted: tuple[str, ...], activation: str, bank: int | tuple[int, ...] | None) -> None:
+    if bank is None and wanted == ("weight2",):
+        wanted = ("x",)
+    torch.manual_seed(0)
+    args = operands((3, 18, 5, 3), "nhwc", residual=torch.float32, bank=bank)
+    check_backward(module, args, activation, tuple(name in wanted for name in GRADIENTS), dy_layout="nhwc")
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("bank", [None, 1], ids=str)
+def test_without_affine_parameters(bank: int | None) -> None:
+    torch.manual_seed(0)
+    args = operands((2, 7, 3, 3), residual=torch.float32, bank=bank, affine=False)
+    check_forward(module, args, "gelu")
+    check_backward(module, args, "gelu")
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_without_one_affine_parameter(which: str) -> None:
+    torch.manual_seed(0)
+    args = list(operands((2, 7, 3, 3)))
+    args[1 if which == "weight" else 2] = None
+    check_forward(module, tuple(args), "relu6")
+    check_backward(module, tuple(args), "relu6")
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("affine", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("residual", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_types(dtype: torch.dtype, residual: torch.dtype, affine: torch.dtype) -> None:
+    torch.manual_seed(0)
+    args = operands((2, 19, 4, 3), "nhwc", dtype, residual=residual, affine_dtype=affine)
+    check_forward(module, args, "relu")
+    check_backward(module, args, "relu")
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("residual_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_may_differ(layout: str, residual_layout: str) -> None:
+    torch.manual_seed(0)
+    args = operands((2, 19, 4, 3), layout, residual=torch.float32, residual_layout=residual_layout)
+    check_forward(module, args, "relu")
+    check_backward(module, args, "relu", dy_layout=residual_layout)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_expanded_gradient(layout: str) -> None:
+    """As a sum has: no stride at all."""
+    torch.manual_seed(0)
+    args = operands((2, 5, 3, 4), layout)
+    placed = [None if t is None else t.to(DEVICE) for t in args]
+    dy = torch.ones((), device=DEVICE).expand(2, 5, 3, 4)
+    found = module.launch_batch_norm_eval_backward(dy, *placed, "silu", EPS, (True, False, True, True, False, False))
+    exact = gradients_in_torch(args, dy.cpu(), "silu", double=True)
+    for i in (0, 2, 3):
+        assert_close(found[i].cpu(), exact[i].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.launcher
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 80), st.integers(1, 12), st.integers(1, 12)),
+    layout=st.sampled_from(LAYOUTS), per_sample=st.booleans(),
+)
+def test_shapes(shape: tuple[int, int, int, int], layout: str, per_sample: bool) -> None:
+    torch.manual_seed(0)
+    bank = tuple(i % 2 for i in range(shape[0])) if per_sample else None
+    args = operands(shape, layout, residual=torch.float32, bank=bank)
+    check_forward(module, args, "hardswish")
+    check_backward(module, args, "hardswish", dy_layout=layout)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("shape", [(2, 3, 67, 70), (16, 64, 6, 6)], ids=str)
+def test_many_tiles(shape: tuple[int, ...], layout: str) -> None:
+    torch.manual_seed(0)
+    args = operands(shape, layout, bank=1)
+    check_forward(module, args, "relu")
+    check_backward(module, args, "relu", dy_layout=layout)
+
+
+@pytest.mark.launcher
+def test_4096_channels() -> None:
+    torch.manual_seed(0)
+    args = operands((1, 4096, 1, 2), "nhwc")
+    check_forward(module, args, "relu")
+    check_backward(module, args, "relu", (True,) + (False,) * 5, dy_layout="nhwc")
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_several_tiles_per_program(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large tensors have."""
+    monkeypatch.setattr(module, "SPLITS", 1)
+    torch.manual_seed(0)
+    args = operands((2, 5, 39, 37), layout, residual=torch.float32, bank=(0, 1))
+    check_forward(module, args, "silu")
+    check_backward(module, args, "silu", dy_layout=layout)
+    check_backward(module, args, "silu", (True, True, False, False, False, False), dy_layout=layout)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_where_it_is(activation: str) -> None:
+    """One in x gives one in y, and in the gradients of its channel."""
+    torch.manual_seed(0)
+    args = operands((2, 6, 3, 3), "nhwc", residual=torch.float32, bank=(0, 1))
+    args[0][1, 2, 0, 1] = float("nan")
+    placed = [None if t is None else t.to(DEVICE) for t in args]
+    y = module.launch_batch_norm_eval(*placed, activation, EPS)
+    assert y.isnan().nonzero().tolist() == [[1, 2, 0, 1]]
+    grads = module.launch_batch_norm_eval_backward(torch.ones_like(y), *placed, activation, EPS, (True,) * 6)
+    assert not torch.cat(grads[2:4]).isnan().any()
+    assert grads[4].isnan().nonzero().tolist() == [[2]]
+
+
+@pytest.mark.launcher
+def test_statistics_far_from_zero() -> None:
+    """Where folding the mean into the shift would lose digits."""
+    torch.manual_seed(0)
+    args = list(operands((2, 16, 5, 5), "nhwc"))
+    args[3] = args[3] + 1e4
+    args[0] = args[0] + 1e4
+    check_forward(module, tuple(args), "identity")
+
+
+def check_bypass(
+    module: ModuleType, shape: tuple[int, ...], layout: str, active: int | tuple[int, ...], accumulate: bool,
+    bank: int | tuple[int, ...] | None = None, out_layout: str | None = None,
+) -> None:
+    """Inactive samples hold NaN in x and values in out that have to survive; active ones are computed."""
+    torch.manual_seed(0)
+    args = operands(shape, layout, bank=bank)
+    out = random(shape, out_layout or layout)
+    args = (*args[:5], out.clone() if accumulate else None, *args[6:])
+    on = torch.tensor(active).reshape(-1).expand(shape[0]) != 0
+    eager, exact = in_torch(args, "silu"), in_torch(args, "silu", double=True)
+    args[0][~on] = float("nan")
+    out[~on, :, -1, -1] = float("nan")
+    with Guards() as guards:
+        placed = [guards.place(t) for t in args]
+        target = guards.place(out)
+        if accumulate:
+            placed[5] = target
+        module.launch_batch_norm_eval(*placed, "silu", EPS, out=target, active=guards.place(int32(active)))
+        guards.check()
+    target = target.cpu()
+    assert torch.equal(target[~on].view(torch.int32), out[~on].view(torch.int32))
+    assert_accurate("active samples", target[on], eager[on], exact[on])
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("active", [0, 1, (1, 0, 1), (0, 0, 5)], ids=str)
+def test_bypass(active: int | tuple[int, ...], layout: str, accumulate: bool) -> None:
+    check_bypass(module, (3, 19, 3, 5), layout, active, accumulate)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("bank", BANKS[1:], ids=str)
+@pytest.mark.parametrize("active", [1, (1, 0, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 8, 1, 1), (3, 5, 7, 9)], ids=str)
+def test_bypass_with_banks(shape: tuple[int, ...], active: int | tuple[int, ...], bank: int | tuple[int, ...]) -> None:
+    check_bypass(module, shape, "nhwc", active, True, bank)
+
+
+@pytest.mark.launcher
+def test_in_place_into_another_layout_and_type() -> None:
+    check_bypass(module, (3, 19, 3, 5), "nhwc", (1, 0, 1), True, out_layout="slice of nchw")
+    torch.manual_seed(0)
+    args = operands((2, 9, 3, 5), dtype=torch.float16)
+    out = torch.zeros(2, 9, 3, 5, device=DEVICE)
+    module.launch_batch_norm_eval(*[None if t is None else t.to(DEVICE) for t in args], "relu", EPS, out=out)
+    assert_close(out.cpu(), in_torch(args, "relu", double=True).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_deterministic(layout: str) -> None:
+    torch.manual_seed(0)
+    args = operands((3, 21, 9, 7), layout, residual=torch.float32, bank=(0, 1, 0))
+    placed = [None if t is None else t.to(DEVICE) for t in args]
+    dy = torch.randn(3, 21, 9, 7, device=DEVICE)
+    first, second = (
+        [module.launch_batch_norm_eval(*placed, "gelu", EPS),
+         *module.launch_batch_norm_eval_backward(dy, *placed, "gelu", EPS, (True,) * 6)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3)], ids=str)
+def test_empty(shape: tuple[int, ...]) -> None:
+    args = [None if t is None else t.to(DEVICE) for t in operands(shape)]
+    y = module.launch_batch_norm_eval(*args, "relu", EPS)
+    assert y.shape == shape
+    dx, _, dweight, dbias, *_ = module.launch_batch_norm_eval_backward(
+        y, *args, "relu", EPS, (True, False, True, True, False, False))
+    assert dx.shape == shape
+    assert dweight.tolist() == dbias.tolist() == [0] * 5
+
+
+@pytest.mark.launcher
+@interpreted
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("layout", "splits", "allowed"), [("nchw", 1, 1.05), ("nhwc", 1, 1.05), ("nhwc", 264, 1.13)])
+def test_bytes_moved(
+    layout: str, splits: int, allowed: float, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x, residual and y once each. The rest are parameters: 16 bytes per channel for 128 pixels of NHWC, or for 32
+    where the tensor is so small (less than 4224 tiles of 4 KB) that programs have one tile each."""
+    monkeypatch.setattr(module, "SPLITS", splits)
+    args = operands((4, 64, 28, 28), layout, torch.float16, residual=torch.float16 if residual else None)
+    with traffic() as counts:
+        y = module.launch_batch_norm_eval(*args, "relu", EPS)
+    size = args[0].numel() * 2
+    assert bytes_of(counts["read"], args[0]) == bytes_of(counts["written"], y) == size
+    total = bytes_of(counts["read"]) + bytes_of(counts["written"])
+    assert total <= allowed * (3 if residual else 2) * size
+
+
+@pytest.mark.launcher
+@interpreted
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_bytes_moved_backward(layout: str, affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dy, x, residual, dx and dresidual once each, with the gradients of weight and bias too; 1.05 times that."""
+    monkeypatch.setattr(module, "SPLITS", 1)
+    args = operands((4, 64, 28, 28), layout, torch.float16, residual=torch.float16)
+    dy = random((4, 64, 28, 28), layout, torch.float16)
+    with traffic() as counts:
+        grads = module.launch_batch_norm_eval_backward(
+            dy, *args, "relu", EPS, (True, True, affine, affine, False, False))
+    size = args[0].numel() * 2
+    for t in (dy, args[0], args[5]):
+        assert bytes_of(counts["read"], t) == size
+    assert bytes_of(counts["written"], grads[0]) == bytes_of(counts["written"], grads[1]) == size
+    assert bytes_of(counts["read"]) + bytes_of(counts["written"]) <= 1.05 * 5 * size
+
+
+@pytest.mark.launcher
+@interpreted
+def test_reads_only_what_it_needs() -> None:
+    """Frozen, identity: dx takes dy alone; a bypassed sample takes its flag."""
+    args = operands((4, 32, 4, 4), "nhwc", residual=torch.float32)
+    dy = random((4, 32, 4, 4), "nhwc")
+    with traffic() as counts:
+        module.launch_batch_norm_eval_backward(dy, *args, "identity", EPS, (True,) + (False,) * 5)
+    assert bytes_of(counts["read"], args[0], args[5]) == 0
+    out, active = random((4, 32, 4, 4), "nhwc"), int32((0, 0, 1, 0))
+    with traffic() as counts:
+        module.launch_batch_norm_eval(*args[:5], out, *args[6:], "relu", EPS, out=out, active=active)
+    assert bytes_of(counts["written"]) == bytes_of(counts["read"], args[0]) == out.numel()  # a quarter, 4 bytes each
+
+
+@pytest.mark.launcher
+@interpreted
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_more_than_2_to_the_31_elements(layout: str) -> None:
+    shape = (3, 64, 3360, 3360)
+    memory = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    x, dy = (torch.empty(shape, dtype=torch.float16, memory_format=memory) for _ in range(2))
+    assert x.numel() > 2**31
+    tail = torch.randn(64).half()
+    x[-1, :, -1, -1] = tail
+    dy[-1, :, -1, -1] = 1.0
+    weight, bias, mean, var = parameters(64)
+    args = (x, weight, bias, mean, var, None, None, None, None, None, None)
+    with last_programs():
+        y = module.launch_batch_norm_eval(*args, "identity", EPS)
+        dx, *_ = module.launch_batch_norm_eval_backward(dy, *args, "silu", EPS, (True,) + (False,) * 5)
+    small = (tail[None, :, None, None], *args[1:])
+    # The last program of NCHW has two channels.
+    last = slice(-2, None) if layout == "nchw" else slice(None)
+    eager, exact = in_torch(small, "identity"), in_torch(small, "identity", double=True)
+    assert_accurate("y", y[-1, last, -1, -1], eager.flatten()[last], exact.flatten()[last])
+    one = torch.ones(1, 64, 1, 1).half()
+    eager, exact = (gradients_in_torch(small, one, "silu", double)[0].flatten()[last] for double in (False, True))
+    assert_accurate("dx", dx[-1, last, -1, -1], eager, exact)
+
+
+MISTAKES = {
+    "swapped bank": ("if tl.load(bank) == 0:", "if tl.load(bank) != 0:"),
+    "bank of the first sample": ("bank += n * bank_stride", "bank += 0 * bank_stride"),
+    # By one, not by more: beyond the guards lies the memory of others.
+    "one pixel too many": ("p0 + p < P)", "p0 + p < P + 1)"),
+    "one channel too few": ("cmask = c0 + c < C", "cmask = c0 + c < C - 1"),
+    "no mean": (".to(tl.float32) - mean[None, :]", ".to(tl.float32)"),
+    "residual of the first sample": ("residual += n * residual_sample", "residual += 0 * residual_sample"),
+    "unrelated gradient of the residual": ("tl.store(at, g.to(dresidual", "tl.store(at, (g * scale).to(dresidual"),
+    "no derivative of the activation": ("g *= act_grad(z, ACTIVATION)", "g *= 1.0"),
+    "gradient of the other bank": ("second += tl.where(flag == 0, 0.0, v)", "second += v"),
+    "sum without rstd": ("tl.sum(weight_sum, 0) * rstd", "tl.sum(weight_sum, 0)"),
+    "first tile again": ("        p0 += BP\n", "        p0 += 0\n"),
+    "flag of the first sample": ("active + n * active_stride", "active"),
+    "never bypassed": ("if flag == 0:", "if flag == 3:"),
+}
+
+
+def check_all(module: ModuleType) -> None:
+    """Several tiles per program, several samples, both banks."""
+    for layout in ("nhwc", "nchw"):
+        torch.manual_seed(0)
+        args = operands((3, 5, 29, 37), layout, residual=torch.float32, bank=(0, 1, 1))
+        check_forward(module, args, "silu")
+        check_backward(module, args, "silu", dy_layout=layout)
+        check_bypass(module, (3, 19, 3, 5), layout, (1, 0, 1), True)
+
+
+@pytest.mark.launcher
+@interpreted
+def test_notices_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SPLITS", 1)
+    check_all(module)
+
+
+@pytest.mark.launcher
+@interpreted
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_notices(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = plant(module, tmp_path, MISTAKES[mistake])
+    monkeypatch.setattr(planted, "SPLITS", 1)
+    assert_caught(check_all, planted)
+
+
+# The op, on the CPU: its reference.
+
+
+def banked(args: tuple) -> tuple:
+    """(x, weight, bias, mean, var) as the function takes them, and its keywords."""
+    x, *first, residual, bank = args[:7]
+    if bank is not None:
+        first = list(zip(first, args[7:]))
+    return (x, *first), {"residual": residual, "bank": bank, "eps": EPS}
+
+
+@pytest.mark.parametrize("bank", BANKS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_op_is_torch(activation: str, bank: int | tuple[int, ...] | None) -> None:
+    torch.manual_seed(0)
+    args = operands((3, 6, 4, 5), "nhwc", torch.float64, residual=torch.float64, bank=bank, affine_dtype=torch.float64)
+    positional, keywords = banked(args)
+    for i in (0, 1, 2, 5, 7, 8):
+        if args[i] is not None:
+            args[i].requires_grad_()
+    y = batch_norm_eval(*positional, activation=activation, **keywords)
+    assert_close(y, in_torch(args, activation))
+    assert y.stride() == args[0].stride()
+    dy = torch.randn_like(y)
+    leaves = [t for i, t in enumerate(args) if i in (0, 5, 1, 2, 7, 8) and t is not None]
+    found = torch.autograd.grad(y, leaves, dy)
+    exact = torch.autograd.grad(in_torch(args, activation), leaves, dy, allow_unused=True, materialize_grads=True)
+    assert_close(found, exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_reference_is_accurate(dtype: torch.dtype, layout: str) -> None:
+    torch.manual_seed(0)
+    args = operands((3, 6, 4, 5), layout, dtype, residual=torch.float32)
+    y = module.batch_norm_eval_reference(*args, "gelu", EPS)
+    assert_accurate("y", y, in_torch(args, "gelu"), in_torch(args, "gelu", double=True))
+    dy = torch.randn(3, 6, 4, 5)
+    needs = (True,) * 4 + (False,) * 2
+    found = module.batch_norm_eval_backward_reference(dy, *args, "gelu", EPS, needs)
+    for a, e, x in zip(found[:4], gradients_in_torch(args, dy, "gelu"), gradients_in_torch(args, dy, "gelu", True)):
+        assert_accurate("gradient", a, e, x, atol=5e-6)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "identity"])
+def test_gradcheck(activation: str) -> None:
+    torch.manual_seed(0)
+    args = operands((2, 3, 2, 2), dtype=torch.float64, residual=torch.float64, bank=(0, 1), affine_dtype=torch.float64)
+    leaves = [args[i].requires_grad_() for i in (0, 5, 1, 2, 7, 8)]
+
+    def function(x, residual, weight, bias, weight2, bias2):
+        return module.batch_norm_eval_op(x, weight, bias, *args[3:5], residual, args[6], weight2, bias2, *args[9:],
+                                         activation, EPS)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_frozen_parameters_have_no_gradient() -> None:
+    """Buffers only: dx and dresidual come, nothing else."""
+    args = operands((2, 3, 2, 2), residual=torch.float32)
+    x, residual = args[0].requires_grad_(), args[5].requires_grad_()
+    batch_norm_eval(*args[:5], residual=residual, activation="relu").sum().backward()
+    assert [t.grad is None for t in (x, residual, *args[1:5])] == [False, False, True, True, True, True]
+
+
+def test_residual_of_identity_gets_the_gradient_itself() -> None:
+    args = operands((2, 3, 2, 2), residual=torch.float16)
+    residual = args[5].requires_grad_()
+    batch_norm_eval(*args[:5], residual=residual).backward(torch.full((2, 3, 2, 2), 1.5))
+    assert_close(residual.grad, torch.full((2, 3, 2, 2), 1.5, dtype=torch.float16))
+
+
+def test_bank_that_is_not_live_gets_no_gradient() -> None:
+    """The live-bank form is given one bank; with both, the other's gradient is zero."""
+    args = operands((2, 3, 2, 2), bank=0)
+    for i in (1, 2, 7, 8):
+        args[i].requires_grad_()
+    batch_norm_eval(*args[:5]).sum().backward()
+    assert (args[1].grad is None, args[7].grad is None) == (False, True)
+    positional, keywords = banked(args)
+    batch_norm_eval(*positional, **keywords).sum().backward()
+    assert args[7].grad.tolist() == args[8].grad.tolist() == [0] * 3
+
+
+def test_two_steps_in_a_row() -> None:
+    """Statistics never start to require a gradient."""
+    args = operands((2, 3, 2, 2))
+    for _ in range(2):
+        y = batch_norm_eval(args[0], args[1].requires_grad_(), *args[2:5])
+        y.sum().backward()
+    assert (args[3].requires_grad, args[4].requires_grad) == (False, False)
+
+
+@pytest.mark.parametrize("active", [None, 0, 1, (1, 0, 1)], ids=str)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_in_place(accumulate: bool, active: int | tuple[int, ...] | None) -> None:
+    torch.manual_seed(0)
+    args = operands((3, 5, 2, 2), bank=(0, 1, 1))
+    out = torch.randn(3, 5, 2, 2)
+    expected = in_torch((*args[:5], out.clone() if accumulate else None, *args[6:]), "relu")
+    on = torch.tensor(1 if active is None else active).reshape(-1, 1, 1, 1) != 0
+    expected = torch.where(on, expected, out)
+    positional, keywords = banked(args)
+    del keywords["residual"]
+    result = batch_norm_eval_(out, *positional, accumulate=accumulate, activation="relu", active=int32(active),
+                              **keywords)
+    assert result is out
+    assert_close(out, expected)
+
+
+def test_empty_batch() -> None:
+    args = operands((0, 5, 2, 2))
+    x = args[0].requires_grad_()
+    weight = args[1].requires_grad_()
+    batch_norm_eval(x, weight, *args[2:5]).sum().backward()
+    assert x.grad.shape == (0, 5, 2, 2)
+    assert weight.grad.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("bank", [None, 1, (0, 1, 0)], ids=str)
+def test_opcheck(bank: int | tuple[int, ...] | None, layout: str) -> None:
+    args = operands((3, 4, 3, 2), layout, residual=torch.float32, bank=bank)
+    for i in (0, 1, 2, 5):
+        args[i].requires_grad_()
+    torch.library.opcheck(module.batch_norm_eval_op, (*args, "silu", EPS))
+    plain = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in args)
+    needs = [True] * 4 + [bank is not None] * 2
+    torch.library.opcheck(module.batch_norm_eval_backward_op, (torch.randn(3, 4, 3, 2), *plain, "silu", EPS, needs))
+    torch.library.opcheck(module.batch_norm_eval_inplace_op, (
+        torch.randn(3, 4, 3, 2), *plain[:5], True, *plain[6:], "silu", EPS, int32((1, 0, 1))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_compile(layout: str) -> None:
+    def make(batch: int) -> list:
+        torch.manual_seed(0)
+        args = operands((batch, 6, 4, 3), layout, residual=torch.float32)
+        return [t.requires_grad_(i in (0, 1, 2, 5)) for i, t in enumerate(args[:6])]
+
+    def function(x, weight, bias, mean, var, residual):
+        return batch_norm_eval(x, weight, bias, mean, var, residual=residual, activation="silu")
+
+    check_compile(function, make)
+
+
+def test_compile_with_banks_per_sample() -> None:
+    def make(batch: int) -> list:
+        torch.manual_seed(0)
+        args = operands((batch, 6, 4, 3), bank=tuple(i % 2 for i in range(batch)))
+        return [t.requires_grad_(i in (0, 1, 2, 7, 8)) for i, t in enumerate(args) if i != 5 for t in [t]]
+
+    def function(x, weight, bias, mean, var, bank, weight2, bias2, mean2, var2):
+        return batch_norm_eval(x, (weight, weight2), (bias, bias2), (mean, mean2), (var, var2), bank=bank)
+
+    check_compile(function, make)
+
+
+def test_compile_in_place() -> None:
+    def make(batch: int) -> list:
+        torch.manual_seed(0)
+        return [torch.randn(batch, 6, 4, 3), *operands((batch, 6, 4, 3))[:5], torch.arange(batch).int() % 2]
+
+    def function(out, x, weight, bias, mean, var, active):
+        return batch_norm_eval_(out.clone(), x, weight, bias, mean, var, accumulate=True, active=active)
+
+    check_compile(function, make)
+
+
+def test_export() -> None:
+    def function(x, weight, bias, mean, var, residual):
+        return batch_norm_eval(x, weight, bias, mean, var, residual=residual, activation="relu")
+
+    check_export(function, lambda batch: operands((batch, 6, 4, 3), residual=torch.float32)[:6], dynamic=(0, 5))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("bank", [None, 1, (0, 1, 0, 1)], ids=str)
+def test_gpu_branch_traces(bank: int | tuple[int, ...] | None, layout: str) -> None:
+    def function(x, weight, bias, mean, var, residual, bank, weight2, bias2, mean2, var2, dy):
+        args = (x, weight, bias, mean, var, residual, bank, weight2, bias2, mean2, var2, "silu", EPS)
+        grads = module.batch_norm_eval_backward_op(dy, *args, [True] * 4 + [bank is not None] * 2)
+        return module.batch_norm_eval_op(*args), *grads
+
+    shape = (4, 6, 4, 3)
+    args = (*operands(shape, layout, torch.float16, torch.float16, bank), random(shape, layout, torch.float16))
+    check_fake_gpu(function, args, dynamic=(0, 5, 11, *([6] if isinstance(bank, tuple) else [])))
+
+
+def test_gpu_branch_in_place_traces() -> None:
+    def function(out, x, weight, bias, mean, var, active):
+        return batch_norm_eval_(out, x, weight, bias, mean, var, accumulate=True, active=active)
+
+    x, *vectors = operands((4, 6, 4, 3), "nhwc")[:5]
+    check_fake_gpu(function, (torch.randn_like(x), x, *vectors, int32((1, 0, 1, 1))), dynamic=(0, 1, 6))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"x": torch.zeros(2, 4)}, r"pass floating \(N, C, H, W\)"),
+    ({"x": torch.zeros(2, 4, 3, 3, dtype=torch.int32)}, "x is torch.int32"),
+    ({"x": torch.zeros(2, 4, 3, 6)[..., ::2]}, "neither those of NCHW nor of NHWC"),
+    ({"weight": torch.ones(3)}, r"weight is .* of shape \(3,\).*pass contiguous floating \(4,\)"),
+    ({"bias": torch.ones(8)[::2]}, "bias is .* strides"),
+    ({"weight": torch.ones(4, dtype=torch.int64)}, "weight is torch.int64"),
+    ({"weight": torch.ones(4, device="meta")}, "weight is on meta, x on cpu"),
+    ({"running_mean": None}, "running_mean is None: eval mode needs statistics"),
+    ({"weight": (torch.ones(4), torch.ones(4))}, "weight is tuple; pass a tensor"),
+    ({"bank": torch.zeros((), dtype=torch.int32)}, "with `bank`, weight is a pair"),
+    ({"residual": torch.zeros(2, 4, 3, 2)}, r"residual is .* of shape \(2, 4, 3, 2\); pass floating \(2, 4, 3, 3\)"),
+    ({"residual": torch.zeros(2, 4, 3, 6)[..., ::2]}, "residual of shape .* neither"),
+    ({"residual": torch.zeros(2, 4, 3, 3, device="meta")}, "residual is on meta"),
+    ({"activation": "mish"}, "activation='mish'; pass one of"),
+    ({"eps": -1.0}, "eps=-1.0; pass a number of at least 0"),
+])
+def test_bad_input(change: dict, message: str) -> None:
+    good = {"x": torch.zeros(2, 4, 3, 3), "weight": torch.ones(4), "bias": torch.ones(4),
+            "running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    with pytest.raises(ValueError, match=message):
+        batch_norm_eval(**(good | change))
+
+
+@pytest.mark.parametrize(("bank", "message"), [
+    (torch.zeros(2, dtype=torch.int64), "bank is torch.int64; pass int32"),
+    (torch.zeros(3, dtype=torch.int32), r"bank has shape \(3,\); pass one value, or one per sample \(2\)"),
+])
+def test_bad_bank(bank: torch.Tensor, message: str) -> None:
+    pairs = [(torch.ones(4), torch.ones(4))] * 4
+    with pytest.raises(ValueError, match=message):
+        batch_norm_eval(torch.zeros(2, 4, 3, 3), *pairs, bank=bank)
+
+
+def test_bad_input_in_place() -> None:
+    x, vectors = torch.zeros(2, 4, 3, 3), [torch.ones(4)] * 4
+    with pytest.raises(ValueError, match="x shares memory with the output"):
+        batch_norm_eval_(x, x, *vectors)
+    with pytest.raises(ValueError, match=r"out is .* of shape \(2, 4, 3, 2\)"):
+        batch_norm_eval_(torch.zeros(2, 4, 3, 2), x, *vectors)
+    with pytest.raises(ValueError, match=r"active is torch\.bool; pass int32"):
+        batch_norm_eval_(torch.zeros_like(x), x, *vectors, active=torch.ones(2, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="writes in place and has no backward"):
+        batch_norm_eval_(torch.zeros_like(x), x.requires_grad_(), *vectors)
+
+
+# ResNet-50 at batch 64: the first stage, NHWC; the third, NCHW.
+
+
+def _launch(
+    dtype: torch.dtype, activation: str, *, backward: bool = False, shape: tuple[int, ...] = (64, 256, 56, 56),
+    nhwc: bool = True, bank: int | None = None, affine: bool = True, bypass: bool = False,
+) -> tuple[int, int]:
+    memory = torch.channels_last if nhwc else torch.contiguous_format
+    x, residual, other = (torch.empty(shape, dtype=dtype, device="cuda", memory_format=memory) for _ in range(3))
+    vectors = [torch.empty(shape[1], device="cuda") for _ in range(4)]
+    flags = None if bank is None else torch.empty(bank, dtype=torch.int32, device="cuda")
+    args = (x, *vectors, residual, flags, *([None] * 4 if bank is None else vectors), activation, EPS)
+    size = x.numel() * x.element_size()
+    if backward:
+        needs = (True, True, affine, affine, affine and bank is not None, affine and bank is not None)
+        module.launch_batch_norm_eval_backward(other, *args, needs)
+        return 5 * size, 0
+    if bypass:
+        active = torch.empty(shape[0], dtype=torch.int32, device="cuda")
+        module.launch_batch_norm_eval(*args[:5], other, *args[6:], out=other, active=active)
+    else:
+        module.launch_batch_norm_eval(*args)
+    return 3 * size, 0
+
+
+AOT = {
+    "forward": _launch,
+    "forward_nchw": functools.partial(_launch, nhwc=False),
+    "forward_per_sample": functools.partial(_launch, bank=64, bypass=True),
+    "backward": functools.partial(_launch, backward=True),
+    "backward_frozen": functools.partial(_launch, backward=True, affine=False),
+    "backward_frozen_nchw": functools.partial(_launch, backward=True, affine=False, nhwc=False),
+    "backward_per_sample": functools.partial(_launch, backward=True, bank=64),
+}
+AOT_EXPECT = {
+    "batch_norm_eval_kernel": {"wide_loads", "wide_stores"},
+    "batch_norm_eval_backward_kernel": {"wide_loads", "wide_stores"},
+    "batch_norm_eval_sum_kernel": set(),
+}

@@ -1,0 +1,87 @@
+"""Ops of several files in one net: Inductor, torch.export and AOTInductor see through all of them, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from op_checks import run
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from adn_kernels.batch_norm import batch_norm
+from adn_kernels.batch_norm_eval import batch_norm_eval
+from adn_kernels.conv1x1 import conv1x1, linear
+from adn_kernels.conv3x3 import conv3x3
+from adn_kernels.depthwise import depthwise
+from adn_kernels.distillation_kl import distillation_kl
+from adn_kernels.layer_norm import layer_norm
+
+
+class Net(nn.Module):
+    """Both banks everywhere, `bank` an input: (N,) in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.rand(*shape) + 0.5)
+
+        self.pointwise, self.dense = parameter(16, 8, 1, 1), parameter(16, 16, 3, 3)
+        self.deep, self.head = parameter(16, 1, 5, 5), parameter(10, 16)
+        self.scale, self.shift = parameter(2, 16), parameter(2, 16)
+        self.weights = nn.ParameterList([parameter(16), parameter(16)])
+        self.biases = nn.ParameterList([parameter(16), parameter(16)])
+        for name in ("mean1", "var1", "mean2", "var2"):
+            self.register_buffer(name, torch.rand(16) + 0.5)
+
+    def forward(self, x: Tensor, bank: Tensor) -> Tensor:
+        h = conv1x1(x, self.pointwise, self.scale, self.shift, activation="silu", bank=bank)
+        h = conv3x3(h, self.dense, self.scale, self.shift, residual=h, activation="relu", bank=bank)
+        h = batch_norm_eval(h, tuple(self.weights), tuple(self.biases), (self.mean1, self.mean2),
+                            (self.var1, self.var2), activation="hardswish", eps=1e-5, bank=bank)
+        h = depthwise(h, self.deep, self.scale, self.shift, activation="gelu", stride=2, bank=bank)
+        h, total = layer_norm(h.flatten(2).transpose(1, 2), tuple(self.weights), tuple(self.biases), bank=bank,
+                              residual=h.flatten(2).transpose(1, 2))
+        return linear(h + total, self.head, activation="identity").mean(1)
+
+
+def inputs(batch: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, 8, 7, 9, generator=generator).contiguous(memory_format=torch.channels_last)
+    return x, torch.arange(batch, dtype=torch.int32) % 2
+
+
+def test_ahead_of_time(tmp_path: Path) -> None:
+    net = Net().eval()
+    dynamic = ({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC})
+    with torch.no_grad():
+        program = torch.export.export(net, inputs(4), dynamic_shapes=dynamic)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "net.pt2"))
+        compiled = torch._inductor.aoti_load_package(path)
+        for batch in (4, 6):
+            assert_close(compiled(*inputs(batch)), net(*inputs(batch)), rtol=1e-4, atol=1e-4)
+
+
+def test_training_step_with_inductor() -> None:
+    net = Net()
+
+    def loss(x: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y, mean, var = batch_norm(x, weight, bias, net.mean1, net.var1, residual=x, activation="silu", groups=2)
+        return distillation_kl(teacher, y.mean((2, 3)), top_classes=5), mean, var
+
+    generator = torch.Generator().manual_seed(0)
+    args = (torch.randn(4, 16, 5, 5, generator=generator, requires_grad=True), torch.randn(4, 16, generator=generator),
+            net.weights[0], net.biases[0])
+    expected = run(loss, args)
+    torch._dynamo.reset()
+    assert_close(run(torch.compile(loss, fullgraph=True), args), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_any_batch(batch: int) -> None:
+    with torch.no_grad():
+        y = Net()(*inputs(batch))
+    assert y.shape == (batch, 10)

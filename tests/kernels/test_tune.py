@@ -1,0 +1,231 @@
+"""The command that writes the tables of measured configurations, with a clock that is made up."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aot import fake_cuda, record
+
+from adn_kernels import launch, tune
+from adn_kernels.launch import tuned
+from adn_kernels.tune import Case, Override, Table
+
+CPU = torch.device("cpu")
+HEADER = {"device": "made up", "torch": "2", "triton": "3", "driver": "1", "date": "today", "command": "tune"}
+
+
+class Toy:
+    """A launcher with two kernels, whose output depends on the configuration only where that is wrong."""
+
+    def __init__(self) -> None:
+        self.used: dict[str, dict[str, int]] = {}
+        self.timed = 0
+
+    def case(self, op: str = "toy", size: int = 5) -> Case:
+        def call() -> torch.Tensor:
+            self.used = {
+                "first": tuned("first", CPU, {"BLOCK": 64, "num_warps": 4}, size=size),
+                "second": tuned("second", CPU, {"BLOCK": 8}, dtype="bf16"),
+            }
+            block = self.used["first"]["BLOCK"]
+            if block > 1024:
+                raise RuntimeError("out of resources")
+            return torch.full((3,), 1.0 if block >= 32 else 2.0)
+
+        return Case(op, lambda: call)
+
+    def time(self, call: Callable[[], Any]) -> float:
+        """Fastest at a block of 512, eight warps; a block of 16 would be fastest of all but computes something else."""
+        self.timed += 1
+        call()
+        first, second = self.used["first"], self.used["second"]
+        away = abs(math.log2(first["BLOCK"] / 512)) + abs(math.log2(first["num_warps"] / 8))
+        return 100.0 if first["BLOCK"] < 32 else 100 * (1 + away) + abs(math.log2(second["BLOCK"] / 16))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(launch, "TABLES", tmp_path / "tables")
+    launch._table.cache_clear()
+    yield tmp_path / "tables"
+    launch._table.cache_clear()
+
+
+def table(folder: Path, header: dict[str, str] = HEADER, fresh: bool = False) -> Table:
+    return Table(folder / f"{launch._architecture(None)}.json", header, fresh)
+
+
+def test_writes_what_tuned_reads(folder: Path) -> None:
+    toy = Toy()
+    assert tuned("first", CPU, {"BLOCK": 64}, size=5) == {"BLOCK": 64}
+    tune.tune([toy.case()], table(folder), toy.time)
+    assert tuned("first", CPU, {"BLOCK": 64}, size=5) == {"BLOCK": 512, "num_warps": 8}
+    assert tuned("first", CPU, {"BLOCK": 64}, size=6) == {"BLOCK": 64}
+    assert launch.override is None
+    written = json.loads(next(folder.iterdir()).read_text())
+    assert written["header"] == HEADER
+    assert [set(row) for row in written["rows"]] == [{"kernel", "key", "config", "time_us", "default_us"}] * 2
+    first, _ = written["rows"]
+    assert (first["kernel"], first["key"]) == ("first", {"size": 5})
+    assert (first["time_us"], first["default_us"]) == (101.0, 501.0)
+
+
+def test_resumes(folder: Path) -> None:
+    toy, second = Toy(), Toy()
+    tune.tune([toy.case()], table(folder), toy.time)
+    before = json.loads(next(folder.iterdir()).read_text())
+    tune.tune([toy.case(), second.case(size=7)], table(folder), second.time)
+    after = json.loads(next(folder.iterdir()).read_text())
+    assert after["rows"][:2] == before["rows"]
+    assert [row["key"] for row in after["rows"][2:]] == [{"size": 7}]
+    # What was found before is used while the rest is measured.
+    assert toy.used["second"] == tuned("second", CPU, {}, dtype="bf16")
+    again = Toy()
+    tune.tune([again.case(), again.case(size=7)], table(folder), again.time)
+    assert again.timed == 0
+
+
+def test_an_interruption_loses_nothing(folder: Path) -> None:
+    toy = Toy()
+
+    def stopped(call: Callable[[], Any]) -> float:
+        taken = toy.time(call)
+        if toy.used["second"]["BLOCK"] != 8:  # when it comes to the second kernel
+            raise KeyboardInterrupt
+        return taken
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune([toy.case()], table(folder), stopped)
+    assert launch.override is None
+    (file,) = folder.iterdir()
+    assert [row["kernel"] for row in json.loads(file.read_text())["rows"]] == ["first"]
+
+
+@pytest.mark.parametrize("name", tune.SAME_VERSIONS)
+def test_other_versions_start_afresh(folder: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    toy = Toy()
+    tune.tune([toy.case()], table(folder), toy.time)
+    assert table(folder, HEADER | {"date": "tomorrow"}).rows
+    assert not table(folder, HEADER | {name: "another"}).rows
+    assert f"2 rows dropped, measured with another {name}" in capsys.readouterr().out
+    assert not table(folder, fresh=True).rows
+
+
+def test_quick_takes_one_step(folder: Path) -> None:
+    toy = Toy()
+    tune.tune([toy.case()], table(folder), toy.time, quick=True)
+    assert tuned("first", CPU, {}, size=5) in ({"BLOCK": 128, "num_warps": 4}, {"BLOCK": 64, "num_warps": 8})
+
+
+def test_listed_candidates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [{"BLOCK": block, "num_warps": 2} for block in (16, 256, 4096)]
+    monkeypatch.setitem(tune.CANDIDATES, "first", listed)
+    toy = Toy()
+    tune.tune([toy.case()], table(folder), toy.time)
+    assert tuned("first", CPU, {}, size=5) == listed[1]
+
+
+def test_a_question_of_several_layers(folder: Path) -> None:
+    """One answer, by the geometric mean of the times."""
+    asked = []
+
+    def case(scale: float) -> Case:
+        def call() -> torch.Tensor:
+            asked.append((scale, tuned("shared", CPU, {"BLOCK": 4}, channels=8)["BLOCK"]))
+            return torch.ones(1)
+
+        return Case("toy", lambda: call)
+
+    def time(call: Callable[[], Any]) -> float:
+        call()
+        scale, block = asked[-1]
+        return scale * (2 if block == 4 else 1)
+
+    tune.tune([case(10.0), case(1000.0)], table(folder), time, quick=True)
+    (row,) = json.loads(next(folder.iterdir()).read_text())["rows"]
+    assert (row["time_us"], row["default_us"]) == (100.0, 200.0)
+
+
+def test_failing_default_is_an_error(folder: Path) -> None:
+    def call() -> None:
+        tuned("broken", CPU, {"BLOCK": 4}, size=1)
+        if launch.override.trial:
+            raise RuntimeError("no kernel image")
+
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        tune.tune([Case("toy", lambda: call)], table(folder), lambda call: 1.0)
+    assert not folder.exists()
+
+
+def test_backend_of_the_dispatcher(folder: Path) -> None:
+    """Named outright while measured, so that one which refuses the layer is never written."""
+    times = {"triton": 3.0, "cudnn": 1.0, "unfused": 2.0}
+
+    def call(backend: str | None = None) -> torch.Tensor:
+        tuned("conv", CPU, {"backend": "triton"}, n=1)
+        tuned("conv1x1", CPU, {"BM": 64}, pixels=1)
+        if backend == "cudnn":
+            raise ValueError("cuDNN fuses no silu, only relu")
+        return torch.ones(1)
+
+    tune.tune([Case("conv", lambda: call)], table(folder), lambda call: times[call.keywords["backend"]])
+    (row,) = json.loads(next(folder.iterdir()).read_text())["rows"]
+    assert (row["kernel"], row["config"]) == ("conv", {"backend": "unfused"})
+
+
+def test_refuses_without_a_gpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["--quick", "--out", str(folder / "table.json")])
+    assert stopped.value.code == 2
+    assert "there is no GPU here" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_refuses_unknown_kernels(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        tune.main(["--kernels", "attention"])
+    assert "invalid choice: 'attention'" in capsys.readouterr().err
+
+
+KERNELS = {
+    "batch_norm": {"batch_norm_moments", "batch_norm_apply", "batch_norm_backward_reduce", "batch_norm_backward_apply"},
+    "batch_norm_eval": {"batch_norm_eval", "batch_norm_eval_backward"},
+    "layer_norm": {"layer_norm", "layer_norm_backward"},
+    "conv1x1": {"conv1x1"}, "linear": {"conv1x1"}, "conv3x3": {"conv3x3"}, "depthwise": {"depthwise"},
+    "distillation_kl": {"distillation_kl", "distillation_kl_backward", "feature_pool", "feature_kl_backward"},
+    "conv": {"conv"},
+}
+
+
+@pytest.mark.parametrize("op", tune.OPS)
+def test_cases_ask(op: str) -> None:
+    """The calls fit the launchers, which ask about these kernels and about nothing that a table cannot hold."""
+    found = {}
+    with torch.no_grad(), Override() as override, fake_cuda():
+        record(lambda: found.update(tune.questions(override, tune.cases([op], (8,)))))
+    assert {question.kernel for question in found.values()} == KERNELS[op]
+    for identity, question in found.items():
+        assert json.loads(json.dumps(question.key)) == question.key
+        assert identity == tune.identity(question.kernel, json.loads(json.dumps(question.key)))
+        assert all(isinstance(value, int | str) for value in question.key.values())
+        # Candidates set what the default sets: a launcher expects no more and no less.
+        for config in tune.CANDIDATES.get(question.kernel, ()):
+            assert config.keys() == question.default.keys()
+
+
+def test_layers_of_the_networks() -> None:
+    convs = list(tune.resnet50())
+    assert len(convs) == 53
+    assert sum(c.residual for c in convs) == 16
+    assert len(list(tune.mobilenet_v2())) == 52
+    weights = sum(c.channels * c.inputs // c.groups * c.kernel ** 2 for c in convs)
+    assert weights == 25_557_032 - 2048 * 1000 - 1000 - 2 * 26_560  # timm's, without head and norms
