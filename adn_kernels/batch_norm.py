@@ -275,8 +275,8 @@ def _apply_kernel(
     PLANES: tl.constexpr,  # inner is at least BN, so a block of columns has one or two channels
 ):  # fmt: skip
     p, g = tl.program_id(0), tl.program_id(1)
-    columns = columns * VEC
-    blocks = tl.cdiv(columns, BN)
+    blocks = tl.cdiv(columns, BN // VEC)
+    columns = tl.full([], VEC, tl.int64) * columns
     column = (p % blocks).to(tl.int64) * BN
     mean = _per_column(stats + g * C, column, columns, inner, C, BN, PLANES)
     scale = _per_column(stats + (2 * groups + g) * C, column, columns, inner, C, BN, PLANES)
@@ -530,8 +530,8 @@ def _backward_apply_kernel(
     PLANES: tl.constexpr,  # inner is at least BN, so a block of columns has one or two channels
 ):  # fmt: skip
     p, g = tl.program_id(0), tl.program_id(1)
-    columns = columns * VEC
-    blocks = tl.cdiv(columns, BN)
+    blocks = tl.cdiv(columns, BN // VEC)
+    columns = tl.full([], VEC, tl.int64) * columns
     column = (p % blocks).to(tl.int64) * BN
     mean = _per_column(stats + g * C, column, columns, inner, C, BN, PLANES)
     scale = _per_column(stats + (2 * groups + g) * C, column, columns, inner, C, BN, PLANES)
@@ -643,8 +643,8 @@ def _vector(*sizes: int) -> int:
 
 
 def _power_of_2(n: int, most: int) -> int:
-    """The next power of 2 of n, but no more than `most`; `most` if n is symbolic."""
-    return min(triton.next_power_of_2(n), most) if isinstance(n, int) else most
+    """The next power of 2 of n, at least 1 and no more than `most`; `most` if n is symbolic."""
+    return min(triton.next_power_of_2(max(n, 1)), most) if isinstance(n, int) else most
 
 
 def _at_most(n: int, most: int) -> int:
@@ -686,7 +686,7 @@ def _walk(name: str, x: Tensor, rows: _Rows, groups: int) -> tuple[tuple[int, in
     # 128 rows make the vectors of the channels cheap; but first there have to be programs for the whole GPU.
     walk = 128
     if isinstance(rows.rows * rows.columns, int):
-        walk = min(walk, triton.next_power_of_2(rows.rows * cdiv(rows.columns, width) * groups // 1024))
+        walk = min(walk, triton.next_power_of_2(rows.rows * cdiv(rows.columns, width) * groups // (4 * SPLITS)))
         walk = max(height, min(walk, triton.next_power_of_2(rows.rows)))
     default = {"BM": height, "BN": width, "rows": walk, "num_warps": 4}
     config = dict(tuned(name, x.device, default, **rows.key))

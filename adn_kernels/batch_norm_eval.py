@@ -454,6 +454,7 @@ def batch_norm_eval_inplace_op(
     bank: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, mean2: Tensor | None, var2: Tensor | None,
     activation: str, eps: float, active: Tensor | None,
 ) -> None:
+    check_no_alias(out, x=x)
     args = (x, weight, bias, mean, var, out if accumulate else None, bank, weight2, bias2, mean2, var2, activation, eps)
     if _on_gpu(x, out):
         launch_batch_norm_eval(*args, out=out, active=active)
@@ -631,7 +632,6 @@ def batch_norm_eval_(
     first, second = _prepared(x, weight, bias, running_mean, running_var, bank, activation, eps)
     _check_like(out, "out", x)
     check_flags(active, "active", x.shape[0], x.device)
-    check_no_alias(out, x=x)
     batch_norm_eval_inplace_op(out, x, *first, accumulate, bank, *second, activation, eps, active)
     return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,14 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
         grid: up to three numbers of programs, none of them 0.
         args, options: its arguments, constexprs, and `num_warps`, `num_stages`.
     """
-    if not isinstance(kernel, triton.runtime.JITFunction):  # the interpreter
-        kernel[tuple(grid)](*args, **options)
-    elif _device_count() > 1 and not torch.compiler.is_compiling():
+    # Only tracing needs the wrapper: it costs time, and modes that do not know of it (those of tests) refuse it.
+    plain = type(args[0]) is torch.Tensor and not torch.compiler.is_compiling()
+    run = (kernel if plain or not isinstance(kernel, triton.runtime.JITFunction) else wrap_triton(kernel))[tuple(grid)]
+    if plain and _device_count() > 1:
         with torch.cuda.device(args[0].device):
-            wrap_triton(kernel)[tuple(grid)](*args, **options)
+            run(*args, **options)
     else:
-        wrap_triton(kernel)[tuple(grid)](*args, **options)
+        run(*args, **options)
 
 
 @functools.cache
@@ -47,14 +49,31 @@ def _device_count() -> int:
     return torch.cuda.device_count()
 
 
-def on_gpu(x: torch.Tensor) -> bool:
-    """Whether an op runs its kernels on x: CUDA (or ROCm) and a type they compute; float64 takes the reference."""
-    return x.device.type == "cuda" and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+def on_gpu(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op runs its kernels: CUDA (or ROCm) and types they compute; any float64 takes the reference."""
+    return all(t is None or (t.device.type == "cuda" and t.dtype in _TYPES) for t in tensors)
+
+
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up; symbolic sizes stay symbolic."""
     return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """As `triton.next_power_of_2`, which takes two microseconds."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def no_second_derivative(backward: Any) -> None:
+    """Registers, for a backward op, a clear error in place of a derivative of its own."""
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{backward._qualname} has no second derivative; for that compute in plain PyTorch")
+
+    backward.register_autograd(refuse)
 
 
 # While `adn_kernels.tune` measures: called with (kernel, default, key), returns the configuration to be used.
@@ -108,16 +127,19 @@ def dot_precision(x: torch.Tensor, kind: str) -> str:
 
 
 def check_no_alias(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
-    """Raises ValueError if an input shares memory with `out`: its programs would read what others have written."""
+    """Raises ValueError if an input shares memory with `out`: its programs would read what others have written; or if
+    elements of `out` share memory with each other. To be called in the body of an op: Dynamo cannot trace it."""
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride())):
+        raise ValueError(f"the output is expanded (strides {out.stride()}); pass memory of its own to write to")
     for name, tensor in inputs.items():
         if tensor is not None and torch._C._is_alias_of(out, tensor) and _overlap(out, tensor):
             raise ValueError(f"{name} shares memory with the output, which is written while it is read; "
-                             f"pass a tensor of its own")
+                             f"pass a tensor of its own, {name}.clone() if nothing else")
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     (a0, a1), (b0, b1) = _extent(a), _extent(b)
-    return a0 < b1 and b0 < a1
+    return a0 < b1 and b0 < a1 and not (a.dtype == b.dtype and _interleaved(a, b))
 
 
 def _extent(x: torch.Tensor) -> tuple[int, int]:
@@ -125,6 +147,23 @@ def _extent(x: torch.Tensor) -> tuple[int, int]:
     size = x.element_size()
     start = x.storage_offset() * size
     return start, start + (sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1) * size
+
+
+def _interleaved(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether they are different channels of one buffer: runs of adjacent elements, between which the others' lie."""
+    period, runs = 0, []
+    for x in (a, b):
+        run = 1
+        for stride, n in sorted(zip(x.stride(), x.shape)):
+            if n > 1 and stride == run:
+                run *= n
+            elif n > 1:
+                period = math.gcd(period, stride)
+        runs.append(run)
+    if period == 0:
+        return False
+    (first, length), (second, other) = sorted(zip((x.storage_offset() % period for x in (a, b)), runs))
+    return first + length <= second and second + other <= period
 
 
 def check_flags(flags: torch.Tensor | None, name: str, samples: int, device: torch.device) -> None:
@@ -139,6 +178,48 @@ def check_flags(flags: torch.Tensor | None, name: str, samples: int, device: tor
         raise ValueError(f"{name} has shape {tuple(flags.shape)}; pass one value, or one per sample ({samples})")
     if not flags.is_contiguous():
         raise ValueError(f"{name} has strides {flags.stride()}; pass {name}.contiguous()")
+
+
+def banks(
+    x: torch.Tensor, channels: int, bank: torch.Tensor | None, **parameters: Any
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """The first and the second bank of each parameter of a norm, checked.
+
+    Args:
+        parameters: by name; without `bank` the live bank's tensor (channels,) of any floating type, or None; with it a
+            pair (first, second) of those, of one type, or None. Without `bank` all of the second are None.
+    """
+    pairs = []
+    for name, value in parameters.items():
+        if bank is None:
+            if isinstance(value, tuple | list):
+                raise ValueError(f"{name} is a pair but no `bank` is given to choose by; pass the live bank's tensor")
+            pair = (value, None)
+        else:
+            pair = (None, None) if value is None else value
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or (pair[0] is None) != (pair[1] is None):
+                raise ValueError(f"`bank` is given: pass {name} as a pair (first, second), or None")
+        for i, vector in enumerate(pair):
+            if vector is None:
+                continue
+            label = name if bank is None else f"{name}[{i}]"
+            if not isinstance(vector, torch.Tensor):
+                raise ValueError(f"{label} is a {type(vector).__name__}; pass a tensor of shape ({channels},), or None")
+            if tuple(vector.shape) != (channels,) or not vector.is_floating_point() or not vector.is_contiguous():
+                raise ValueError(f"{label} is {vector.dtype} of shape {tuple(vector.shape)} and strides "
+                                 f"{vector.stride()}; pass contiguous floats of shape ({channels},)")
+            if vector.device != x.device:
+                raise ValueError(f"{label} is on {vector.device}, x on {x.device}; pass both on one device")
+        if pair[1] is not None and pair[0].dtype != pair[1].dtype:
+            raise ValueError(f"the banks of {name} are {pair[0].dtype} and {pair[1].dtype}; pass both in one type")
+        pairs.append(pair)
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def check_eps(eps: float) -> None:
+    """Raises ValueError unless it can be added to a variance."""
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}; pass a number that is not negative")
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -162,6 +243,8 @@ def layout_of(x: torch.Tensor, name: str = "x") -> Layout:
     """Raises ValueError, saying what to do, for a tensor that is neither NHWC nor NCHW (a slice of channels is)."""
     if x.ndim != 4:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; pass (N, C, H, W), or a view of it with H = W = 1")
+    if x.numel() == 0:  # its strides say nothing
+        return Layout(memory_format(x) == torch.channels_last, 0)
     last, first = stride_in(x, channels_last=True), stride_in(x, channels_last=False)
     # Which layout, where both fit, is torch's to say.
     if last is not None and (first is None or memory_format(x) == torch.channels_last):

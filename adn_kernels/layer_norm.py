@@ -373,7 +373,7 @@ def _like(gradient: Tensor, x: Tensor) -> Tensor:
 
 def _affine(first: Tensor, second: Tensor | None, bank: Tensor | None, x: Tensor) -> Tensor:
     """Weight or bias as it broadcasts against x (N, ..., D)."""
-    if bank is None:
+    if bank is None or x.numel() == 0:  # of an empty batch `bank` may be empty too
         return first.to(x.dtype)
     both = torch.stack([first.to(x.dtype), second.to(x.dtype)])
     # Not both[bank]: indexing by a 0-d tensor synchronises.
@@ -434,6 +434,8 @@ def _sum_of_banks(
         return None, None
     if bank is None:
         return terms.reshape(-1, terms.shape[-1]).sum(0).to(like.dtype), None
+    if terms.numel() == 0:
+        return torch.zeros_like(like), torch.zeros_like(like2)
     terms = terms.reshape(bank.numel(), math.prod(terms.shape[:-1]) // bank.numel(), terms.shape[-1]).sum(1)
     second = (bank != 0).reshape(-1, 1)
     # Chosen, not multiplied by 0: a NaN in one bank's part stays out of the other's gradient.
@@ -462,9 +464,6 @@ def _layer_norm_(
     check_no_alias(out, x=x, stream=stream)
     if stream is not None:
         check_no_alias(stream, x=x)
-    for name, tensor in (("out", out), ("stream", stream)):
-        if tensor is not None and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride())):
-            raise ValueError(f"{name} is expanded (strides {tensor.stride()}); pass memory of its own to write to")
     if _on_gpu(x, stream):
         launch_layer_norm_(out, stream, x, weight, bias, weight2, bias2, bank, active, eps)
         return

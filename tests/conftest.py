@@ -60,6 +60,18 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
             writer.writerows(rows)
 
 
+@pytest.fixture
+def ieee() -> Iterator[None]:
+    """float32 products in float32: whether convolutions take TF32 would else be cuDNN's choice, case by case."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    yield
+    for backend, precision in zip(backends, before):
+        backend.fp32_precision = precision
+
+
 @pytest.fixture(scope="session")
 def seeded() -> ModuleType:
     """The module that regenerates the weights and inputs of the golden fixtures from their names."""

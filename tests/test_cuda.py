@@ -17,14 +17,12 @@ NAMES = ["resnet50", "mobilenetv2_100", "efficientnet_b0", "vit_tiny_patch16_224
 
 
 @pytest.fixture(autouse=True)
-def exact():
+def exact(ieee):
     """TF32 off and deterministic kernels: bit equality is asked for."""
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
-    (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32,
-     torch.backends.cuda.matmul.allow_tf32) = before
+    torch.backends.cudnn.deterministic = before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -235,7 +235,7 @@ def test_beyond_2_31_elements(channels_last: bool) -> None:
     ("(h + kh < H)", "(h + kh <= H)"),
     ("(w + kw >= 0)", "(w + kw > 0)"),
     ("(w + kw < W)", "(w + kw < W + 1)"),
-    ("kw = tap % 3", "kw = 2 - tap % 3"),
+    ("kw * weight_w)", "(2 - kw) * weight_w)"),
     ("* STRIDE - PADDING", "* STRIDE"),
     ("channel_mask = channel < C", "channel_mask = channel <= C"),
     ("kh * weight_h + kw * weight_w", "kw * weight_h + kh * weight_w"),

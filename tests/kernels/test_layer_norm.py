@@ -726,7 +726,7 @@ BAD = {
     "out_is_x": (lambda x, w: layer_norm_(x, x, w, w), "x shares memory with the output"),
     "stream_is_x": (lambda x, w: layer_norm_(x.clone(), x, w, w, stream=x), "x shares memory with the output"),
     "out_is_stream": (lambda x, w: layer_norm_(o := x.clone(), x, w, w, stream=o), "stream shares memory"),
-    "out_expanded": (lambda x, w: layer_norm_(x[:1].clone().expand(2, 3, 4), x, w, w), "out is expanded"),
+    "out_expanded": (lambda x, w: layer_norm_(x[:1].clone().expand(2, 3, 4), x, w, w), "the output is expanded"),
 }
 
 
