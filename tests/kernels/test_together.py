@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,18 @@ def test_any_batch(batch: int) -> None:
     with torch.no_grad():
         y = Net()(*inputs(batch))
     assert y.shape == (batch, 10)
+
+
+def test_example_of_the_readme() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    code = re.search(r"## Kernels.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    torch.manual_seed(0)
+    names = {name: torch.rand(8) for name in ("weight", "bias", "mean", "var")}
+    names |= {name: torch.randn(2, 8, 5, 5) for name in ("x", "shortcut", "stream")}
+    names |= {name: torch.randn(8, 8, k, k) for name, k in (("reduce", 1), ("spatial", 3), ("expand", 1))}
+    before = names["stream"].clone()
+    names["torch"] = torch
+    exec(code, names)
+    assert names["y"].shape == (2, 8, 5, 5)
+    assert not names["stream"][0].equal(before[0])
+    assert names["stream"][1].equal(before[1])
