@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import triton
 from torch import nn
 
 import adn
@@ -54,7 +57,11 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
     folder = request.config.getoption("--results")
     if folder is not None and rows:
         with (folder / f"{request.module.__name__}.csv").open("w", newline="") as file:
-            file.write(f"# torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}\n")
+            commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True,
+                                    text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+            versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (
+                torch, torchvision, timm, triton))
+            file.write(f"# {versions}, commit {commit}, {datetime.date.today()}\n")
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
