@@ -8,10 +8,11 @@ NCHW a sample with C*H*W. `inner` columns in a row have one channel: 1 in NHWC, 
 
 Statistics are float32, found in two stages in a fixed order without atomics: the GPU is filled with programs that each
 take the moments of some rows (Welford's recurrence in every lane; Chan, Golub and LeVeque 1983 to combine), then few
-programs combine those, look up the bank and write `stats`, all that the apply kernel needs. Passes over the tensor: 3
-forward (4 with a residual), 5 backward (7). The backward recomputes z, what the activation is applied to, so that
-besides x only the residual is saved, and no activation needs to be invertible. If the rows are few and their number is
-known, one kernel, each program owning some channels, does it all in 2 (3) and 3 (5) passes.
+programs combine those, look up the bank and write `stats`, all that the apply kernel needs. Passes over the tensor:
+3 forward (4 with a residual), 5 backward (7 with a residual and an activation). The backward recomputes z, what the
+activation is applied to, so that besides x only the residual is saved, and no activation needs to be invertible; the
+residual is not if there is no activation: its gradient is dy. If in NHWC the rows are few and their number is known,
+one kernel, each program owning some channels, does it all in 2 (3) and 3 (5) passes.
 
 All of it is bound by HBM bandwidth, for small tensors by the latency of the launches.
 """
@@ -19,7 +20,6 @@ All of it is bound by HBM bandwidth, for small tensors by the latency of the lau
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,18 +30,38 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .activation import act, act_grad, act_grad_reference, act_reference, check_activation
-from .launch import SPLITS, cdiv, launch, layout_of, on_gpu, stride_in, tuned
+from .launch import (
+    SPLITS,
+    banks,
+    cdiv,
+    check_eps,
+    check_flags,
+    launch,
+    layout_of,
+    next_power_of_2,
+    no_second_derivative,
+    on_gpu,
+    stride_in,
+    tuned,
+)
 
 # Rows (values per channel) that one program holds in registers.
 FEW = 512
 
 
 # Kernels. Sizes and strides called "per VEC" are passed divided by the constexpr VEC: the product is then known to be
-# divisible by it, which 16-byte accesses need; Triton by itself only notices divisibility by 16.
+# divisible by it, which 16-byte accesses need; Triton by itself only notices divisibility by 16. Strides, and sizes of
+# a whole row, are int64 from there on: those of slices may pass 2^31.
 #
-# stats: float32 (5, groups, C), what is known of every channel once its rows have been read:
-#   0 mean, 1 rstd = 1 / sqrt(var + eps), 2 scale = rstd * weight, 3 bias, 4 count of values.
+# stats: float32 (6, groups, C), what is known of every channel once its rows have been read, all that the apply kernel
+# and the backward need besides tensors:
+#   0 mean, 1 rstd = 1 / sqrt(var + eps), 2 scale = rstd * weight, 3 bias, 4 count of values, 5 bank (0 or 1).
 # The mean stays apart: x * scale + (bias - mean * scale) would cancel where the mean is large.
+
+
+@triton.jit
+def _wide(per_vec, VEC: tl.constexpr):
+    return tl.full([], VEC, tl.int64) * per_vec
 
 
 @triton.jit
@@ -77,7 +97,7 @@ def _moments_kernel(
 ):  # fmt: skip
     part, g = tl.program_id(0), tl.program_id(2)
     C = C * VEC
-    stride = stride * VEC
+    stride = _wide(stride, VEC)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = (c < C)[None, :]
     lane = tl.arange(0, BM)
@@ -85,7 +105,7 @@ def _moments_kernel(
     length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
     start = x + (g.to(tl.int64) * rows + first) * stride
     tile = lane.to(tl.int64)[:, None] * stride + c[None, :]
-    step = tl.full([], BM, tl.int64) * stride
+    step = BM * stride
     mean = tl.zeros([BM, BC], tl.float32)
     m2 = tl.zeros([BM, BC], tl.float32)
     full = length // BM
@@ -121,7 +141,7 @@ def _moments_planes_kernel(
 ):  # fmt: skip
     part, c, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     inner = inner * VEC
-    stride = stride * VEC
+    stride = _wide(stride, VEC)
     lane, i = tl.arange(0, BM), tl.arange(0, BI)
     first = (part // plane_parts).to(tl.int64) * rows_per_part
     length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
@@ -183,6 +203,15 @@ def _of_bank(first, second, is_second, c, mask):
 
 
 @triton.jit
+def _is_second(bank, g):
+    """Whether a group takes the second bank."""
+    if bank is not None:
+        return tl.load(bank + g) != 0
+    else:
+        return g < 0
+
+
+@triton.jit
 def _store_stats(
     stats, weight, bias, weight2, bias2, is_second, mean, m2, count, eps, g, groups, c, C, mask
 ):  # fmt: skip
@@ -200,18 +229,39 @@ def _store_stats(
     tl.store(at + 2 * groups * C, scale, mask=mask)
     tl.store(at + 3 * groups * C, shift, mask=mask)
     tl.store(at + 4 * groups * C, count, mask=mask)
+    tl.store(at + 5 * groups * C, tl.zeros_like(rstd) + is_second.to(tl.float32), mask=mask)
     return scale, shift
 
 
 @triton.jit
-def _moved(running, batch, momentum, moves):
-    return tl.where(moves, (1.0 - momentum) * running + momentum * batch, running)
+def _load_running(mean, var, c, mask):
+    if mean is not None:
+        return (tl.load(mean + c, mask=mask, other=0.0).to(tl.float32),
+                tl.load(var + c, mask=mask, other=0.0).to(tl.float32))
+    else:
+        nothing = tl.zeros_like(c).to(tl.float32)
+        return nothing, nothing
+
+
+@triton.jit
+def _move_running(mean, var, batch_mean, m2, count, momentum, moves):
+    """Running values of a bank after a group; var is the unbiased one, of which there is none for a single value."""
+    moves &= count > 1
+    mean = tl.where(moves, (1.0 - momentum) * mean + momentum * batch_mean, mean)
+    return mean, tl.where(moves, (1.0 - momentum) * var + momentum * (m2 / (count - 1.0)), var)
+
+
+@triton.jit
+def _store_running(running_mean, new_mean, new_var, mean, var, c, mask):
+    if running_mean is not None:
+        tl.store(new_mean + c, mean.to(new_mean.dtype.element_ty), mask=mask)
+        tl.store(new_var + c, var.to(new_var.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _finalize_kernel(
     moments,  # float32 (parts, groups, 3, C)
-    stats,  # float32 (5, groups, C)
+    stats,  # float32 (6, groups, C)
     weight, bias, running_mean, running_var,  # (C,) of any floating type, or None: the live bank, or the first
     weight2, bias2, running_mean2, running_var2,  # the second, if there is `bank`
     new_mean, new_var,  # (C,), with `bank` (2, C)
@@ -221,32 +271,16 @@ def _finalize_kernel(
 ):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = c < C
-    if running_mean is not None:
-        mean1 = tl.load(running_mean + c, mask=mask, other=0.0).to(tl.float32)
-        var1 = tl.load(running_var + c, mask=mask, other=0.0).to(tl.float32)
-    if running_mean2 is not None:
-        mean2 = tl.load(running_mean2 + c, mask=mask, other=0.0).to(tl.float32)
-        var2 = tl.load(running_var2 + c, mask=mask, other=0.0).to(tl.float32)
+    mean1, var1 = _load_running(running_mean, running_var, c, mask)
+    mean2, var2 = _load_running(running_mean2, running_var2, c, mask)
     for g in range(groups):
-        is_second = g < 0
-        if bank is not None:
-            is_second = tl.load(bank + g) != 0
+        is_second = _is_second(bank, g)
         mean, m2, count = _load_moments(moments, parts, g, groups, c, C, mask, BP)
         _store_stats(stats, weight, bias, weight2, bias2, is_second, mean, m2, count, eps, g, groups, c, C, mask)
-        # An empty batch moves nothing.
-        if running_mean is not None:
-            var = m2 / (count - 1.0)
-            mean1 = _moved(mean1, mean, momentum, (count > 0) & (is_second == 0))
-            var1 = _moved(var1, var, momentum, (count > 0) & (is_second == 0))
-            if running_mean2 is not None:
-                mean2 = _moved(mean2, mean, momentum, (count > 0) & is_second)
-                var2 = _moved(var2, var, momentum, (count > 0) & is_second)
-    if running_mean is not None:
-        tl.store(new_mean + c, mean1.to(new_mean.dtype.element_ty), mask=mask)
-        tl.store(new_var + c, var1.to(new_var.dtype.element_ty), mask=mask)
-    if running_mean2 is not None:
-        tl.store(new_mean + C + c, mean2.to(new_mean.dtype.element_ty), mask=mask)
-        tl.store(new_var + C + c, var2.to(new_var.dtype.element_ty), mask=mask)
+        mean1, var1 = _move_running(mean1, var1, mean, m2, count, momentum, is_second == 0)
+        mean2, var2 = _move_running(mean2, var2, mean, m2, count, momentum, is_second)
+    _store_running(running_mean, new_mean, new_var, mean1, var1, c, mask)
+    _store_running(running_mean2, new_mean + C, new_var + C, mean2, var2, c, mask)
 
 
 @triton.jit
@@ -276,7 +310,8 @@ def _apply_kernel(
 ):  # fmt: skip
     p, g = tl.program_id(0), tl.program_id(1)
     blocks = tl.cdiv(columns, BN // VEC)
-    columns = tl.full([], VEC, tl.int64) * columns
+    columns = _wide(columns, VEC)
+    x_stride, residual_stride, y_stride = _wide(x_stride, VEC), _wide(residual_stride, VEC), _wide(y_stride, VEC)
     column = (p % blocks).to(tl.int64) * BN
     mean = _per_column(stats + g * C, column, columns, inner, C, BN, PLANES)
     scale = _per_column(stats + (2 * groups + g) * C, column, columns, inner, C, BN, PLANES)
@@ -287,73 +322,58 @@ def _apply_kernel(
         r = first + i + tl.arange(0, BM)[:, None]
         mask = (r < rows) & (lane < columns - column)
         r += g.to(tl.int64) * rows
-        v = tl.load(x + column + r * (x_stride * VEC) + lane, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x + column + r * x_stride + lane, mask=mask, other=0.0).to(tl.float32)
         z = tl.fma(v - mean, scale, bias)
         if residual is not None:
-            z += tl.load(residual + column + r * (residual_stride * VEC) + lane, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y + column + r * (y_stride * VEC) + lane, act(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+            z += tl.load(residual + column + r * residual_stride + lane, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + column + r * y_stride + lane, act(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _few_kernel(
-    x, residual,  # residual may be None
+    x, residual,  # rows of channels (inner is 1); residual may be None
     y, stats,
     weight, bias, running_mean, running_var,  # as in _finalize_kernel
     weight2, bias2, running_mean2, running_var2,
     new_mean, new_var,
     bank,
-    rows, groups, inner,
+    rows, groups,
     C,  # per VEC
     x_stride, residual_stride, y_stride,  # of a row; per VEC
     momentum, eps,
     VEC: tl.constexpr, ACTIVATION: tl.constexpr,
-    BM: tl.constexpr,  # at least rows * inner
+    BM: tl.constexpr,  # at least rows
     BC: tl.constexpr,
 ):  # fmt: skip
     """The whole forward: a program owns BC channels and holds all their values of a group."""
     C = C * VEC
+    x_stride, residual_stride, y_stride = _wide(x_stride, VEC), _wide(residual_stride, VEC), _wide(y_stride, VEC)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     c_mask = c < C
-    value = tl.arange(0, BM)
-    mask = (value < rows * inner)[:, None] & c_mask[None, :]
-    row = (value // inner).to(tl.int64)[:, None]
-    column = (value % inner)[:, None] + c[None, :] * inner
-    count = tl.full([BC], rows * inner, tl.int32).to(tl.float32)
-    if running_mean is not None:
-        mean1 = tl.load(running_mean + c, mask=c_mask, other=0.0).to(tl.float32)
-        var1 = tl.load(running_var + c, mask=c_mask, other=0.0).to(tl.float32)
-    if running_mean2 is not None:
-        mean2 = tl.load(running_mean2 + c, mask=c_mask, other=0.0).to(tl.float32)
-        var2 = tl.load(running_var2 + c, mask=c_mask, other=0.0).to(tl.float32)
+    row = tl.arange(0, BM)[:, None]
+    column = c[None, :]
+    mask = (row < rows) & c_mask[None, :]
+    count = tl.full([BC], rows, tl.int32).to(tl.float32)
+    mean1, var1 = _load_running(running_mean, running_var, c, c_mask)
+    mean2, var2 = _load_running(running_mean2, running_var2, c, c_mask)
     for g in range(groups):
-        is_second = g < 0
-        if bank is not None:
-            is_second = tl.load(bank + g) != 0
-        r = row + g * rows
-        v = tl.load(x + r * (x_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
+        is_second = _is_second(bank, g)
+        r = g * rows + row
+        v = tl.load(x + r * x_stride + column, mask=mask, other=0.0).to(tl.float32)
         mean = tl.sum(v, 0) / count
         mean += tl.sum(tl.where(mask, v - mean[None, :], 0.0), 0) / count
         d = tl.where(mask, v - mean[None, :], 0.0)
         m2 = tl.sum(d * d, 0)
         scale, shift = _store_stats(
             stats, weight, bias, weight2, bias2, is_second, mean, m2, count, eps, g, groups, c, C, c_mask)
-        if running_mean is not None:
-            var = m2 / (count - 1.0)
-            mean1 = _moved(mean1, mean, momentum, is_second == 0)
-            var1 = _moved(var1, var, momentum, is_second == 0)
-            if running_mean2 is not None:
-                mean2 = _moved(mean2, mean, momentum, is_second)
-                var2 = _moved(var2, var, momentum, is_second)
+        mean1, var1 = _move_running(mean1, var1, mean, m2, count, momentum, is_second == 0)
+        mean2, var2 = _move_running(mean2, var2, mean, m2, count, momentum, is_second)
         z = tl.fma(v - mean[None, :], scale[None, :], shift[None, :])
         if residual is not None:
-            z += tl.load(residual + r * (residual_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y + r * (y_stride * VEC) + column, act(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
-    if running_mean is not None:
-        tl.store(new_mean + c, mean1.to(new_mean.dtype.element_ty), mask=c_mask)
-        tl.store(new_var + c, var1.to(new_var.dtype.element_ty), mask=c_mask)
-    if running_mean2 is not None:
-        tl.store(new_mean + C + c, mean2.to(new_mean.dtype.element_ty), mask=c_mask)
-        tl.store(new_var + C + c, var2.to(new_var.dtype.element_ty), mask=c_mask)
+            z += tl.load(residual + r * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + r * y_stride + column, act(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
+    _store_running(running_mean, new_mean, new_var, mean1, var1, c, c_mask)
+    _store_running(running_mean2, new_mean + C, new_var + C, mean2, var2, c, c_mask)
 
 
 # Backward. With dz = dy * act'(z), the gradient before the activation (and that of the residual), in each group:
@@ -361,6 +381,33 @@ def _few_kernel(
 #   a = sum dz / count,  k = rstd^2 * sum dz (x - mean) / count.
 # a + k (x - mean) is the least-squares line of dz over x: `line`, float32 (2, groups, C), holds a and k.
 # Where there is a residual, dz is rounded to the type of y and written, and the sums are those of the rounded values.
+
+
+@triton.jit
+def _load_affine(stats, g, groups, c, C, mask):
+    """Mean, scale and bias of a group."""
+    at = stats + g * C + c
+    return (tl.load(at, mask=mask, other=0.0), tl.load(at + 2 * groups * C, mask=mask, other=0.0),
+            tl.load(at + 3 * groups * C, mask=mask, other=0.0))
+
+
+@triton.jit
+def _load_dz(
+    dy, x, residual, dz, r, dy_stride, x_stride, residual_stride, dz_stride, column, mean, scale, bias, mask,
+    ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """x - mean and dz of a tile of rows r and columns; writes dz if there is a residual."""
+    d = tl.load(x + r * x_stride + column, mask=mask, other=0.0).to(tl.float32) - mean
+    grad = tl.load(dy + r * dy_stride + column, mask=mask, other=0.0).to(tl.float32)
+    z = tl.fma(d, scale, bias)
+    if residual is not None:
+        z += tl.load(residual + r * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+    grad *= act_grad(z, ACTIVATION)
+    if residual is not None:
+        rounded = grad.to(dz.dtype.element_ty)
+        tl.store(dz + r * dz_stride + column, rounded, mask=mask)
+        grad = rounded.to(tl.float32)
+    return d, grad
 
 
 @triton.jit
@@ -378,12 +425,11 @@ def _backward_reduce_kernel(
 ):  # fmt: skip
     part, g = tl.program_id(0), tl.program_id(2)
     C = C * VEC
+    dy_stride, x_stride = _wide(dy_stride, VEC), _wide(x_stride, VEC)
+    residual_stride, dz_stride = _wide(residual_stride, VEC), _wide(dz_stride, VEC)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = c < C
-    at = stats + g * C + c
-    mean = tl.load(at, mask=mask, other=0.0)[None, :]
-    scale = tl.load(at + 2 * groups * C, mask=mask, other=0.0)[None, :]
-    bias = tl.load(at + 3 * groups * C, mask=mask, other=0.0)[None, :]
+    mean, scale, bias = _load_affine(stats, g, groups, c, C, mask)
     first = part.to(tl.int64) * rows_per_part
     length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
     first += g.to(tl.int64) * rows
@@ -391,18 +437,9 @@ def _backward_reduce_kernel(
     sum_dzx = tl.zeros([BM, BC], tl.float32)
     for i in tl.range(0, tl.cdiv(length, BM), num_stages=STAGES):
         lane = i * BM + tl.arange(0, BM)[:, None]
-        here = (lane < length) & mask[None, :]
-        r = first + lane
-        d = tl.load(x + r * (x_stride * VEC) + c[None, :], mask=here, other=0.0).to(tl.float32) - mean
-        grad = tl.load(dy + r * (dy_stride * VEC) + c[None, :], mask=here, other=0.0).to(tl.float32)
-        z = tl.fma(d, scale, bias)
-        if residual is not None:
-            z += tl.load(residual + r * (residual_stride * VEC) + c[None, :], mask=here, other=0.0).to(tl.float32)
-        grad *= act_grad(z, ACTIVATION)
-        if residual is not None:
-            rounded = grad.to(dz.dtype.element_ty)
-            tl.store(dz + r * (dz_stride * VEC) + c[None, :], rounded, mask=here)
-            grad = rounded.to(tl.float32)
+        d, grad = _load_dz(
+            dy, x, residual, dz, first + lane, dy_stride, x_stride, residual_stride, dz_stride, c[None, :],
+            mean[None, :], scale[None, :], bias[None, :], (lane < length) & mask[None, :], ACTIVATION)
         sum_dz += grad
         sum_dzx = tl.fma(grad, d, sum_dzx)
     at = sums + (part * groups + g) * 2 * C + c
@@ -428,10 +465,9 @@ def _backward_reduce_planes_kernel(
 ):  # fmt: skip
     part, c, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     inner = inner * VEC
-    at = stats + g * C + c
-    mean = tl.load(at)
-    scale = tl.load(at + 2 * groups * C)
-    bias = tl.load(at + 3 * groups * C)
+    dy_stride, x_stride = _wide(dy_stride, VEC), _wide(x_stride, VEC)
+    residual_stride, dz_stride = _wide(residual_stride, VEC), _wide(dz_stride, VEC)
+    mean, scale, bias = _load_affine(stats, g, groups, c, C, c < C)
     first = (part // plane_parts).to(tl.int64) * rows_per_part
     length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
     first += g.to(tl.int64) * rows
@@ -444,18 +480,9 @@ def _backward_reduce_planes_kernel(
     for step in tl.range(0, steps * blocks, num_stages=STAGES):
         lane = step % steps * BM + tl.arange(0, BM)[:, None]
         column = (block + step // steps) * BI + tl.arange(0, BI)[None, :]
-        here = (lane < length) & (column < inner)
-        r = first + lane
-        d = tl.load(x + plane + r * (x_stride * VEC) + column, mask=here, other=0.0).to(tl.float32) - mean
-        grad = tl.load(dy + plane + r * (dy_stride * VEC) + column, mask=here, other=0.0).to(tl.float32)
-        z = tl.fma(d, scale, bias)
-        if residual is not None:
-            z += tl.load(residual + plane + r * (residual_stride * VEC) + column, mask=here, other=0.0).to(tl.float32)
-        grad *= act_grad(z, ACTIVATION)
-        if residual is not None:
-            rounded = grad.to(dz.dtype.element_ty)
-            tl.store(dz + plane + r * (dz_stride * VEC) + column, rounded, mask=here)
-            grad = rounded.to(tl.float32)
+        d, grad = _load_dz(
+            dy, x, residual, dz, first + lane, dy_stride, x_stride, residual_stride, dz_stride, plane + column,
+            mean, scale, bias, (lane < length) & (column < inner), ACTIVATION)
         sum_dz += grad
         sum_dzx = tl.fma(grad, d, sum_dzx)
     at = sums + (part * groups + g) * 2 * C + c
@@ -472,10 +499,17 @@ def _line(stats, sum_dz, sum_dzx, g, groups, c, C, mask):
 
 
 @triton.jit
-def _store_parameter_gradient(grad, first, second, bank, c, C, mask):
+def _add_to_bank(first, second, value, stats, g, groups, c, C, mask):
+    """Chosen, not multiplied by 0: a NaN in the group of one bank stays out of the other's gradient."""
+    is_second = tl.load(stats + (5 * groups + g) * C + c, mask=mask, other=0.0) != 0
+    return first + tl.where(is_second, 0.0, value), second + tl.where(is_second, value, 0.0)
+
+
+@triton.jit
+def _store_parameter_gradient(grad, first, second, c, C, mask, TWO_BANKS: tl.constexpr):
     if grad is not None:
         tl.store(grad + c, first.to(grad.dtype.element_ty), mask=mask)
-        if bank is not None:
+        if TWO_BANKS:
             tl.store(grad + C + c, second.to(grad.dtype.element_ty), mask=mask)
 
 
@@ -484,10 +518,9 @@ def _backward_finalize_kernel(
     sums,  # float32 (parts, groups, 2, C)
     stats,
     line,
-    dweight, dbias,  # (C,), with `bank` (2, C); either may be None
-    bank,
+    dweight, dbias,  # (C,), of two banks (2, C); either may be None
     parts, groups, C,
-    BP: tl.constexpr, BC: tl.constexpr,
+    TWO_BANKS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = c < C
@@ -498,21 +531,16 @@ def _backward_finalize_kernel(
     dbias1 = tl.zeros([BC], tl.float32)
     dbias2 = tl.zeros([BC], tl.float32)
     for g in range(groups):
-        is_second = g < 0
-        if bank is not None:
-            is_second = tl.load(bank + g) != 0
         at = sums + (p * groups + g)[:, None] * 2 * C + c[None, :]
         sum_dz = tl.sum(tl.load(at, mask=part_mask, other=0.0), 0)
         sum_dzx = tl.sum(tl.load(at + C, mask=part_mask, other=0.0), 0)
         a, k, of_weight = _line(stats, sum_dz, sum_dzx, g, groups, c, C, mask)
         tl.store(line + g * C + c, a, mask=mask)
         tl.store(line + (groups + g) * C + c, k, mask=mask)
-        dweight1 += tl.where(is_second, 0.0, of_weight)
-        dweight2 += tl.where(is_second, of_weight, 0.0)
-        dbias1 += tl.where(is_second, 0.0, sum_dz)
-        dbias2 += tl.where(is_second, sum_dz, 0.0)
-    _store_parameter_gradient(dweight, dweight1, dweight2, bank, c, C, mask)
-    _store_parameter_gradient(dbias, dbias1, dbias2, bank, c, C, mask)
+        dweight1, dweight2 = _add_to_bank(dweight1, dweight2, of_weight, stats, g, groups, c, C, mask)
+        dbias1, dbias2 = _add_to_bank(dbias1, dbias2, sum_dz, stats, g, groups, c, C, mask)
+    _store_parameter_gradient(dweight, dweight1, dweight2, c, C, mask, TWO_BANKS)
+    _store_parameter_gradient(dbias, dbias1, dbias2, c, C, mask, TWO_BANKS)
 
 
 @triton.jit
@@ -531,7 +559,8 @@ def _backward_apply_kernel(
 ):  # fmt: skip
     p, g = tl.program_id(0), tl.program_id(1)
     blocks = tl.cdiv(columns, BN // VEC)
-    columns = tl.full([], VEC, tl.int64) * columns
+    columns = _wide(columns, VEC)
+    dy_stride, x_stride, dx_stride = _wide(dy_stride, VEC), _wide(x_stride, VEC), _wide(dx_stride, VEC)
     column = (p % blocks).to(tl.int64) * BN
     mean = _per_column(stats + g * C, column, columns, inner, C, BN, PLANES)
     scale = _per_column(stats + (2 * groups + g) * C, column, columns, inner, C, BN, PLANES)
@@ -545,68 +574,53 @@ def _backward_apply_kernel(
         r = first + i + tl.arange(0, BM)[:, None]
         mask = (r < rows) & (lane < columns - column)
         r += g.to(tl.int64) * rows
-        d = tl.load(x + column + r * (x_stride * VEC) + lane, mask=mask, other=0.0).to(tl.float32) - mean
-        dz = tl.load(dy + column + r * (dy_stride * VEC) + lane, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(x + column + r * x_stride + lane, mask=mask, other=0.0).to(tl.float32) - mean
+        dz = tl.load(dy + column + r * dy_stride + lane, mask=mask, other=0.0).to(tl.float32)
         if ACTIVATION != "identity":
             dz *= act_grad(tl.fma(d, scale, bias), ACTIVATION)
         grad = scale * (dz - tl.fma(d, k, a))
-        tl.store(dx + column + r * (dx_stride * VEC) + lane, grad.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + column + r * dx_stride + lane, grad.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward_few_kernel(
-    dy, x, residual,  # residual may be None
+    dy, x, residual,  # rows of channels (inner is 1); residual may be None
     dx,
     dz,  # written if there is a residual
-    stats, dweight, dbias, bank,
-    rows, groups, inner,
+    stats, dweight, dbias,
+    rows, groups,
     C,  # per VEC
     dy_stride, x_stride, residual_stride, dx_stride, dz_stride,  # of a row; per VEC
-    VEC: tl.constexpr, ACTIVATION: tl.constexpr,
-    BM: tl.constexpr,  # at least rows * inner
+    TWO_BANKS: tl.constexpr, VEC: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr,  # at least rows
     BC: tl.constexpr,
 ):  # fmt: skip
     """The whole backward: a program owns BC channels and holds all their values of a group."""
     C = C * VEC
+    dy_stride, x_stride, dx_stride = _wide(dy_stride, VEC), _wide(x_stride, VEC), _wide(dx_stride, VEC)
+    residual_stride, dz_stride = _wide(residual_stride, VEC), _wide(dz_stride, VEC)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     c_mask = c < C
-    value = tl.arange(0, BM)
-    mask = (value < rows * inner)[:, None] & c_mask[None, :]
-    row = (value // inner).to(tl.int64)[:, None]
-    column = (value % inner)[:, None] + c[None, :] * inner
+    row = tl.arange(0, BM)[:, None]
+    mask = (row < rows) & c_mask[None, :]
     dweight1 = tl.zeros([BC], tl.float32)
     dweight2 = tl.zeros([BC], tl.float32)
     dbias1 = tl.zeros([BC], tl.float32)
     dbias2 = tl.zeros([BC], tl.float32)
     for g in range(groups):
-        is_second = g < 0
-        if bank is not None:
-            is_second = tl.load(bank + g) != 0
-        r = row + g * rows
-        at = stats + g * C + c
-        scale = tl.load(at + 2 * groups * C, mask=c_mask, other=0.0)[None, :]
-        bias = tl.load(at + 3 * groups * C, mask=c_mask, other=0.0)[None, :]
-        d = tl.load(x + r * (x_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
-        d -= tl.load(at, mask=c_mask, other=0.0)[None, :]
-        grad = tl.load(dy + r * (dy_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
-        z = tl.fma(d, scale, bias)
-        if residual is not None:
-            z += tl.load(residual + r * (residual_stride * VEC) + column, mask=mask, other=0.0).to(tl.float32)
-        grad *= act_grad(z, ACTIVATION)
-        if residual is not None:
-            rounded = grad.to(dz.dtype.element_ty)
-            tl.store(dz + r * (dz_stride * VEC) + column, rounded, mask=mask)
-            grad = rounded.to(tl.float32)
+        r = g * rows + row
+        mean, scale, bias = _load_affine(stats, g, groups, c, C, c_mask)
+        d, grad = _load_dz(
+            dy, x, residual, dz, r, dy_stride, x_stride, residual_stride, dz_stride, c[None, :], mean[None, :],
+            scale[None, :], bias[None, :], mask, ACTIVATION)
         sum_dz = tl.sum(grad, 0)
         a, k, of_weight = _line(stats, sum_dz, tl.sum(grad * d, 0), g, groups, c, C, c_mask)
-        grad = scale * (grad - tl.fma(d, k[None, :], a[None, :]))
-        tl.store(dx + r * (dx_stride * VEC) + column, grad.to(dx.dtype.element_ty), mask=mask)
-        dweight1 += tl.where(is_second, 0.0, of_weight)
-        dweight2 += tl.where(is_second, of_weight, 0.0)
-        dbias1 += tl.where(is_second, 0.0, sum_dz)
-        dbias2 += tl.where(is_second, sum_dz, 0.0)
-    _store_parameter_gradient(dweight, dweight1, dweight2, bank, c, C, c_mask)
-    _store_parameter_gradient(dbias, dbias1, dbias2, bank, c, C, c_mask)
+        grad = scale[None, :] * (grad - tl.fma(d, k[None, :], a[None, :]))
+        tl.store(dx + r * dx_stride + c[None, :], grad.to(dx.dtype.element_ty), mask=mask)
+        dweight1, dweight2 = _add_to_bank(dweight1, dweight2, of_weight, stats, g, groups, c, C, c_mask)
+        dbias1, dbias2 = _add_to_bank(dbias1, dbias2, sum_dz, stats, g, groups, c, C, c_mask)
+    _store_parameter_gradient(dweight, dweight1, dweight2, c, C, c_mask, TWO_BANKS)
+    _store_parameter_gradient(dbias, dbias1, dbias2, c, C, c_mask, TWO_BANKS)
 
 
 # Launchers.
@@ -616,25 +630,29 @@ class _Rows:
     """How kernels see x: rows of columns (see the top of the file), their number that of one group."""
 
     def __init__(self, x: Tensor, groups: int) -> None:
-        n, self.channels, h, w = x.shape
+        n, self.channels, h, w = self.shape = x.shape
+        self.device, self.dtype, self.groups = x.device, x.dtype, groups
         self.channels_last = layout_of(x).channels_last
         # Images of one pixel are NHWC, whatever their strides are called.
         self.inner = 1 if self.channels_last else h * w
         self.rows = n // groups * (h * w if self.channels_last else 1)
-        self.key = {"rows": self.rows, "channels": self.channels, "inner": self.inner,
-                    "dtype": str(x.dtype).removeprefix("torch.")}
-
-    @property
-    def columns(self) -> int:
-        return self.channels * self.inner
+        self.columns = self.channels * self.inner
 
     def strides(self, *tensors: Tensor | None) -> list[int]:
         """From row to row; all tensors have the shape and layout of x."""
-        return [0 if t is None else stride_in(t, self.channels_last) for t in tensors]
+        return [0 if t is None else stride_in(t, self.channels_last) or 0 for t in tensors]  # none of an empty one
+
+    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for a tensor like x, dense."""
+        form = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device, memory_format=form)
 
     def few(self) -> bool:
-        values = self.rows * self.inner
-        return isinstance(values, int) and 0 < values <= FEW
+        return self.inner == 1 and isinstance(self.rows, int) and 0 < self.rows <= FEW
+
+    def tuned(self, kernel: str, default: dict[str, int]) -> dict[str, int]:
+        return tuned(kernel, self.device, default, rows=self.rows, channels=self.channels, inner=self.inner,
+                     dtype=str(self.dtype).removeprefix("torch."))
 
 
 def _vector(*sizes: int) -> int:
@@ -644,7 +662,7 @@ def _vector(*sizes: int) -> int:
 
 def _power_of_2(n: int, most: int) -> int:
     """The next power of 2 of n, at least 1 and no more than `most`; `most` if n is symbolic."""
-    return min(triton.next_power_of_2(max(n, 1)), most) if isinstance(n, int) else most
+    return min(next_power_of_2(n), most) if isinstance(n, int) else most
 
 
 def _at_most(n: int, most: int) -> int:
@@ -652,9 +670,7 @@ def _at_most(n: int, most: int) -> int:
     return max(1, min(n, most)) if isinstance(most, int) else n
 
 
-def _split(
-    name: str, elements: int, x: Tensor, rows: _Rows, groups: int
-) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, int]]:
+def _split(name: str, elements: int, rows: _Rows) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, int]]:
     """How a reduction over rows is split: its grid (parts first), arguments that say so, configuration.
 
     Args:
@@ -662,50 +678,42 @@ def _split(
     """
     if rows.inner == 1:
         width = _power_of_2(rows.channels, 64)
-        default = {"BM": elements // width, "BC": width, "STAGES": 3, "num_warps": 8}
-        config = tuned(name, x.device, default, **rows.key)
+        config = rows.tuned(name, {"BM": elements // width, "BC": width, "STAGES": 3, "num_warps": 8})
         blocks = cdiv(rows.channels, config["BC"])
-        parts = _at_most(max(1, SPLITS // (blocks * groups)), cdiv(rows.rows, config["BM"]))
-        return (parts, blocks, groups), (cdiv(cdiv(rows.rows, parts), config["BM"]) * config["BM"],), config
+        parts = _at_most(max(1, SPLITS // (blocks * rows.groups)), cdiv(rows.rows, config["BM"]))
+        rows_per_part = cdiv(cdiv(rows.rows, parts), config["BM"]) * config["BM"]
+        return (parts, blocks, rows.groups), (rows_per_part,), config
     height = _power_of_2(rows.rows, elements // _power_of_2(rows.inner, 512))
-    default = {"BM": height, "BI": _power_of_2(rows.inner, elements // height), "STAGES": 3, "num_warps": 8}
-    config = tuned(name, x.device, default, **rows.key)
-    parts = max(1, SPLITS // (rows.channels * groups))
+    config = rows.tuned(
+        name, {"BM": height, "BI": _power_of_2(rows.inner, elements // height), "STAGES": 3, "num_warps": 8})
+    parts = max(1, SPLITS // (rows.channels * rows.groups))
     row_parts = _at_most(parts, cdiv(rows.rows, config["BM"]))
     blocks = cdiv(rows.inner, config["BI"])
     plane_parts = _at_most(parts // row_parts, blocks)
     rows_per_part = cdiv(cdiv(rows.rows, row_parts), config["BM"]) * config["BM"]
     arguments = (plane_parts, rows_per_part, cdiv(blocks, plane_parts))
-    return (row_parts * plane_parts, rows.channels, groups), arguments, config
+    return (row_parts * plane_parts, rows.channels, rows.groups), arguments, config
 
 
-def _walk(name: str, x: Tensor, rows: _Rows, groups: int) -> tuple[tuple[int, int], int, dict[str, int]]:
+def _walk(name: str, rows: _Rows) -> tuple[tuple[int, int], int, dict[str, int]]:
     """How an apply kernel is split: grid, rows per program, configuration."""
     height = _power_of_2(rows.rows, 2048 // _power_of_2(rows.columns, 64 if rows.inner == 1 else 512))
     width = _power_of_2(rows.columns, 64 if rows.inner == 1 else 2048 // height)
     # 128 rows make the vectors of the channels cheap; but first there have to be programs for the whole GPU.
     walk = 128
     if isinstance(rows.rows * rows.columns, int):
-        walk = min(walk, triton.next_power_of_2(rows.rows * cdiv(rows.columns, width) * groups // (4 * SPLITS)))
-        walk = max(height, min(walk, triton.next_power_of_2(rows.rows)))
-    default = {"BM": height, "BN": width, "rows": walk, "num_warps": 4}
-    config = dict(tuned(name, x.device, default, **rows.key))
+        walk = min(walk, next_power_of_2(rows.rows * cdiv(rows.columns, width) * rows.groups // (4 * SPLITS)))
+        walk = max(height, min(walk, next_power_of_2(rows.rows)))
+    config = dict(rows.tuned(name, {"BM": height, "BN": width, "rows": walk, "num_warps": 4}))
     walk = config.pop("rows")
     config["PLANES"] = isinstance(rows.inner, int) and rows.inner >= config["BN"]
-    return (cdiv(rows.columns, config["BN"]) * cdiv(rows.rows, walk), groups), walk, config
+    return (cdiv(rows.columns, config["BN"]) * cdiv(rows.rows, walk), rows.groups), walk, config
 
 
 def _few_config(rows: _Rows) -> dict[str, int]:
-    """The grid is one of channels. In NHWC blocks of 16, which is at least 32 bytes of each row."""
-    height = triton.next_power_of_2(rows.rows * rows.inner)
-    width = _power_of_2(rows.channels, 16 if rows.inner == 1 else max(1, 1024 // height))
+    """The grid is one of blocks of 16 channels, which are at least 32 bytes of each row."""
+    height, width = next_power_of_2(rows.rows), _power_of_2(rows.channels, 16)
     return {"BM": height, "BC": width, "num_warps": 4 if height * width <= 2048 else 8}
-
-
-def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    last = layout_of(x).channels_last
-    return torch.empty(x.shape, dtype=dtype, device=x.device,
-                       memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
@@ -714,16 +722,16 @@ def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
 
 def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:
     # Autograd may hand over an expanded gradient, of a sum for instance, or one in another layout: it is copied.
-    if stride_in(dy, layout_of(x).channels_last) is None:
-        return _dense_like(x, dy.dtype).copy_(dy)
+    rows = _Rows(x, 1)
+    if stride_in(dy, rows.channels_last) is None:
+        return rows.empty(dy.dtype).copy_(dy)
     return dy
 
 
-def _per_bank(like: Tensor | None, bank: Tensor | None, x: Tensor) -> Tensor:
-    """Memory for what there is once for each bank: (C,) or (2, C); nothing if `like` is None."""
-    if like is None:
-        return x.new_empty(0)
-    return like.new_empty(like.shape if bank is None else (2, like.shape[0]))
+def _empty_per_bank(rows: _Rows, dtype: torch.dtype | None, two_banks: bool) -> Tensor:
+    """Memory for what there is once for each bank: (C,) or (2, C); nothing if `dtype` is None."""
+    c = rows.channels
+    return torch.empty(0 if dtype is None else (2, c) if two_banks else c, dtype=dtype, device=rows.device)
 
 
 class Parameters(NamedTuple):
@@ -739,11 +747,10 @@ class Parameters(NamedTuple):
     running_var2: Tensor | None = None
 
 
-def _launch_parts(x: Tensor, groups: int) -> Tensor:
+def _launch_parts(x: Tensor, rows: _Rows) -> Tensor:
     """Moments of each part of the rows, (parts, groups, 3, C)."""
-    rows = _Rows(x, groups)
-    grid, split, config = _split("batch_norm_moments", 4096, x, rows, groups)
-    moments = torch.empty(grid[0], groups, 3, rows.channels, device=x.device)
+    grid, split, config = _split("batch_norm_moments", 4096, rows)
+    moments = torch.empty(grid[0], rows.groups, 3, rows.channels, device=x.device)
     (stride,) = rows.strides(x)
     if rows.inner == 1:
         kernel, vec = _moments_kernel, _vector(rows.channels, stride)
@@ -751,39 +758,46 @@ def _launch_parts(x: Tensor, groups: int) -> Tensor:
     else:
         kernel, vec = _moments_planes_kernel, _vector(rows.inner, stride)
         sizes = (rows.channels, rows.inner // vec)
-    launch(kernel, grid, x, moments, rows.rows, groups, *sizes, stride // vec, *split, VEC=vec, **config)
+    launch(kernel, grid, x, moments, rows.rows, rows.groups, *sizes, stride // vec, *split, VEC=vec, **config)
     return moments
 
 
 def launch_batch_norm_moments(x: Tensor, groups: int) -> Tensor:
     """Mean, sum of squared differences from it and count: float32 (groups, 3, C)."""
-    parts = _launch_parts(x, groups)
+    parts = _launch_parts(x, _Rows(x, groups))
     combined = torch.empty_like(parts[0])
     c = x.shape[1]
     launch(_combine_kernel, (cdiv(c, 8), groups), parts, combined, parts.shape[0], groups, c,
-           BP=triton.next_power_of_2(parts.shape[0]), BC=8, num_warps=4)
+           BP=next_power_of_2(parts.shape[0]), BC=8, num_warps=4)
     return combined
 
 
 def launch_batch_norm_finish(
     x: Tensor, residual: Tensor | None, moments: Tensor, parameters: Parameters, bank: Tensor | None, groups: int,
-    activation: str, momentum: float, eps: float,
+    activation: str, momentum: float, eps: float, rows: _Rows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, stats and new running values from moments (parts, groups, 3, C), whosever rows those are of."""
-    c, parts = x.shape[1], moments.shape[0]
-    stats = torch.empty(5, groups, c, device=x.device)
-    running = [_per_bank(r, bank, x) for r in parameters[2:4]]
+    rows = rows or _Rows(x, groups)
+    c, parts = rows.channels, moments.shape[0]
+    y, stats, *running = _outputs(x, residual, parameters, bank, rows)
     launch(_finalize_kernel, (cdiv(c, 8),), moments, stats, *parameters, *running, bank, parts, groups, c, momentum,
-           eps, BP=triton.next_power_of_2(parts), BC=8, num_warps=4)
-    y = _dense_like(x, _result_dtype(x, residual))
+           eps, BP=next_power_of_2(parts), BC=8, num_warps=4)
     if x.numel() != 0:
-        rows = _Rows(x, groups)
-        grid, walk, config = _walk("batch_norm_apply", x, rows, groups)
+        grid, walk, config = _walk("batch_norm_apply", rows)
         strides = rows.strides(x, residual, y)
         vec = _vector(rows.columns, *strides)
         launch(_apply_kernel, grid, x, residual, y, stats, rows.rows, groups, c, rows.inner, rows.columns // vec,
                *(s // vec for s in strides), walk, VEC=vec, ACTIVATION=activation, **config)
     return y, stats, *running
+
+
+def _outputs(
+    x: Tensor, residual: Tensor | None, parameters: Parameters, bank: Tensor | None, rows: _Rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stats = torch.empty(6, rows.groups, rows.channels, device=x.device)
+    running = [_empty_per_bank(rows, None if r is None else r.dtype, bank is not None)
+               for r in (parameters.running_mean, parameters.running_var)]
+    return rows.empty(_result_dtype(x, residual)), stats, *running
 
 
 def launch_batch_norm(
@@ -793,28 +807,28 @@ def launch_batch_norm(
     """See the op."""
     rows = _Rows(x, groups)
     if not rows.few():
-        moments = _launch_parts(x, groups)
-        return launch_batch_norm_finish(x, residual, moments, parameters, bank, groups, activation, momentum, eps)
-    c = rows.channels
-    y, stats = _dense_like(x, _result_dtype(x, residual)), torch.empty(5, groups, c, device=x.device)
-    running = [_per_bank(r, bank, x) for r in parameters[2:4]]
+        moments = _launch_parts(x, rows)
+        return launch_batch_norm_finish(
+            x, residual, moments, parameters, bank, groups, activation, momentum, eps, rows)
+    y, stats, *running = _outputs(x, residual, parameters, bank, rows)
     strides = rows.strides(x, residual, y)
-    vec = _vector(c, *strides)
+    vec = _vector(rows.channels, *strides)
     config = _few_config(rows)
-    launch(_few_kernel, (cdiv(c, config["BC"]),), x, residual, y, stats, *parameters, *running, bank, rows.rows, groups,
-           rows.inner, c // vec, *(s // vec for s in strides), momentum, eps, VEC=vec, ACTIVATION=activation, **config)
+    launch(_few_kernel, (cdiv(rows.channels, config["BC"]),), x, residual, y, stats, *parameters, *running, bank,
+           rows.rows, groups, rows.channels // vec, *(s // vec for s in strides), momentum, eps, VEC=vec,
+           ACTIVATION=activation, **config)
     return y, stats, *running
 
 
 def launch_batch_norm_backward_reduce(
-    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    bank: Tensor | None, activation: str,
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: torch.dtype | None,
+    bias: torch.dtype | None, two_banks: bool, activation: str, rows: _Rows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dz (nothing without a residual), line (2, groups, C), dweight and dbias."""
     groups, c = stats.shape[1:]
-    rows = _Rows(x, groups)
-    dz = None if residual is None else _dense_like(x, _result_dtype(x, residual))
-    grid, split, config = _split("batch_norm_backward_reduce", 2048, x, rows, groups)
+    rows = rows or _Rows(x, groups)
+    dz = None if residual is None else rows.empty(_result_dtype(x, residual))
+    grid, split, config = _split("batch_norm_backward_reduce", 2048, rows)
     sums = torch.empty(grid[0], groups, 2, c, device=x.device)
     strides = rows.strides(dy, x, residual, dz)
     if rows.inner == 1:
@@ -825,21 +839,23 @@ def launch_batch_norm_backward_reduce(
         sizes = (c, rows.inner // vec)
     launch(kernel, grid, dy, x, residual, dz, stats, sums, rows.rows, groups, *sizes, *(s // vec for s in strides),
            *split, VEC=vec, ACTIVATION=activation, **config)
-    line = torch.empty_like(stats[:2])
-    dweight, dbias = _per_bank(weight, bank, x), _per_bank(bias, bank, x)
+    line = torch.empty(2, groups, c, device=x.device)
+    dweight, dbias = _empty_per_bank(rows, weight, two_banks), _empty_per_bank(rows, bias, two_banks)
     launch(_backward_finalize_kernel, (cdiv(c, 8),), sums, stats, line, None if weight is None else dweight,
-           None if bias is None else dbias, bank, grid[0], groups, c, BP=triton.next_power_of_2(grid[0]), BC=8,
+           None if bias is None else dbias, grid[0], groups, c, TWO_BANKS=two_banks, BP=next_power_of_2(grid[0]), BC=8,
            num_warps=4)
     return x.new_empty(0) if dz is None else dz, line, dweight, dbias
 
 
-def launch_batch_norm_backward_apply(dy: Tensor, x: Tensor, stats: Tensor, line: Tensor, activation: str) -> Tensor:
+def launch_batch_norm_backward_apply(
+    dy: Tensor, x: Tensor, stats: Tensor, line: Tensor, activation: str, rows: _Rows | None = None
+) -> Tensor:
     """dx from dy; from dz if `activation` is "identity"."""
     groups, c = stats.shape[1:]
-    dx = _dense_like(x, x.dtype)
+    rows = rows or _Rows(x, groups)
+    dx = rows.empty()
     if x.numel() != 0:
-        rows = _Rows(x, groups)
-        grid, walk, config = _walk("batch_norm_backward_apply", x, rows, groups)
+        grid, walk, config = _walk("batch_norm_backward_apply", rows)
         strides = rows.strides(dy, x, dx)
         vec = _vector(rows.columns, *strides)
         launch(_backward_apply_kernel, grid, dy, x, dx, stats, line, rows.rows, groups, c, rows.inner,
@@ -848,26 +864,25 @@ def launch_batch_norm_backward_apply(dy: Tensor, x: Tensor, stats: Tensor, line:
 
 
 def launch_batch_norm_backward(
-    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    bank: Tensor | None, activation: str,
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: torch.dtype | None,
+    bias: torch.dtype | None, two_banks: bool, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz, dweight, dbias; dy in the layout of x."""
     groups, c = stats.shape[1:]
     rows = _Rows(x, groups)
     if not rows.few():
         dz, line, dweight, dbias = launch_batch_norm_backward_reduce(
-            dy, x, residual, stats, weight, bias, bank, activation)
+            dy, x, residual, stats, weight, bias, two_banks, activation, rows)
         given = (dy, activation) if residual is None else (dz, "identity")
-        return launch_batch_norm_backward_apply(given[0], x, stats, line, given[1]), dz, dweight, dbias
-    dx = _dense_like(x, x.dtype)
-    dz = None if residual is None else _dense_like(x, _result_dtype(x, residual))
-    dweight, dbias = _per_bank(weight, bank, x), _per_bank(bias, bank, x)
+        return launch_batch_norm_backward_apply(given[0], x, stats, line, given[1], rows), dz, dweight, dbias
+    dx, dz = rows.empty(), None if residual is None else rows.empty(_result_dtype(x, residual))
+    dweight, dbias = _empty_per_bank(rows, weight, two_banks), _empty_per_bank(rows, bias, two_banks)
     strides = rows.strides(dy, x, residual, dx, dz)
     vec = _vector(c, *strides)
     config = _few_config(rows)
     launch(_backward_few_kernel, (cdiv(c, config["BC"]),), dy, x, residual, dx, dz, stats,
-           None if weight is None else dweight, None if bias is None else dbias, bank, rows.rows, groups, rows.inner,
-           c // vec, *(s // vec for s in strides), VEC=vec, ACTIVATION=activation, **config)
+           None if weight is None else dweight, None if bias is None else dbias, rows.rows, groups, c // vec,
+           *(s // vec for s in strides), TWO_BANKS=two_banks, VEC=vec, ACTIVATION=activation, **config)
     return dx, x.new_empty(0) if dz is None else dz, dweight, dbias
 
 
@@ -911,11 +926,12 @@ def batch_norm_finish_reference(
     rstd = (m2 / count.clamp(min=1) + eps).rsqrt()
     scale = rstd if weight is None else rstd * _live(weight, weight2, bank, groups)
     shift = torch.zeros_like(rstd) if bias is None else _live(bias, bias2, bank, groups)
-    stats = torch.stack([v.to(moments.dtype) for v in (mean, rstd, scale, shift, count)])
+    is_second = torch.zeros_like(rstd) if bank is None else (bank != 0)[:, None].expand_as(rstd)
+    stats = torch.stack([v.to(moments.dtype) for v in (mean, rstd, scale, shift, count, is_second)])
 
     centred = _grouped(x, groups, moments.dtype) - _per_channel(mean)
     z = (centred * _per_channel(stats[2]) + _per_channel(stats[3])).reshape(x.shape)
-    y = _dense_like(x, _result_dtype(x, residual))
+    y = _Rows(x, groups).empty(_result_dtype(x, residual))
     y.copy_(act_reference(z if residual is None else z + residual, activation))
 
     def moved(first: Tensor | None, second: Tensor | None, batch: Tensor) -> Tensor:
@@ -924,9 +940,9 @@ def batch_norm_finish_reference(
         value = first if bank is None else torch.stack([first, second])
         result = value.to(moments.dtype)
         for g in range(groups):
-            moves = count[g] > 0
+            moves = count[g] > 1
             if bank is not None:
-                moves = moves & ((bank[g] != 0) == torch.arange(2, device=x.device)[:, None].bool())
+                moves = moves & (is_second[g] == torch.arange(2, device=x.device)[:, None].bool())
             result = torch.where(moves, (1 - momentum) * result + momentum * batch[g], result)
         return result.to(value.dtype, copy=True)
 
@@ -942,53 +958,53 @@ def batch_norm_reference(
 
 
 def batch_norm_backward_reduce_reference(
-    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    bank: Tensor | None, activation: str,
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: torch.dtype | None,
+    bias: torch.dtype | None, two_banks: bool, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups = stats.shape[1]
-    mean, rstd, scale, shift, count = stats.unbind(0)
+    mean, rstd, scale, shift, count, second = stats.unbind(0)
     centred = _grouped(x, groups, stats.dtype) - _per_channel(mean)
     z = (centred * _per_channel(scale) + _per_channel(shift)).reshape(x.shape)
     dz = dy * act_grad_reference(z if residual is None else z + residual, activation)
     written = x.new_empty(0)
     if residual is not None:
-        dz = written = _dense_like(x, _result_dtype(x, residual)).copy_(dz)
+        dz = written = _Rows(x, groups).empty(_result_dtype(x, residual)).copy_(dz)
     dzs = _grouped(dz, groups, stats.dtype)
     sum_dz, sum_dzx = dzs.sum((1, 3, 4)), (dzs * centred).sum((1, 3, 4))
     line = torch.stack([sum_dz, sum_dzx * rstd * rstd]) / count.clamp(min=1)
 
-    def of_bank(like: Tensor | None, per_group: Tensor) -> Tensor:
-        if like is None:
+    def of_bank(dtype: torch.dtype | None, per_group: Tensor) -> Tensor:
+        if dtype is None:
             return x.new_empty(0)
-        if bank is None:
-            return per_group.sum(0).to(like.dtype)
+        if not two_banks:
+            return per_group.sum(0).to(dtype)
         # Chosen, not multiplied by 0: a NaN in the group of one bank stays out of the other's gradient.
-        second = (bank != 0)[:, None]
-        return torch.stack([torch.where(second, 0, per_group), torch.where(second, per_group, 0)]).sum(1).to(like.dtype)
+        first = second == 0
+        return torch.stack([torch.where(first, per_group, 0), torch.where(first, 0, per_group)]).sum(1).to(dtype)
 
     return written, line, of_bank(weight, sum_dzx * rstd), of_bank(bias, sum_dz)
 
 
 def batch_norm_backward_apply_reference(dy: Tensor, x: Tensor, stats: Tensor, line: Tensor, activation: str) -> Tensor:
     groups = stats.shape[1]
-    mean, _, scale, shift, _ = _per_channel(stats).unbind(0)
+    mean, _, scale, shift, *_ = _per_channel(stats).unbind(0)
     a, k = _per_channel(line).unbind(0)
     centred = _grouped(x, groups, stats.dtype) - mean
     dz = _grouped(dy, groups, stats.dtype) * act_grad_reference(centred * scale + shift, activation)
-    return _dense_like(x, x.dtype).copy_((scale * (dz - a - k * centred)).reshape(x.shape))
+    return _Rows(x, groups).empty().copy_((scale * (dz - a - k * centred)).reshape(x.shape))
 
 
 def batch_norm_backward_reference(
-    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    bank: Tensor | None, activation: str,
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: torch.dtype | None,
+    bias: torch.dtype | None, two_banks: bool, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dz, line, dweight, dbias = batch_norm_backward_reduce_reference(
-        dy, x, residual, stats, weight, bias, bank, activation)
+        dy, x, residual, stats, weight, bias, two_banks, activation)
     given = (dy, activation) if residual is None else (dz, "identity")
     return batch_norm_backward_apply_reference(given[0], x, stats, line, given[1]), dz, dweight, dbias
 
 
-# Operators.
+# Operators. x or residual of float64 take the reference; parameters of float64 the kernels, which compute in float32.
 
 
 @triton_op("adn::batch_norm", mutates_args=())
@@ -1000,20 +1016,23 @@ def batch_norm_op(
     """y, stats (see the kernels), new running mean and variance: (C,), with `bank` (2, C), empty if there are none."""
     parameters = Parameters(
         weight, bias, running_mean, running_var, weight2, bias2, running_mean2, running_var2)
-    if not on_gpu(x):
-        return batch_norm_reference(x, residual, parameters, bank, groups, activation, momentum, eps)
-    return launch_batch_norm(x, residual, parameters, bank, groups, activation, momentum, eps)
+    run = launch_batch_norm if on_gpu(x, residual) else batch_norm_reference
+    return run(x, residual, parameters, bank, groups, activation, momentum, eps)
 
 
 @triton_op("adn::batch_norm_backward", mutates_args=())
 def batch_norm_backward_op(
-    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    bank: Tensor | None, activation: str,
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: torch.dtype | None,
+    bias: torch.dtype | None, two_banks: bool, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dz (empty without a residual), dweight and dbias as the new running values; dy in the layout of x."""
-    if not on_gpu(x):
-        return batch_norm_backward_reference(dy, x, residual, stats, weight, bias, bank, activation)
-    return launch_batch_norm_backward(dy, x, residual, stats, weight, bias, bank, activation)
+    """dx, dz (empty without a residual), dweight and dbias: (C,), of two banks (2, C), empty if there are none.
+
+    Args:
+        dy: in the layout of x.
+        weight, bias: their types; None if there are none.
+    """
+    run = launch_batch_norm_backward if on_gpu(dy, x, residual) else batch_norm_backward_reference
+    return run(dy, x, residual, stats, weight, bias, two_banks, activation)
 
 
 # The same in pieces, between which processes exchange moments (groups, 3, C) and lines (2, groups, C).
@@ -1021,9 +1040,8 @@ def batch_norm_backward_op(
 
 @triton_op("adn::batch_norm_moments", mutates_args=())
 def batch_norm_moments_op(x: Tensor, groups: int) -> Tensor:
-    if not on_gpu(x):
-        return batch_norm_moments_reference(x, groups)
-    return launch_batch_norm_moments(x, groups)
+    run = launch_batch_norm_moments if on_gpu(x) else batch_norm_moments_reference
+    return run(x, groups)
 
 
 @triton_op("adn::batch_norm_finish", mutates_args=())
@@ -1035,54 +1053,59 @@ def batch_norm_finish_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameters = Parameters(
         weight, bias, running_mean, running_var, weight2, bias2, running_mean2, running_var2)
-    if not on_gpu(x):
-        return batch_norm_finish_reference(
-            x, residual, moments, parameters, bank, groups, activation, momentum, eps)
-    return launch_batch_norm_finish(x, residual, moments, parameters, bank, groups, activation, momentum, eps)
+    run = launch_batch_norm_finish if on_gpu(x, residual) else batch_norm_finish_reference
+    return run(x, residual, moments, parameters, bank, groups, activation, momentum, eps)
 
 
 @triton_op("adn::batch_norm_backward_reduce", mutates_args=())
 def batch_norm_backward_reduce_op(
-    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    bank: Tensor | None, activation: str,
+    dy: Tensor, x: Tensor, residual: Tensor | None, stats: Tensor, weight: torch.dtype | None,
+    bias: torch.dtype | None, two_banks: bool, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not on_gpu(x):
-        return batch_norm_backward_reduce_reference(dy, x, residual, stats, weight, bias, bank, activation)
-    return launch_batch_norm_backward_reduce(dy, x, residual, stats, weight, bias, bank, activation)
+    run = launch_batch_norm_backward_reduce if on_gpu(dy, x, residual) else batch_norm_backward_reduce_reference
+    return run(dy, x, residual, stats, weight, bias, two_banks, activation)
 
 
 @triton_op("adn::batch_norm_backward_apply", mutates_args=())
 def batch_norm_backward_apply_op(dy: Tensor, x: Tensor, stats: Tensor, line: Tensor, activation: str) -> Tensor:
-    if not on_gpu(x):
-        return batch_norm_backward_apply_reference(dy, x, stats, line, activation)
-    return launch_batch_norm_backward_apply(dy, x, stats, line, activation)
+    run = launch_batch_norm_backward_apply if on_gpu(dy, x) else batch_norm_backward_apply_reference
+    return run(dy, x, stats, line, activation)
+
+
+no_second_derivative(batch_norm_backward_op)
+no_second_derivative(batch_norm_backward_reduce_op)
+no_second_derivative(batch_norm_backward_apply_op)
 
 
 def _save(
     ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, bank: Tensor | None,
     activation: str, outputs: tuple[Tensor, ...],
 ) -> None:
+    """Neither parameters nor bank are kept, which others may write to before the backward: stats have their values."""
     _, stats, new_mean, new_var = outputs
-    ctx.save_for_backward(x, residual, stats, weight, bias, bank)
-    ctx.activation = activation
+    ctx.save_for_backward(x, None if activation == "identity" else residual, stats)
+    ctx.affine = *(None if p is None else p.dtype for p in (weight, bias)), bank is not None, activation
+    ctx.residual_dtype = None if residual is None else residual.dtype
     # Otherwise running values would require grad from the first step on, and the second step would fail.
     ctx.mark_non_differentiable(stats, new_mean, new_var)
+    # Nor are zeros written as their gradients.
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(
-    dx: Tensor, dz: Tensor, dweight: Tensor, dbias: Tensor, residual: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, bank: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """For x, residual and the eight parameters."""
+def _gradients(ctx: Any, dy: Tensor, dx: Tensor, dz: Tensor, dweight: Tensor, dbias: Tensor) -> tuple:
+    """For x, residual and the eight parameters, and None for the five other arguments."""
+    weight, bias, two_banks, activation = ctx.affine
 
-    def of_banks(given: Tensor | None, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if given is None:
+    def of_banks(dtype: torch.dtype | None, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if dtype is None:
             return None, None
-        return (grad, None) if bank is None else (grad[0], grad[1])
+        return (grad[0], grad[1]) if two_banks else (grad, None)
 
-    weights, biases = of_banks(weight, dweight), of_banks(bias, dbias)
-    return (dx, None if residual is None else dz.to(residual.dtype),
-            weights[0], biases[0], None, None, weights[1], biases[1], None, None)
+    dresidual = None
+    if ctx.residual_dtype is not None:
+        dresidual = (dy if activation == "identity" else dz).to(ctx.residual_dtype)
+    (weight, weight2), (bias, bias2) = of_banks(weight, dweight), of_banks(bias, dbias)
+    return dx, dresidual, weight, bias, None, None, weight2, bias2, None, None, *[None] * 5
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -1090,11 +1113,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _save(ctx, x, residual, weight, bias, bank, activation, output)
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, residual, stats, weight, bias, bank = ctx.saved_tensors
-    grads = torch.ops.adn.batch_norm_backward(
-        _in_layout_of(x, dy), x, residual, stats, weight, bias, bank, ctx.activation)
-    return *_gradients(*grads, residual, weight, bias, bank), *[None] * 5
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple:
+    if dy is None:
+        return (None,) * 15
+    x, residual, stats = ctx.saved_tensors
+    dy = _in_layout_of(x, dy)
+    return _gradients(ctx, dy, *batch_norm_backward_op(dy, x, residual, stats, *ctx.affine))
 
 
 batch_norm_op.register_autograd(_backward, setup_context=_setup_context)
@@ -1111,27 +1135,26 @@ class _AcrossProcesses(torch.autograd.Function):
         ctx: Any, process_group: dist.ProcessGroup, x: Tensor, residual: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
         *parameters, bank, groups, activation, momentum, eps = rest
-        moments = torch.ops.adn.batch_norm_moments(x, groups)
+        moments = batch_norm_moments_op(x, groups)
         gathered = moments.new_empty(dist.get_world_size(process_group) * groups, *moments.shape[1:])
         dist.all_gather_into_tensor(gathered, moments, group=process_group)
-        outputs = torch.ops.adn.batch_norm_finish(
+        outputs = batch_norm_finish_op(
             x, residual, gathered.unflatten(0, (-1, groups)), *parameters, bank, groups, activation, momentum, eps)
         _save(ctx, x, residual, *parameters[:2], bank, activation, outputs)
         ctx.process_group = process_group
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, residual, stats, weight, bias, bank = ctx.saved_tensors
-        dy, activation = _in_layout_of(x, dy), ctx.activation
-        dz, line, dweight, dbias = torch.ops.adn.batch_norm_backward_reduce(
-            dy, x, residual, stats, weight, bias, bank, activation)
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple:
+        x, residual, stats = ctx.saved_tensors
+        # The other processes wait for this one's sums, also if it has no gradient.
+        dy = torch.zeros_like(x) if dy is None else _in_layout_of(x, dy)
+        dz, line, dweight, dbias = batch_norm_backward_reduce_op(dy, x, residual, stats, *ctx.affine)
         # Each process divided its sums by the count of all: what is left to do is to add.
         dist.all_reduce(line, group=ctx.process_group)
-        if residual is not None:
-            dy, activation = dz, "identity"
-        dx = torch.ops.adn.batch_norm_backward_apply(dy, x, stats, line, activation)
-        return None, *_gradients(dx, dz, dweight, dbias, residual, weight, bias, bank), *[None] * 5
+        given = (dy, ctx.affine[-1]) if residual is None else (dz, "identity")
+        dx = batch_norm_backward_apply_op(given[0], x, stats, line, given[1])
+        return None, *_gradients(ctx, dy, dx, dz, dweight, dbias)
 
 
 # What others call.
@@ -1139,49 +1162,30 @@ class _AcrossProcesses(torch.autograd.Function):
 Pair = tuple[Tensor, Tensor]
 
 
-def _banks(name: str, value: Tensor | Sequence[Tensor | None] | None, bank: Tensor | None) -> tuple:
-    """First and second bank of a parameter, the second None if only the live one is given."""
-    if value is None:
-        return None, None
-    if bank is None:
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}; pass the live bank's tensor, or `bank` as well")
-        return value, None
-    if isinstance(value, Tensor) or len(value) != 2 or (value[0] is None) != (value[1] is None):
-        raise ValueError(f"`bank` is given: pass {name} as a pair (first, second), or None")
-    return tuple(value)
-
-
 def _check(
-    x: Tensor, residual: Tensor | None, parameters: Parameters, bank: Tensor | None, groups: int, activation: str
+    x: Tensor, residual: Tensor | None, bank: Tensor | None, groups: int, activation: str, momentum: float, eps: float
 ) -> None:
     check_activation(activation)
+    check_eps(eps)
+    if momentum is None or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum={momentum}; pass a number in [0, 1]; for a cumulative average "
+                         "1 / (num_batches_tracked + 1)")
     layout = layout_of(x)
-    n, c = x.shape[:2]
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; pass a floating type")
+    n = x.shape[0]
+    for name, value in (("x", x), ("residual", residual)):
+        if value is not None and not value.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype}; pass a floating type")
     if groups < 1 or n % groups != 0:
         raise ValueError(f"a batch of {n} cannot be split into {groups} equal groups")
-    if bank is not None and (bank.dtype != torch.int32 or tuple(bank.shape) != (groups,)):
-        raise ValueError(f"bank is {bank.dtype} of shape {tuple(bank.shape)}; pass int32, one value for each of the "
-                         f"{groups} groups")
-    for name, value in (*parameters._asdict().items(), ("bank", bank), ("residual", residual)):
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, x on {x.device}; pass both on one device")
-    for name, value in parameters._asdict().items():
-        if value is not None and (tuple(value.shape) != (c,) or not value.is_floating_point()):
-            raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; pass {c} floating values")
-        if value is not None and not value.is_contiguous():
-            raise ValueError(f"{name} has strides {value.stride()}; pass it contiguous")
-    if (parameters.running_mean is None) != (parameters.running_var is None):
-        raise ValueError("pass running_mean and running_var, or neither")
-    for first, second in zip(parameters[:4], parameters[4:]):
-        if second is not None and first.dtype != second.dtype:
-            raise ValueError(f"the banks have types {first.dtype} and {second.dtype}; pass both in one")
+    if bank is not None and tuple(bank.shape) != (groups,):
+        raise ValueError(f"bank has shape {tuple(bank.shape)}; pass one value for each of the {groups} groups")
+    check_flags(bank, "bank", groups, x.device)
     if residual is not None:
+        if residual.device != x.device:
+            raise ValueError(f"residual is on {residual.device}, x on {x.device}; pass both on one device")
         if residual.ndim != 4 or any(a != b for a, b in zip(residual.shape, x.shape)):
             raise ValueError(f"residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; pass the same")
-        if stride_in(residual, layout.channels_last) is None:
+        if residual.numel() != 0 and stride_in(residual, layout.channels_last) is None:
             name = "torch.channels_last" if layout.channels_last else "torch.contiguous_format"
             raise ValueError(f"residual has strides {residual.stride()}, x has {x.stride()}: pass it in the layout of "
                              f"x, residual.contiguous(memory_format={name})")
@@ -1204,13 +1208,14 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor | Pair | None, Tensor | Pair | None]:
     """Batch norm with the statistics of the batch, residual and activation: `y = act(bn(x) + residual)`.
 
-    Forward 3 passes over HBM (x, x, y; 4 with a residual), backward 5 (dy, x, dy, x, dx; 7 with a residual), which
-    bind it; 2 (3) and 3 (5) up to 512 values per channel, where launches do. x is read twice because its statistics
-    must be complete before the first value of y. Same bits in every run.
+    Forward 3 passes over HBM (x, x, y; 4 with a residual), backward 5 (dy, x, dy, x, dx; 7 with a residual and an
+    activation, which wants z and dz), which bind it; in NHWC 2 (3) and 3 (5) up to 512 values per channel, where
+    launches do. x is read twice because its statistics must be complete before the first value of y. Same bits in every
+    run. For the backward only x is saved, and the residual if there is an activation: parameters and `bank` may change.
 
     Args:
-        x: (N, C, H, W), float32, float16 or bfloat16 (float64 in plain PyTorch); NHWC, NCHW or a slice of channels of
-            either.
+        x: (N, C, H, W), float32, float16 or bfloat16 (float64, also of the residual, in plain PyTorch); NHWC, NCHW or a
+            slice of channels of either.
         weight, bias: (C,) of the live norm bank, any floating type, or None.
         running_mean, running_var: (C,), any floating type, or None; not written.
         residual: of the shape and layout of x, any floating type; added before the activation.
@@ -1229,12 +1234,16 @@ def batch_norm(
         empty batch moves nothing.
 
     Raises:
-        ValueError: for one value per channel (in a group), and for anything else it cannot take.
+        ValueError: for one value per channel (in a group), and for anything else it cannot take. With `process_group`
+            only the device knows their number over all processes: if it is one, running values do not move.
+        RuntimeError: for a second derivative.
     """
-    pairs = [_banks(name, value, bank) for name, value in (
-        ("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))]
-    parameters = Parameters(*(first for first, _ in pairs), *(second for _, second in pairs))
-    _check(x, residual, parameters, bank, groups, activation)
+    _check(x, residual, bank, groups, activation, momentum, eps)
+    firsts, seconds = banks(
+        x, x.shape[1], bank, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    parameters = Parameters(*firsts, *seconds)
+    if (parameters.running_mean is None) != (parameters.running_var is None):
+        raise ValueError("pass running_mean and running_var, or neither")
     arguments = (x, residual, *parameters, bank, groups, activation, momentum, eps)
     if process_group is not None and dist.get_world_size(process_group) > 1:
         y, _, *running = _AcrossProcesses.apply(process_group, *arguments)
@@ -1242,7 +1251,7 @@ def batch_norm(
         if x.shape[2] * x.shape[3] == 1 and x.shape[0] == groups:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}"
                              + (f" in {groups} groups" if groups > 1 else ""))
-        y, _, *running = torch.ops.adn.batch_norm(*arguments)
+        y, _, *running = batch_norm_op(*arguments)
     if parameters.running_mean is None:
         return y, None, None
     return y, *(value if bank is None else (value[0], value[1]) for value in running)

@@ -3,8 +3,9 @@
     y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
 Forward reads x (and residual) once and writes y. Backward reads dy, x where the activation or the gradient of the
-weight wants it, and residual where the activation does, and writes dx and the residual's gradient in the same pass; if
-the affine parameters train, that pass sums their gradients too. All bound by HBM bandwidth; at batch 1 by the launch.
+weight wants it, and residual where the activation does (neither is kept for it elsewhere), and writes dx and the
+residual's gradient in the same pass; if the affine parameters train, that pass sums their gradients too. All bound by
+HBM bandwidth; at batch 1 by the launch.
 
 A tensor is seen as samples of pixels of channels, with a stride for each of the three, so that both layouts (and
 mixtures of them, slower) are read in place. NHWC is one long sample, unless banks or flags differ between samples.
@@ -21,8 +22,22 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .activation import act, act_grad, act_grad_reference, act_reference, check_activation
-from .epilogue import PER_SAMPLE, check_inference, empty_output, flags_kind, picked, write_active
-from .launch import SPLITS, cdiv, check_flags, check_no_alias, launch, layout_of, memory_format, on_gpu, tuned
+from .epilogue import PER_SAMPLE, check_inference, empty_output, flags_kind, per_bank, picked, write_active
+from .launch import (
+    SPLITS,
+    banks,
+    cdiv,
+    check_eps,
+    check_flags,
+    check_no_alias,
+    launch,
+    layout_of,
+    memory_format,
+    next_power_of_2,
+    no_second_derivative,
+    on_gpu,
+    tuned,
+)
 
 Pair = tuple[Tensor | None, Tensor | None]
 
@@ -251,11 +266,11 @@ def _samples(x: Tensor, strides: Sequence[tuple[int, int, int]], per_sample: boo
 def _tile(channels: int, pixels: int, adjacent_channels: bool, num_warps: int) -> dict[str, int]:
     """2048 elements: one 16-byte load of a half-precision tensor for each of 256 threads, or two for each of 128."""
     if adjacent_channels:
-        bc = min(triton.next_power_of_2(channels), 64)
+        bc = min(next_power_of_2(channels), 64)
         return {"BP": 2048 // bc, "BC": bc, "num_warps": num_warps}
-    bp = min(triton.next_power_of_2(pixels), 1024) if isinstance(pixels, int) else 256
+    bp = min(next_power_of_2(pixels), 1024) if isinstance(pixels, int) else 256
     # A thread has elements of many channels if there are few pixels, and their parameters take registers.
-    return {"BP": bp, "BC": min(triton.next_power_of_2(channels), 2048 // bp), "num_warps": 8}
+    return {"BP": bp, "BC": min(next_power_of_2(channels), 2048 // bp), "num_warps": 8}
 
 
 def _split(samples: int, pixels: int, channel_blocks: int, bp: int, sums: bool) -> tuple[int, int]:
@@ -302,20 +317,23 @@ def launch_batch_norm_eval(
 
 
 def launch_batch_norm_eval_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
     residual: Tensor | None, bank: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, mean2: Tensor | None,
-    var2: Tensor | None, activation: str, eps: float, needs: Sequence[bool],
+    var2: Tensor | None, activation: str, eps: float, needs: Sequence[bool], x_dtype: torch.dtype | None = None,
+    channels_last: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward op on the GPU, arguments and results as there."""
-    grads = _empty_grads(x, residual, weight, bias, weight2, bias2, needs)
-    if x.numel() == 0:
+    if x is not None:
+        x_dtype, channels_last = _like(x)
+    grads = _empty_grads(dy, residual, weight, bias, weight2, bias2, needs, x_dtype, channels_last)
+    if dy.numel() == 0:
         for grad in grads[2:]:
             grad.zero_()
         return grads
     dx, dresidual, dweight, dbias, dweight2, dbias2 = (grad if need else None for grad, need in zip(grads, needs))
-    if _expanded_or_other_layout(dy, x):
+    if _expanded_or_other_layout(dy, channels_last):
         # A sum's gradient is expanded, another op's may be of the other layout: one copy, then everything is adjacent.
-        dy = dy.contiguous(memory_format=memory_format(x))
+        dy = dy.contiguous(memory_format=_format(channels_last))
     train_weight, train_bias = needs[2] or needs[4], needs[3] or needs[5]
     read_x = x if activation != "identity" or train_weight else None
     read_residual = residual if activation != "identity" else None
@@ -323,20 +341,20 @@ def launch_batch_norm_eval_backward(
     names = ("dy", "x", "residual", "dx", "dresidual")
     strides = [_strides(t, name) for t, name in zip(tensors, names)]
 
-    channels = x.shape[1]
+    channels = dy.shape[1]
     present = [s for s, t in zip(strides, tensors) if t is not None]
-    samples, pixels = _samples(x, present, flags_kind(bank) == PER_SAMPLE)
+    samples, pixels = _samples(dy, present, flags_kind(bank) == PER_SAMPLE)
     sums = train_weight or train_bias
     adjacent = strides[0][1] == 1
     # Long loops of few programs where there are sums: those need loads in flight, others have many programs instead.
     default = _tile(channels, pixels, adjacent, num_warps=8 if sums else 4) | {"STAGES": 3 if sums else 1}
-    config = tuned("batch_norm_eval_backward", x.device, default, channels=channels, channels_last=int(adjacent),
-                   sums=int(sums), dtype=str(x.dtype))
+    config = tuned("batch_norm_eval_backward", dy.device, default, channels=channels, channels_last=int(adjacent),
+                   sums=int(sums), dtype=str(x_dtype))
     bp, channel_blocks = config["BP"], cdiv(channels, config["BC"])
     splits, tiles = _split(samples, pixels, channel_blocks, bp, sums)
     blocks = samples * splits
-    weight_sums = x.new_empty((blocks, channels), dtype=torch.float32) if train_weight else None
-    bias_sums = x.new_empty((blocks, channels), dtype=torch.float32) if train_bias else None
+    weight_sums = dy.new_empty((blocks, channels), dtype=torch.float32) if train_weight else None
+    bias_sums = dy.new_empty((blocks, channels), dtype=torch.float32) if train_bias else None
     launch(
         batch_norm_eval_backward_kernel, (blocks * channel_blocks,),
         dy, read_x, read_residual, dx, dresidual, weight_sums, bias_sums,
@@ -350,32 +368,36 @@ def launch_batch_norm_eval_backward(
     return grads
 
 
-def _expanded_or_other_layout(dy: Tensor, x: Tensor) -> bool:
+def _like(x: Tensor) -> tuple[torch.dtype, bool]:
+    """Dtype and layout: all that the gradient takes from x itself."""
+    return x.dtype, memory_format(x) == torch.channels_last
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _expanded_or_other_layout(dy: Tensor, channels_last: bool) -> bool:
     try:
-        return layout_of(dy).channels_last != layout_of(x).channels_last
+        return layout_of(dy).channels_last != channels_last
     except ValueError:
         return True
 
 
 def _empty_grads(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, weight2: Tensor | None,
-    bias2: Tensor | None, needs: Sequence[bool],
+    dy: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, weight2: Tensor | None,
+    bias2: Tensor | None, needs: Sequence[bool], x_dtype: torch.dtype, channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Memory for the gradients, each with dtype and layout of what it is the gradient of; empty where not wanted."""
-    return tuple(
-        x.new_empty(0) if not need else torch.empty_like(t, memory_format=memory_format(t)) if t.ndim == 4 else
-        torch.empty_like(t)
-        for t, need in zip((x, residual, weight, bias, weight2, bias2), needs)
+    def of_map(dtype: torch.dtype, memory: torch.memory_format) -> Tensor:
+        return torch.empty(dy.shape, dtype=dtype, device=dy.device, memory_format=memory)
+
+    return (
+        of_map(x_dtype, _format(channels_last)) if needs[0] else dy.new_empty(0),
+        of_map(residual.dtype, memory_format(residual)) if needs[1] else dy.new_empty(0),
+        *(torch.empty_like(t) if need else dy.new_empty(0)
+          for t, need in zip((weight, bias, weight2, bias2), needs[2:])),
     )
-
-
-def _wide(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype references compute in: float32, or float64 if something is."""
-    dtype = torch.float32
-    for t in tensors:
-        if t is not None:
-            dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
 
 
 def _pick(first: Tensor | None, second: Tensor | None, bank: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -385,18 +407,16 @@ def _pick(first: Tensor | None, second: Tensor | None, bank: Tensor | None, dtyp
     return picked(first.to(dtype) if bank is None else torch.stack([first.to(dtype), second.to(dtype)]), bank)
 
 
-def _parts_reference(x, weight, bias, mean, var, residual, bank, weight2, bias2, mean2, var2, eps):
-    """(x - mean), 1 / standard deviation, scale and z, before the activation."""
-    wide = _wide(x, residual)
-    centred = x.to(wide) - _pick(mean, mean2, bank, wide)
+def _affine(x, weight, bias, mean, var, bank, weight2, bias2, mean2, var2, eps, wide):
+    """(x - mean), 1 / standard deviation, scale, and what the residual is added to; the first and the last None
+    without x."""
     rstd = torch.rsqrt(_pick(var, var2, bank, wide) + eps)
     scale = rstd if weight is None else rstd * _pick(weight, weight2, bank, wide)
+    if x is None:
+        return None, rstd, scale, None
+    centred = x.to(wide) - _pick(mean, mean2, bank, wide)
     z = centred * scale
-    if bias is not None:
-        z = z + _pick(bias, bias2, bank, wide)
-    if residual is not None:
-        z = z + residual
-    return centred, rstd, scale, z
+    return centred, rstd, scale, z if bias is None else z + _pick(bias, bias2, bank, wide)
 
 
 def batch_norm_eval_reference(
@@ -405,37 +425,30 @@ def batch_norm_eval_reference(
     activation: str, eps: float,
 ) -> Tensor:
     """The op in plain PyTorch."""
-    *_, z = _parts_reference(x, weight, bias, mean, var, residual, bank, weight2, bias2, mean2, var2, eps)
-    return empty_output(x, x.shape, residual).copy_(act_reference(z, activation))
+    y = empty_output(x, x.shape, residual)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    *_, z = _affine(x, weight, bias, mean, var, bank, weight2, bias2, mean2, var2, eps, wide)
+    return y.copy_(act_reference(z if residual is None else z + residual, activation))
 
 
 def batch_norm_eval_backward_reference(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
     residual: Tensor | None, bank: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, mean2: Tensor | None,
-    var2: Tensor | None, activation: str, eps: float, needs: Sequence[bool],
+    var2: Tensor | None, activation: str, eps: float, needs: Sequence[bool], x_dtype: torch.dtype | None = None,
+    channels_last: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward op in plain PyTorch."""
-    centred, rstd, scale, z = _parts_reference(
-        x, weight, bias, mean, var, residual, bank, weight2, bias2, mean2, var2, eps)
-    g = dy.to(z.dtype) * act_grad_reference(z, activation)
-    of_weight = _per_bank((g * centred * rstd).sum((2, 3)), bank)
-    of_bias = _per_bank(g.sum((2, 3)), bank)
-    values = (g * scale, g, of_weight[0], of_bias[0], of_weight[1], of_bias[1])
-    grads = _empty_grads(x, residual, weight, bias, weight2, bias2, needs)
+    if x is not None:
+        x_dtype, channels_last = _like(x)
+    g = dy.to(torch.promote_types(dy.dtype, torch.float32))
+    centred, rstd, scale, z = _affine(x, weight, bias, mean, var, bank, weight2, bias2, mean2, var2, eps, g.dtype)
+    if activation != "identity":
+        g = g * act_grad_reference(z if residual is None else z + residual, activation)
+    dweights = torch.atleast_2d(per_bank((g * centred * rstd).sum((2, 3)), bank)) if needs[2] or needs[4] else [None]
+    dbiases = torch.atleast_2d(per_bank(g.sum((2, 3)), bank)) if needs[3] or needs[5] else [None]
+    values = (g * scale, g, dweights[0], dbiases[0], dweights[-1], dbiases[-1])
+    grads = _empty_grads(dy, residual, weight, bias, weight2, bias2, needs, x_dtype, channels_last)
     return tuple(grad.copy_(value) if need else grad for grad, value, need in zip(grads, values, needs))
-
-
-def _per_bank(per_sample: Tensor, bank: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(N, C) summed over the samples of each bank."""
-    if bank is None:
-        return per_sample.sum(0), None
-    second = (bank != 0).reshape(-1, 1)
-    # Chosen, not multiplied by 0: a NaN in a sample of one bank stays out of the other's gradient.
-    return torch.where(second, 0, per_sample).sum(0), torch.where(second, per_sample, 0).sum(0)
-
-
-def _on_gpu(x: Tensor, other: Tensor | None) -> bool:
-    return on_gpu(x) and (other is None or on_gpu(other))
 
 
 @triton_op("adn::batch_norm_eval", mutates_args=())
@@ -444,7 +457,7 @@ def batch_norm_eval_op(
     bank: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, mean2: Tensor | None, var2: Tensor | None,
     activation: str, eps: float,
 ) -> Tensor:
-    forward = launch_batch_norm_eval if _on_gpu(x, residual) else batch_norm_eval_reference
+    forward = launch_batch_norm_eval if on_gpu(x, residual) else batch_norm_eval_reference
     return forward(x, weight, bias, mean, var, residual, bank, weight2, bias2, mean2, var2, activation, eps)
 
 
@@ -456,7 +469,7 @@ def batch_norm_eval_inplace_op(
 ) -> None:
     check_no_alias(out, x=x)
     args = (x, weight, bias, mean, var, out if accumulate else None, bank, weight2, bias2, mean2, var2, activation, eps)
-    if _on_gpu(x, out):
+    if on_gpu(x, out):
         launch_batch_norm_eval(*args, out=out, active=active)
     else:
         write_active(out, batch_norm_eval_reference(*args), active)
@@ -464,36 +477,52 @@ def batch_norm_eval_inplace_op(
 
 @triton_op("adn::batch_norm_eval_backward", mutates_args=())
 def batch_norm_eval_backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
     residual: Tensor | None, bank: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, mean2: Tensor | None,
-    var2: Tensor | None, activation: str, eps: float, needs: Sequence[bool],
+    var2: Tensor | None, activation: str, eps: float, needs: Sequence[bool], x_dtype: torch.dtype | None = None,
+    channels_last: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, residual, weight, bias, weight2, bias2.
 
     Args:
         dy: (N, C, H, W), the gradient of y; the others are arguments of the forward.
+        x: may be None if the activation is the identity and no weight's gradient is wanted.
+        residual: may be None if the activation is the identity and its gradient (which is dy) is not wanted.
         needs: for each of the six, whether it is wanted. The others come back empty, and cost nothing.
+        x_dtype, channels_last: of x, if it is None.
     """
-    backward = launch_batch_norm_eval_backward if _on_gpu(x, residual) else batch_norm_eval_backward_reference
-    return backward(dy, x, weight, bias, mean, var, residual, bank, weight2, bias2, mean2, var2, activation, eps, needs)
+    backward = launch_batch_norm_eval_backward if on_gpu(dy, x, residual) else batch_norm_eval_backward_reference
+    return backward(dy, x, weight, bias, mean, var, residual, bank, weight2, bias2, mean2, var2, activation, eps, needs,
+                    x_dtype, channels_last)
+
+
+no_second_derivative(batch_norm_eval_backward_op)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    x, weight, bias, mean, var, residual, bank, *second, ctx.activation, ctx.eps = inputs
+    ctx.x_dtype, ctx.channels_last = _like(x)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    # Full-size tensors only where backward reads them.
+    if ctx.activation == "identity":
+        residual = None
+        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[7]):
+            x = None
+    # The caller may switch the bank before backward.
+    bank = None if bank is None else bank.clone()
+    ctx.save_for_backward(x, weight, bias, mean, var, residual, bank, *second)
 
 
 def _backward(ctx, dy):
-    tensors = ctx.saved_tensors
-    residual = tensors[5]
     needs = [ctx.needs_input_grad[i] for i in (0, 5, 1, 2, 7, 8)]
     dresidual = None
     if needs[1] and ctx.activation == "identity":
         # No pass over memory: it is the gradient that arrived.
-        dresidual, needs[1] = dy.to(residual.dtype), False
+        dresidual, needs[1] = dy.to(ctx.residual_dtype), False
     grads = [None] * 6
     if any(needs):
-        found = batch_norm_eval_backward_op(dy, *tensors, ctx.activation, ctx.eps, needs)
+        found = batch_norm_eval_backward_op(
+            dy, *ctx.saved_tensors, ctx.activation, ctx.eps, needs, ctx.x_dtype, ctx.channels_last)
         grads = [grad if need else None for grad, need in zip(found, needs)]
     dx, dr, dweight, dbias, dweight2, dbias2 = grads
     return (dx, dweight, dbias, None, None, dr if dresidual is None else dresidual, None, dweight2, dbias2, None, None,
@@ -503,58 +532,27 @@ def _backward(ctx, dy):
 batch_norm_eval_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _banks(values: dict[str, Tensor | Pair | None], bank: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
-    """For each parameter the tensors of the first and the second bank."""
-    if bank is None:
-        return [(value, None) for value in values.values()]
-    for name, value in values.items():
-        if not isinstance(value, tuple | list) or len(value) != 2 or (value[0] is None) != (value[1] is None):
-            raise ValueError(f"with `bank`, {name} is a pair, one tensor for each bank, or (None, None)")
-    return [tuple(value) for value in values.values()]
-
-
-def _check(x: Tensor, parameters: dict[str, tuple], bank: Tensor | None, activation: str, eps: float) -> None:
-    check_activation(activation)
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floating (N, C, H, W)")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps}; pass a number of at least 0")
-    for name, pair in parameters.items():
-        for value in pair:
-            if value is None:
-                continue
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{name} is {type(value).__name__}; pass a tensor (pairs go with `bank`)")
-            if tuple(value.shape) != (x.shape[1],) or not value.is_contiguous() or not value.is_floating_point():
-                raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)} with strides "
-                                 f"{value.stride()}; pass contiguous floating ({x.shape[1]},)")
-            if value.device != x.device:
-                raise ValueError(f"{name} is on {value.device}, x on {x.device}; pass both on one device")
-        if pair[0] is None and name.startswith("running"):
-            raise ValueError(f"{name} is None: eval mode needs statistics")
-    check_flags(bank, "bank", x.shape[0], x.device)
-
-
 def _check_like(t: Tensor, name: str, x: Tensor) -> None:
     if t.ndim != 4 or any(a != b for a, b in zip(t.shape, x.shape)) or not t.is_floating_point():
         raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; pass floating {tuple(x.shape)} as x")
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device}, x on {x.device}; pass both on one device")
-    _check_layout(t, name)
-
-
-def _check_layout(t: Tensor, name: str) -> None:
-    if t.numel() != 0:  # else its strides say nothing
-        layout_of(t, name)
+    layout_of(t, name)
 
 
 def _prepared(x, weight, bias, running_mean, running_var, bank, activation, eps):
     """The eight parameters, checked: four of the first bank, four of the second."""
-    values = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    pairs = _banks(values, bank)
-    _check(x, dict(zip(values, pairs)), bank, activation, eps)
-    _check_layout(x, "x")
-    return [first for first, _ in pairs], [second for _, second in pairs]
+    check_activation(activation)
+    check_eps(eps)
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floating (N, C, H, W)")
+    layout_of(x)
+    check_flags(bank, "bank", x.shape[0], x.device)
+    first, second = banks(x, x.shape[1], bank, weight=weight, bias=bias, running_mean=running_mean,
+                          running_var=running_var)
+    if first[2] is None or first[3] is None:
+        raise ValueError(f"running_{'mean' if first[2] is None else 'var'} is None: eval mode needs statistics")
+    return first, second
 
 
 def batch_norm_eval(
@@ -584,7 +582,8 @@ def batch_norm_eval(
         running_mean, running_var: (C,), any floating dtype.
         residual: like x, any floating dtype; read fastest in the layout of x.
         bank: int32, one value or one per sample, read on the device: 0 the first bank, else the second. Then each of
-            the four parameters is a pair, and both banks have gradients. Without it they are those of the live bank.
+            the four parameters is a pair (weight and bias may be None), and both banks have gradients. Without it they
+            are those of the live bank.
 
     Returns:
         (N, C, H, W) in the layout of x; dtype that of x + residual.
@@ -628,13 +627,9 @@ def batch_norm_eval_(
         ValueError: as `batch_norm_eval`; if x shares memory with out.
         RuntimeError: if autograd would have to follow.
     """
-    check_inference("batch_norm_eval_", out, x, *_tensors(weight, bias))
     first, second = _prepared(x, weight, bias, running_mean, running_var, bank, activation, eps)
+    check_inference("batch_norm_eval_", out, x, *first[:2], *second[:2])
     _check_like(out, "out", x)
     check_flags(active, "active", x.shape[0], x.device)
     batch_norm_eval_inplace_op(out, x, *first, accumulate, bank, *second, activation, eps, active)
     return out
-
-
-def _tensors(*values: Tensor | Pair | None) -> list[Tensor]:
-    return [t for value in values for t in (value if isinstance(value, tuple | list) else [value]) if t is not None]

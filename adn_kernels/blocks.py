@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .conv import conv, conv_
 from .epilogue import check_inference
-from .launch import memory_format
+from .launch import check_flags, memory_format
 
 
 class ConvParams(NamedTuple):
@@ -69,7 +69,17 @@ def _update(
     return y
 
 
-def _check_update(name: str, x: Tensor, *convs: ConvParams | None) -> None:
+def _check(x: Tensor, bank: Tensor | None, *convs: ConvParams | None) -> None:
+    """Raises ValueError for a bank that is none, or that no norm would be picked by."""
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; pass (N, K, H, W)")
+    check_flags(bank, "bank", x.shape[0], x.device)
+    if bank is not None and all(params is None or _bank_of(params, bank) is None for params in convs):
+        raise ValueError("`bank` is given, but every scale and shift is of one bank: pass some as (2, C) to pick from")
+
+
+def _check_update(name: str, x: Tensor, bank: Tensor | None, *convs: ConvParams | None) -> None:
+    _check(x, bank, *convs)
     check_inference(name, x, *(tensor for params in convs if params is not None for tensor in params))
     last = convs[-1]
     if last.weight.shape[0] != x.shape[1]:
@@ -87,11 +97,15 @@ def bottleneck(
         x: (N, K, H, W).
         conv1, conv2, conv3: 1x1, 3x3 (with stride and groups), 1x1.
         downsample: 1x1 convolution of the shortcut; without it the shortcut is x.
-        bank: int32, one value or N, where scale and shift hold two rows.
+        bank: int32, one value or N: picks in every ConvParams whose scale and shift hold two rows; one has to.
 
     Returns:
         (N, C, H / stride, W / stride), layout and dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or there is a bank and nothing to pick; the message says what.
     """
+    _check(x, bank, conv1, conv2, conv3, downsample)
     shortcut = x if downsample is None else _conv(x, downsample, bank, "identity", stride)
     y = _conv(x, conv1, bank, activation)
     y = _conv(y, conv2, bank, activation, stride, groups)
@@ -106,11 +120,16 @@ def bottleneck_(
 
     A grouped conv2 (groups > 1) has no kernel that can be bypassed: it is computed whatever `active` says, and dropped.
 
+    Args:
+        x: (N, C, H, W), any strides; the residual stream.
+        conv1, conv2, conv3, bank: as for `bottleneck`.
+        active: int32, one value or N; without it every sample is computed.
+
     Raises:
-        ValueError: the block does not keep the channels.
+        ValueError: as `bottleneck`, and if the block does not keep the channels.
         RuntimeError: a gradient would be needed.
     """
-    _check_update("bottleneck_", x, conv1, conv2, conv3)
+    _check_update("bottleneck_", x, bank, conv1, conv2, conv3)
     steps = [(conv1, activation, 1), (conv2, activation, groups), (conv3, activation, 1)]
     return _update(x, steps, bank, active)
 
@@ -128,7 +147,11 @@ def basic(
 
     Returns:
         (N, C, H / stride, W / stride), layout and dtype of x.
+
+    Raises:
+        ValueError: as `bottleneck`.
     """
+    _check(x, bank, conv1, conv2, downsample)
     shortcut = x if downsample is None else _conv(x, downsample, bank, "identity", stride)
     y = _conv(x, conv1, bank, activation, stride)
     return _conv(y, conv2, bank, activation, residual=shortcut)
@@ -138,8 +161,16 @@ def basic_(
     x: Tensor, conv1: ConvParams, conv2: ConvParams, *, activation: str = "relu", bank: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """`basic` of a refinement block, as `bottleneck_`."""
-    _check_update("basic_", x, conv1, conv2)
+    """`basic` of a refinement block: x <- block(x), where `active` is not 0. Returns x.
+
+    Args:
+        x: (N, C, H, W), any strides; the residual stream.
+        conv1, conv2, bank: as for `basic`. active: as for `bottleneck_`.
+
+    Raises:
+        ValueError, RuntimeError: as `bottleneck_`.
+    """
+    _check_update("basic_", x, bank, conv1, conv2)
     return _update(x, [(conv1, activation, 1), (conv2, activation, 1)], bank, active)
 
 
@@ -157,7 +188,11 @@ def inverted_residual(
 
     Returns:
         (N, C, H / stride, W / stride), layout and dtype of x.
+
+    Raises:
+        ValueError: as `bottleneck`.
     """
+    _check(x, bank, expand, depthwise, project)
     if residual is None:
         residual = stride == 1 and project.weight.shape[0] == x.shape[1]
     y = x if expand is None else _conv(x, expand, bank, activation)
@@ -169,8 +204,16 @@ def inverted_residual_(
     x: Tensor, expand: ConvParams | None, depthwise: ConvParams, project: ConvParams, *, activation: str = "relu6",
     bank: Tensor | None = None, active: Tensor | None = None,
 ) -> Tensor:
-    """`inverted_residual` of a refinement block, as `bottleneck_`."""
-    _check_update("inverted_residual_", x, expand, depthwise, project)
+    """`inverted_residual` of a refinement block: x <- block(x), where `active` is not 0. Returns x.
+
+    Args:
+        x: (N, C, H, W), any strides; the residual stream.
+        expand, depthwise, project, bank: as for `inverted_residual`. active: as for `bottleneck_`.
+
+    Raises:
+        ValueError, RuntimeError: as `bottleneck_`.
+    """
+    _check_update("inverted_residual_", x, bank, expand, depthwise, project)
     steps = [] if expand is None else [(expand, activation, 1)]
     steps += [(depthwise, activation, depthwise.weight.shape[0]), (project, "identity", 1)]
     return _update(x, steps, bank, active)

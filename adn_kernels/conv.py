@@ -24,9 +24,11 @@ from .epilogue import (
     conv_reference,
     empty_output,
     epilogue_reference,
+    in_autocast,
+    register_backward,
     write_active,
 )
-from .gemm import check_same_kind
+from .gemm import check_conv
 from .launch import memory_format, on_gpu, tuned
 
 BACKENDS = ("cudnn", "triton", "unfused")
@@ -44,30 +46,6 @@ def fold(weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(weight.dtype, torch.float32)
     folded = weight.to(wide) * scale.to(wide)[:, None, None, None]
     return torch.empty_like(weight).copy_(folded), shift.to(weight.dtype)
-
-
-def _out_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
-    n, _, h, w = x.shape
-    channels, _, kh, kw = weight.shape
-    return n, channels, (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
-
-
-def _check_conv(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> tuple[int, int, int, int]:
-    """The shape of the output; raises ValueError if there is none."""
-    if x.ndim != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; pass (N, K, H, W)")
-    k = x.shape[1]
-    if weight.ndim != 4 or groups < 1 or weight.shape[0] % groups or weight.shape[1] * groups != k:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; pass (C, {k} / groups, kh, kw), C divisible by "
-                         f"groups={groups}, for x of shape {tuple(x.shape)}")
-    check_same_kind(x, weight)
-    if stride < 1 or padding < 0:
-        raise ValueError(f"stride={stride}, padding={padding}; pass a stride of 1 or more, a padding of 0 or more")
-    shape = _out_shape(x, weight, stride, padding)
-    if any(isinstance(size, int) and size < 1 for size in shape[2:]):
-        raise ValueError(f"x has shape {tuple(x.shape)}: with padding {padding} smaller than the kernel of the weight, "
-                         f"{tuple(weight.shape[2:])}")
-    return shape
 
 
 # cuDNN
@@ -92,8 +70,8 @@ def _check_cudnn(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, stride: int, padding: int,
     groups: int,
 ) -> tuple[int, int, int, int]:
-    shape = _check_conv(x, weight, stride, padding, groups)
-    check_epilogue(x, weight.shape[0], shape, None, bias, None, residual, activation)
+    shape = check_conv(x, weight, stride, padding, groups)
+    check_epilogue(x, weight, shape, None, bias, None, residual, activation)
     if bias is not None and bias.dtype != x.dtype:
         raise ValueError(f"bias is {bias.dtype}, x is {x.dtype}; pass both in one dtype")
     if refusal := _cudnn_refusal(x, residual, activation):
@@ -127,10 +105,10 @@ def _cudnn_conv(
 ) -> Tensor:
     # Not a `triton_op`, as cuDNN's fused convolutions have no meta kernels to trace it with.
     shape = _check_cudnn(x, weight, bias, residual, activation, stride, padding, groups)
-    y = empty_output(x, shape, None)
-    if not on_gpu(x):
-        return y.copy_(conv_reference(x, weight, None, bias, residual, None, activation, stride, padding, groups))
-    return launch_cudnn_conv(x, weight, bias, residual, activation, stride, padding, groups) if y.numel() else y
+    if on_gpu(x) and x.shape[0]:
+        return launch_cudnn_conv(x, weight, bias, residual, activation, stride, padding, groups)
+    y = conv_reference(x, weight, None, bias, residual, None, activation, stride, padding, groups)
+    return empty_output(x, shape, None).copy_(y)
 
 
 @_cudnn_conv.register_fake
@@ -192,9 +170,13 @@ def _refusal(
 
 def choose(
     x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None, bank: Tensor | None, activation: str,
-    stride: int, padding: int, groups: int, backend: str | None, in_place: bool = False,
+    stride: int, padding: int, groups: int, backend: str | None, in_place: bool = False, bypassed: bool = False,
 ) -> str:
     """The backend that computes a convolution: the one asked for, the measured one, or the default of this module.
+
+    Args:
+        in_place: whether it is `conv_` that asks. bypassed: whether with `active`; then nothing measured is asked, for
+            it was measured doing all the work.
 
     Raises:
         ValueError: `backend` does not compute it.
@@ -208,15 +190,19 @@ def choose(
         return backend
     kind = _kind(x, weight, stride, padding, groups)
     default = "triton" if kind else "unfused"
-    if kind == "conv3x3" and activation == "relu" and _refusal("cudnn", *call) is None:
+    if bypassed:
+        return default
+    by_cudnn = _refusal("cudnn", *call) is None
+    if kind == "conv3x3" and activation == "relu" and by_cudnn:
         default = "cudnn"
     n, depth, h, w = x.shape
     channels, _, kh, kw = weight.shape
+    # Scale, bank and an output given say no more than that cuDNN is not among the candidates.
     measured = tuned(
         "conv", x.device, {"backend": default}, n=n, depth=depth, h=h, w=w, channels=channels, kh=kh, kw=kw,
         stride=stride, padding=padding, groups=groups, activation=activation, dtype=str(x.dtype),
-        scale=int(scale is not None), residual=int(residual is not None), bank=int(bank is not None),
-        in_place=int(in_place), channels_last=int(memory_format(x) == torch.channels_last),
+        residual=int(residual is not None), cudnn=int(by_cudnn),
+        channels_last=int(x.stride(1) == 1),
     )["backend"]
     return measured if _refusal(measured, *call) is None else default
 
@@ -275,10 +261,10 @@ def _conv(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     bank: Tensor | None, activation: str, stride: int, padding: int, groups: int, backend: str | None,
 ) -> Tensor:
-    shape = _check_conv(x, weight, stride, padding, groups)
-    check_epilogue(x, weight.shape[0], shape, scale, shift, bank, residual, activation)
+    shape = check_conv(x, weight, stride, padding, groups)
+    check_epilogue(x, weight, shape, scale, shift, bank, residual, activation)
     backend = choose(x, weight, scale, residual, bank, activation, stride, padding, groups, backend)
-    if not on_gpu(x):
+    if not on_gpu(x, residual):
         y = conv_reference(x, weight, scale, shift, residual, bank, activation, stride, padding, groups)
         return empty_output(x, shape, residual).copy_(y)
     return launch_conv(x, weight, scale, shift, residual, bank, activation, stride, padding, groups, backend)
@@ -290,11 +276,12 @@ def _conv_(
     bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int, groups: int,
     backend: str | None,
 ) -> None:
-    shape = _check_conv(x, weight, stride, padding, groups)
-    check_epilogue(x, weight.shape[0], shape, scale, shift, bank, None, activation, out, active)
+    shape = check_conv(x, weight, stride, padding, groups)
+    check_epilogue(x, weight, shape, scale, shift, bank, None, activation, out, active)
     residual = out if accumulate else None
-    backend = choose(x, weight, scale, residual, bank, activation, stride, padding, groups, backend, in_place=True)
-    if not on_gpu(x):
+    backend = choose(x, weight, scale, residual, bank, activation, stride, padding, groups, backend, in_place=True,
+                     bypassed=active is not None)
+    if not on_gpu(x, out):
         y = conv_reference(x, weight, scale, shift, residual, bank, activation, stride, padding, groups)
         write_active(out, y, active)
     else:
@@ -302,18 +289,7 @@ def _conv_(
                      backend)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.stride, ctx.padding, ctx.groups, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dy):
-    needs = ctx.needs_input_grad[:5]
-    grads = conv_act_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.stride, ctx.padding, ctx.groups, needs)
-    return *(grad if need else None for grad, need in zip(grads, needs)), *[None] * 6
-
-
-_conv.register_autograd(_backward, setup_context=_setup_context)
+register_backward(_conv, lambda x, stride, padding, groups, backend: (stride, padding, groups))
 
 
 def cudnn_conv(
@@ -326,9 +302,9 @@ def cudnn_conv(
     tensor cores at 3x3.
 
     Args:
-        x: (N, K, H, W), NHWC or NCHW, no slices.
-        weight: (C, K / groups, kh, kw), of x's dtype, a norm folded in (`fold`); in x's layout it is not copied.
-        bias: (C,), of x's dtype.
+        x: (N, K, H, W), NHWC or NCHW, no slices. Cast by `torch.autocast`, see `conv`.
+        weight: (C, K / groups, kh, kw), a norm folded in (`fold`); in x's layout and dtype it is not copied.
+        bias: (C,), cast like the weight.
         residual: (N, C, OH, OW), of x's dtype and layout.
         activation: "identity" or "relu".
 
@@ -338,6 +314,9 @@ def cudnn_conv(
     Raises:
         ValueError: for anything cuDNN does not fuse or would copy first; the message says what.
     """
+    x, weight = in_autocast(x, weight)
+    if bias is not None:
+        x, bias = in_autocast(x, bias)
     return _cudnn_conv(x, weight, bias, residual, activation, stride, padding, groups)
 
 
@@ -352,8 +331,9 @@ def conv(
     once more for each of scale and shift, residual, activation, twice if it reads and writes it.
 
     Args:
-        x: (N, K, H, W).
-        weight: (C, K / groups, kh, kw), of x's dtype; fastest in x's layout, depthwise as `tap_major` lays it out.
+        x: (N, K, H, W). Under `torch.autocast` it is cast to its type, as is the input of torch's convolutions.
+        weight: (C, K / groups, kh, kw), cast to x's dtype if it has another; fastest in x's layout, depthwise as
+            `tap_major` lays it out.
         scale: float32 (C,), or (2, C) with `bank`; None for folded weights, the only ones cuDNN takes.
         shift: as scale; or of x's dtype, as `fold` returns it.
         residual: (N, C, OH, OW).
@@ -366,6 +346,7 @@ def conv(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `backend` does not compute this.
     """
+    x, weight = in_autocast(x, weight)
     return _conv(x, weight, scale, shift, residual, bank, activation, stride, padding, groups, backend)
 
 
@@ -389,5 +370,6 @@ def conv_(
         RuntimeError: a gradient would be needed.
     """
     check_inference("conv_", out, x, weight, scale, shift)
+    x, weight = in_autocast(x, weight)
     _conv_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding, groups, backend)
     return out

@@ -15,7 +15,6 @@ from torch.library import custom_op, triton_op
 from .epilogue import (
     check_epilogue,
     check_inference,
-    conv_act_backward,
     conv_reference,
     empty_gradients,
     empty_output,
@@ -24,20 +23,27 @@ from .epilogue import (
     epilogue_reference,
     flags_kind,
     gradients,
+    in_autocast,
+    kept,
+    no_autocast,
+    register_backward,
     write_active,
 )
 from .gemm import (
     GROUP,
+    Strides,
+    check_conv,
     check_pixels,
     check_same_kind,
-    conv_shape,
     gemm_config,
+    in_units,
+    out_shape,
     pixel_offset,
     pixel_strides,
     tile_of,
     vector_unit,
 )
-from .launch import cdiv, dot_precision, launch, on_gpu, tuned
+from .launch import cdiv, dot_precision, launch, no_second_derivative, on_gpu, tuned
 
 
 @triton.jit
@@ -111,22 +117,30 @@ def conv1x1_kernel(
 
 def _launch_gemm(
     out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    bank: Tensor | None, active: Tensor | None, activation: str, precision: str,
+    bank: Tensor | None, active: Tensor | None, activation: str, precision: str, sizes: tuple[int, int, int],
+    x_strides: Strides, out_strides: Strides, residual_strides: Strides | None,
 ) -> None:
-    """x (N, K, OH, OW), out and residual (N, C, OH, OW), in any strides; weight (C, K) or (C, K, 1, 1)."""
-    n, channels, oh, ow = out.shape
-    depth = x.shape[1]
+    """weight (C, K) or (C, K, 1, 1); the others as (N, channels, OH, OW) with these strides and N, OH, OW in `sizes`.
+
+    Views of that shape would say the same; making them takes longer than all the rest.
+    """
+    n, oh, ow = sizes
+    channels, depth = weight.shape[:2]
     pixels = n * oh * ow
     check_pixels(pixels)
-    unit = vector_unit(weight, x, out, residual)
+    operands = [(t, pixel_strides(oh, ow, strides)) for t, strides in ((x, x_strides), (out, out_strides))]
+    weight_strides = weight.stride()[:2]
+    if residual is not None:
+        operands.append((residual, pixel_strides(oh, ow, residual_strides)))
+    unit = vector_unit(channels, depth, (weight, weight_strides), *operands)
     config = tuned("conv1x1", x.device, gemm_config(pixels, channels, depth, x.dtype, unit),
                    pixels=pixels, channels=channels, depth=depth, unit=unit, dtype=str(x.dtype))
+    of_x, of_out, *of_residual = (in_units(strides, unit) for _, strides in operands)
     launch(
         conv1x1_kernel, (cdiv(pixels, config["BM"]) * cdiv(channels, config["BN"]),),
         x, weight, scale, shift, residual, out, bank, active,
         pixels, depth // unit, channels // unit, oh * ow, ow,
-        *pixel_strides(x, unit), weight.stride(0) // unit, weight.stride(1),
-        *(pixel_strides(residual, unit) if residual is not None else (None,) * 4), *pixel_strides(out, unit),
+        *of_x, *in_units(weight_strides, unit), *(of_residual[0] if of_residual else (None,) * 4), *of_out,
         ACTIVATION=activation, BANK=flags_kind(bank), ACTIVE=flags_kind(active), PRECISION=precision, UNIT=unit,
         GROUP=GROUP, **config,
     )
@@ -136,11 +150,8 @@ def launch_conv1x1(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     bank: Tensor | None, activation: str, stride: int,
 ) -> Tensor:
-    n, _, h, w = x.shape
-    y = empty_output(x, (n, weight.shape[0], cdiv(h, stride), cdiv(w, stride)), residual)
-    if y.numel():
-        _launch_gemm(y, _every(x, stride), weight, scale, shift, residual, bank, None, activation,
-                     dot_precision(x, "conv"))
+    y = empty_output(x, out_shape(x, weight, stride, 0), residual)
+    _launch_conv(y, x, weight, scale, shift, residual, bank, None, activation, stride)
     return y
 
 
@@ -148,9 +159,21 @@ def launch_conv1x1_(
     out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
     bank: Tensor | None, active: Tensor | None, activation: str, stride: int,
 ) -> None:
-    if out.numel():
-        _launch_gemm(out, _every(x, stride), weight, scale, shift, out if accumulate else None, bank, active,
-                     activation, dot_precision(x, "conv"))
+    residual = out if accumulate else None
+    _launch_conv(out, x, weight, scale, shift, residual, bank, active, activation, stride)
+
+
+def _launch_conv(
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    bank: Tensor | None, active: Tensor | None, activation: str, stride: int,
+) -> None:
+    if not out.numel():
+        return
+    n, _, oh, ow = out.shape
+    sn, sk, sh, sw = x.stride()
+    _launch_gemm(out, x, weight, scale, shift, residual, bank, active, activation, dot_precision(x, "conv"),
+                 (n, oh, ow), (sn, sk, stride * sh, stride * sw), out.stride(),
+                 None if residual is None else residual.stride())
 
 
 def launch_linear(
@@ -158,9 +181,7 @@ def launch_linear(
     bank: Tensor | None, activation: str,
 ) -> Tensor:
     y = _empty_linear(x, weight, residual)
-    if y.numel():
-        _launch_gemm(_pixels(y), _pixels(x), weight, scale, shift, _pixels(residual),
-                     bank, None, activation, dot_precision(x, "matmul"))
+    _launch_linear(y, x, weight, scale, shift, residual, bank, None, activation)
     return y
 
 
@@ -168,14 +189,23 @@ def launch_linear_(
     out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
     bank: Tensor | None, active: Tensor | None, activation: str,
 ) -> None:
-    if out.numel():
-        _launch_gemm(_pixels(out), _pixels(x), weight, scale, shift, _pixels(out) if accumulate else None, bank,
-                     active, activation, dot_precision(x, "matmul"))
+    _launch_linear(out, x, weight, scale, shift, out if accumulate else None, bank, active, activation)
 
 
-def _every(x: Tensor, stride: int) -> Tensor:
-    """The pixels that a 1x1 convolution of this stride reads."""
-    return x if stride == 1 else x[:, :, ::stride, ::stride]
+def _launch_linear(
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    bank: Tensor | None, active: Tensor | None, activation: str,
+) -> None:
+    if not out.numel():
+        return
+
+    def strides(tokens: Tensor) -> Strides:
+        n, length, channel = tokens.stride()
+        return n, channel, n, length
+
+    _launch_gemm(out, x, weight, scale, shift, residual, bank, active, activation, dot_precision(x, "matmul"),
+                 (out.shape[0], 1, out.shape[1]), strides(x), strides(out),
+                 None if residual is None else strides(residual))
 
 
 def _pixels(x: Tensor | None) -> Tensor | None:
@@ -207,7 +237,8 @@ def linear_reference(
 ) -> Tensor:
     """`act(x @ weight.T * scale + shift + residual)` in float32 (float64 stays); x (N, L, K), result (N, L, C)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    z = _pixels(F.linear(x.to(wide), weight.to(wide)))
+    with no_autocast(x):
+        z = _pixels(F.linear(x.to(wide), weight.to(wide)))
     return _tokens(epilogue_reference(z, scale, shift, bank, _pixels(residual), activation))
 
 
@@ -216,9 +247,9 @@ def _conv1x1(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     bank: Tensor | None, activation: str, stride: int,
 ) -> Tensor:
-    shape = conv_shape(x, weight, 1, stride, 0)
-    check_epilogue(x, weight.shape[0], shape, scale, shift, bank, residual, activation)
-    if not on_gpu(x):
+    shape = check_conv(x, weight, stride, 0, sizes=(1,))
+    check_epilogue(x, weight, shape, scale, shift, bank, residual, activation)
+    if not on_gpu(x, residual):
         y = conv1x1_reference(x, weight, scale, shift, residual, bank, activation, stride)
         return empty_output(x, shape, residual).copy_(y)
     return launch_conv1x1(x, weight, scale, shift, residual, bank, activation, stride)
@@ -229,9 +260,9 @@ def _conv1x1_(
     out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
     bank: Tensor | None, active: Tensor | None, activation: str, stride: int,
 ) -> None:
-    shape = conv_shape(x, weight, 1, stride, 0)
-    check_epilogue(x, weight.shape[0], shape, scale, shift, bank, None, activation, out, active)
-    if not on_gpu(x):
+    shape = check_conv(x, weight, stride, 0, sizes=(1,))
+    check_epilogue(x, weight, shape, scale, shift, bank, None, activation, out, active)
+    if not on_gpu(x, out):
         residual = out if accumulate else None
         write_active(out, conv1x1_reference(x, weight, scale, shift, residual, bank, activation, stride), active)
     else:
@@ -244,8 +275,8 @@ def _linear(
     bank: Tensor | None, activation: str,
 ) -> Tensor:
     shape = _check_linear(x, weight)
-    check_epilogue(x, weight.shape[0], shape, scale, shift, bank, _pixels(residual), activation)
-    if not on_gpu(x):
+    check_epilogue(x, weight, shape, scale, shift, bank, _pixels(residual), activation)
+    if not on_gpu(x, residual):
         y = linear_reference(x, weight, scale, shift, residual, bank, activation)
         return _empty_linear(x, weight, residual).copy_(y)
     return launch_linear(x, weight, scale, shift, residual, bank, activation)
@@ -257,8 +288,8 @@ def _linear_(
     bank: Tensor | None, active: Tensor | None, activation: str,
 ) -> None:
     shape = _check_linear(x, weight)
-    check_epilogue(x, weight.shape[0], shape, scale, shift, bank, None, activation, _pixels(out), active)
-    if not on_gpu(x):
+    check_epilogue(x, weight, shape, scale, shift, bank, None, activation, _pixels(out), active)
+    if not on_gpu(x, out):
         residual = out if accumulate else None
         write_active(_pixels(out), _pixels(linear_reference(x, weight, scale, shift, residual, bank, activation)),
                      active)
@@ -285,11 +316,12 @@ def linear_act_backward(
         dy: (N, L, C), the gradient of y; the other arguments are those of the forward.
         needs: for each of x, weight, scale, shift, residual, whether its gradient is wanted.
     """
-    z = _pixels(F.linear(x, weight))
-    dz, *rest = epilogue_backward(_pixels(dy), z, scale, shift, _pixels(residual), bank, activation, needs)
-    dz = _tokens(dz).to(x.dtype)
-    dx = dz @ weight if needs[0] else None
-    dw = dz.flatten(0, 1).T @ x.flatten(0, 1) if needs[1] else None
+    with no_autocast(x):
+        z = _pixels(F.linear(x, weight))
+        dz, *rest = epilogue_backward(_pixels(dy), z, scale, shift, _pixels(residual), bank, activation, needs)
+        dz = _tokens(dz).to(x.dtype)
+        dx = dz @ weight if needs[0] else None
+        dw = dz.flatten(0, 1).T @ x.flatten(0, 1) if needs[1] else None
     dscale, dshift, dresidual = rest
     return gradients((x, weight, scale, shift, residual), needs, (dx, dw, dscale, dshift, _tokens(dresidual)))
 
@@ -299,23 +331,12 @@ def _(dy, x, weight, scale, shift, residual, bank, activation, needs):
     return empty_gradients((x, weight, scale, shift, residual), needs)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.stride = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dy):
-    needs = ctx.needs_input_grad[:5]
-    grads = conv_act_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.stride, 0, 1, needs)
-    return *(grad if need else None for grad, need in zip(grads, needs)), None, None, None
-
-
-_conv1x1.register_autograd(_backward, setup_context=_setup_context)
+no_second_derivative(linear_act_backward)
 
 
 def _setup_context_linear(ctx, inputs, output):
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, bank, ctx.activation = inputs
+    ctx.save_for_backward(*tensors, kept(bank))
 
 
 def _backward_linear(ctx, dy):
@@ -325,6 +346,7 @@ def _backward_linear(ctx, dy):
 
 
 _linear.register_autograd(_backward_linear, setup_context=_setup_context_linear)
+register_backward(_conv1x1, lambda x, stride: (stride, 0, 1))
 
 
 def conv1x1(
@@ -339,8 +361,9 @@ def conv1x1(
 
     Args:
         x: (N, K, H, W), any strides; NHWC is read in 16-byte pieces. fp32 (TF32 as `torch.backends.cudnn.conv` says),
-            fp16, bf16; on other devices and in float64 the reference computes.
-        weight: (C, K, 1, 1), dtype of x.
+            fp16, bf16; on other devices and in float64 the reference computes. Under `torch.autocast` it is cast to
+            its type, as is the input of torch's convolutions.
+        weight: (C, K, 1, 1); cast to x's dtype, a pass over it, if it has another.
         scale, shift: float32 (C,): an eval-mode norm (see `epilogue.fold_norm`) or a bias. With `bank` (2, C).
         residual: (N, C, OH, OW), any strides.
         bank: int32, one value or one per sample, read on the device: 0 picks the first scale and shift, else the
@@ -353,6 +376,7 @@ def conv1x1(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message says what to pass.
     """
+    x, weight = in_autocast(x, weight)
     return _conv1x1(x, weight, scale, shift, residual, bank, activation, stride)
 
 
@@ -376,6 +400,7 @@ def conv1x1_(
         RuntimeError: a gradient would be needed.
     """
     check_inference("conv1x1_", out, x, weight, scale, shift)
+    x, weight = in_autocast(x, weight)
     _conv1x1_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride)
     return out
 
@@ -389,7 +414,7 @@ def linear(
     Args:
         x: (N, ..., K), N samples; axes between the first and the last must be viewable as one (no copy is made).
             In fp32 TF32 is used as `torch.backends.cuda.matmul` says.
-        weight: (C, K), dtype of x.
+        weight: (C, K), cast like that of `conv1x1`.
         scale, shift, bank: as for `conv1x1`; a plain bias is `shift`.
         residual: (N, ..., C), viewable likewise.
 
@@ -399,8 +424,10 @@ def linear(
     Raises:
         ValueError: shapes, strides, dtypes or devices do not fit; the message says what to pass.
     """
-    y = _linear(_rows(x, "x"), weight, scale, shift, _rows(residual, "residual"), bank, activation)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    x, weight = in_autocast(x, weight)
+    shape = (*x.shape[:-1], *weight.shape[:1])
+    y = _linear(_rows(x, "x"), weight, scale, shift, _rows(residual, "residual", shape), bank, activation)
+    return y.view(shape)
 
 
 def linear_(
@@ -409,12 +436,16 @@ def linear_(
 ) -> Tensor:
     """`linear` written to `out` (N, ..., C) as `conv1x1_` does it."""
     check_inference("linear_", out, x, weight, scale, shift)
-    _linear_(_rows(out, "out"), _rows(x, "x"), weight, scale, shift, accumulate, bank, active, activation)
+    x, weight = in_autocast(x, weight)
+    shape = (*x.shape[:-1], *weight.shape[:1])
+    _linear_(_rows(out, "out", shape), _rows(x, "x"), weight, scale, shift, accumulate, bank, active, activation)
     return out
 
 
-def _rows(x: Tensor | None, name: str) -> Tensor | None:
-    """(N, ..., K) viewed as (N, L, K)."""
+def _rows(x: Tensor | None, name: str, shape: tuple[int, ...] | None = None) -> Tensor | None:
+    """(N, ..., K) viewed as (N, L, K); raises ValueError if it cannot be, or has another than the given shape."""
+    if x is not None and shape is not None and x.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; the output has {tuple(shape)}")
     if x is None or x.ndim == 3:
         return x
     if x.ndim < 2:

@@ -10,14 +10,26 @@ from torch.library import triton_op
 from .epilogue import (
     check_epilogue,
     check_inference,
-    conv_act_backward,
     conv_reference,
     empty_output,
     epilogue,
     flags_kind,
+    in_autocast,
+    register_backward,
     write_active,
 )
-from .gemm import GROUP, check_pixels, conv_shape, gemm_config, pixel_offset, pixel_strides, tile_of, vector_unit
+from .gemm import (
+    GROUP,
+    check_conv,
+    check_pixels,
+    gemm_config,
+    in_units,
+    out_shape,
+    pixel_offset,
+    pixel_strides,
+    tile_of,
+    vector_unit,
+)
 from .launch import cdiv, dot_precision, launch, on_gpu, tuned
 
 
@@ -106,7 +118,7 @@ def launch_conv3x3(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     bank: Tensor | None, activation: str, stride: int, padding: int,
 ) -> Tensor:
-    y = empty_output(x, conv_shape(x, weight, 3, stride, padding), residual)
+    y = empty_output(x, out_shape(x, weight, stride, padding), residual)
     _launch(y, x, weight, scale, shift, residual, bank, None, activation, stride, padding)
     return y
 
@@ -129,24 +141,22 @@ def _launch(
     _, depth, h, w = x.shape
     pixels = n * oh * ow
     check_pixels(pixels)
-    unit = vector_unit(weight, x, out, residual)
+    x_strides, weight_strides, out_strides = x.stride(), weight.stride(), pixel_strides(oh, ow, out.stride())
+    residual_strides = None if residual is None else pixel_strides(oh, ow, residual.stride())
+    unit = vector_unit(
+        channels, depth, (x, pixel_strides(h, w, x_strides)), (weight, weight_strides), (out, out_strides),
+        *([] if residual is None else [(residual, residual_strides)]))
     config = tuned("conv3x3", x.device, gemm_config(pixels, channels, depth, x.dtype, unit),
                    pixels=pixels, channels=channels, depth=depth, stride=stride, unit=unit, dtype=str(x.dtype))
     launch(
         conv3x3_kernel, (cdiv(pixels, config["BM"]) * cdiv(channels, config["BN"]),),
         x, weight, scale, shift, residual, out, bank, active,
         pixels, depth // unit, channels // unit, h, w, oh * ow, ow,
-        *_in_units(x, unit), *_in_units(weight, unit),
-        *(pixel_strides(residual, unit) if residual is not None else (None,) * 4), *pixel_strides(out, unit),
+        *in_units(x_strides, unit), *in_units(weight_strides, unit),
+        *((None,) * 4 if residual is None else in_units(residual_strides, unit)), *in_units(out_strides, unit),
         STRIDE=stride, PADDING=padding, ACTIVATION=activation, BANK=flags_kind(bank), ACTIVE=flags_kind(active),
         PRECISION=dot_precision(x, "conv"), UNIT=unit, GROUP=GROUP, **config,
     )
-
-
-def _in_units(x: Tensor, unit: int) -> tuple[int, int, int, int]:
-    """Strides, all but that of channels in units."""
-    n, c, h, w = x.stride()
-    return n // unit, c, h // unit, w // unit
 
 
 def conv3x3_reference(
@@ -162,9 +172,9 @@ def _conv3x3(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     bank: Tensor | None, activation: str, stride: int, padding: int,
 ) -> Tensor:
-    shape = conv_shape(x, weight, 3, stride, padding)
-    check_epilogue(x, weight.shape[0], shape, scale, shift, bank, residual, activation)
-    if not on_gpu(x):
+    shape = check_conv(x, weight, stride, padding, sizes=(3,))
+    check_epilogue(x, weight, shape, scale, shift, bank, residual, activation)
+    if not on_gpu(x, residual):
         y = conv3x3_reference(x, weight, scale, shift, residual, bank, activation, stride, padding)
         return empty_output(x, shape, residual).copy_(y)
     return launch_conv3x3(x, weight, scale, shift, residual, bank, activation, stride, padding)
@@ -175,9 +185,9 @@ def _conv3x3_(
     out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
     bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
 ) -> None:
-    shape = conv_shape(x, weight, 3, stride, padding)
-    check_epilogue(x, weight.shape[0], shape, scale, shift, bank, None, activation, out, active)
-    if not on_gpu(x):
+    shape = check_conv(x, weight, stride, padding, sizes=(3,))
+    check_epilogue(x, weight, shape, scale, shift, bank, None, activation, out, active)
+    if not on_gpu(x, out):
         residual = out if accumulate else None
         write_active(
             out, conv3x3_reference(x, weight, scale, shift, residual, bank, activation, stride, padding), active)
@@ -185,18 +195,7 @@ def _conv3x3_(
         launch_conv3x3_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.stride, ctx.padding = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dy):
-    needs = ctx.needs_input_grad[:5]
-    grads = conv_act_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.stride, ctx.padding, 1, needs)
-    return *(grad if need else None for grad, need in zip(grads, needs)), None, None, None, None
-
-
-_conv3x3.register_autograd(_backward, setup_context=_setup_context)
+register_backward(_conv3x3, lambda x, stride, padding: (stride, padding, 1))
 
 
 def conv3x3(
@@ -212,8 +211,9 @@ def conv3x3(
 
     Args:
         x: (N, K, H, W), any strides; NHWC is read in 16-byte pieces. fp32 (TF32 as `torch.backends.cudnn.conv` says),
-            fp16, bf16; on other devices and in float64 the reference computes.
-        weight: (C, K, 3, 3), dtype of x, any strides; fast if channels_last.
+            fp16, bf16; on other devices and in float64 the reference computes. Under `torch.autocast` it is cast to
+            its type, as is the input of torch's convolutions.
+        weight: (C, K, 3, 3), any strides, fast if channels_last; cast to x's dtype if it has another.
         scale, shift: float32 (C,): an eval-mode norm (see `epilogue.fold_norm`) or a bias. With `bank` (2, C).
         residual: (N, C, OH, OW), any strides.
         bank: int32, one value or one per sample, read on the device: 0 picks the first scale and shift, else the
@@ -226,6 +226,7 @@ def conv3x3(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message says what to pass.
     """
+    x, weight = in_autocast(x, weight)
     return _conv3x3(x, weight, scale, shift, residual, bank, activation, stride, padding)
 
 
@@ -249,5 +250,6 @@ def conv3x3_(
         RuntimeError: a gradient would be needed.
     """
     check_inference("conv3x3_", out, x, weight, scale, shift)
+    x, weight = in_autocast(x, weight)
     _conv3x3_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding)
     return out

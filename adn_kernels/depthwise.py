@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op
 
 from .epilogue import (
     PER_SAMPLE,
     check_epilogue,
     check_inference,
-    conv_act_backward,
     conv_reference,
     empty_output,
     epilogue_value,
     flags_kind,
+    in_autocast,
+    register_backward,
     write_active,
 )
-from .gemm import check_same_kind
-from .launch import SPLITS, cdiv, launch, memory_format, on_gpu, tuned
+from .gemm import check_conv, in_units, out_shape, vector_unit
+from .launch import SPLITS, cdiv, launch, next_power_of_2, on_gpu, tuned
 
 KERNEL_SIZES = (3, 5, 7)
 
@@ -70,7 +71,7 @@ def depthwise_kernel(
     b = tl.full([BLOCK_A], tile % blocks_b * BLOCK_B, tl.int32)
     # Int64 also along channels, which are far apart in NCHW.
     wide_channel = channel.to(tl.int64)[None, :]
-    x_at = x + n * (x_n * ALIGN) + wide_channel * x_c
+    x_at = x + n * x_n * ALIGN + wide_channel * x_c
     weight_at = weight + channel * weight_c
     acc = ()
     for _ in tl.static_range(BLOCK_B):
@@ -79,7 +80,7 @@ def depthwise_kernel(
     for i in range(rows):
         a_in = a * STRIDE + (i - PADDING)
         in_a = (a_in >= 0) & (a_in < A_IN)
-        at_a = a_in.to(tl.int64) * (x_a * ALIGN)
+        at_a = a_in.to(tl.int64) * x_a * ALIGN
         taps = ()
         for j in tl.static_range(KERNEL):
             tap = tl.load(weight_at + (i * weight_a + j * weight_b), mask=channel_mask, other=0.0)
@@ -87,7 +88,7 @@ def depthwise_kernel(
         for j in tl.static_range((BLOCK_B - 1) * STRIDE + KERNEL):
             b_in = b * STRIDE + (j - PADDING)
             mask = (in_a & (b_in >= 0) & (b_in < B_IN))[:, None] & channel_mask[None, :]
-            at = at_a + b_in.to(tl.int64) * (x_b * ALIGN)
+            at = at_a + b_in.to(tl.int64) * x_b * ALIGN
             pixel = tl.load(x_at + at[:, None], mask=mask, other=0.0).to(tl.float32)
             summed = ()
             for p in tl.static_range(BLOCK_B):
@@ -99,19 +100,19 @@ def depthwise_kernel(
 
     if bank is not None:
         bank += n * bank_n
-    out_at = out + n * (out_n * ALIGN) + wide_channel * out_c
+    out_at = out + n * out_n * ALIGN + wide_channel * out_c
     results = ()
     for p in tl.static_range(BLOCK_B):
         mask = ((a < A_OUT) & (b + p < B_OUT))[:, None] & channel_mask[None, :]
         residual_at = residual
         if residual is not None:
-            at = a.to(tl.int64) * (residual_a * ALIGN) + (b + p).to(tl.int64) * (residual_b * ALIGN)
-            residual_at += n * (residual_n * ALIGN) + wide_channel * residual_c + at[:, None]
+            at = (a.to(tl.int64) * residual_a + (b + p).to(tl.int64) * residual_b) * ALIGN
+            residual_at += n * residual_n * ALIGN + wide_channel * residual_c + at[:, None]
         results += (epilogue_value(acc[p], scale, shift, bank, residual_at, n, channel, C, channel_mask, mask,
                                    ACTIVATION, 0 if bank is None else 1),)
     for p in tl.static_range(BLOCK_B):
         mask = ((a < A_OUT) & (b + p < B_OUT))[:, None] & channel_mask[None, :]
-        at = a.to(tl.int64) * (out_a * ALIGN) + (b + p).to(tl.int64) * (out_b * ALIGN)
+        at = (a.to(tl.int64) * out_a + (b + p).to(tl.int64) * out_b) * ALIGN
         tl.store(out_at + at[:, None], results[p].to(out.dtype.element_ty), mask=mask)
 
 
@@ -124,10 +125,10 @@ def _config(
     if channels_last:
         block_c = 64 if channels % 64 == 0 or channels > 256 else 32 if channels > 16 else 16
         if isinstance(a, int) and a <= 8:
-            block_c = min(elements // 8, max(block_c, triton.next_power_of_2(channels)))
+            block_c = min(elements // 8, max(block_c, next_power_of_2(channels)))
         block_a = elements // block_c
     else:
-        block_a = min(64, max(8, triton.next_power_of_2(a))) if isinstance(a, int) else 32
+        block_a = min(64, max(8, next_power_of_2(a))) if isinstance(a, int) else 32
         block_c = elements // block_a
     # 7 divides the maps of 224 x 224 images. With stride 2 neighbours share less than they cost in registers.
     block_b = 2 if stride == 2 else 7 if isinstance(b, int) and b % 7 == 0 else 4
@@ -142,32 +143,30 @@ def _launch(
     out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
 ) -> None:
-    n, channels, _, _ = out.shape
-    channels_last = memory_format(x) == torch.channels_last
-    # Lanes lie along the axis of adjacent elements: channels, or W. The neighbours in registers along another.
-    order = (0, 1, 2, 3) if channels_last else (0, 1, 3, 2)
+    if not out.numel():
+        return
+    channels_last = x.stride(1) == 1
 
-    def axes(tensor: Tensor) -> tuple[list[int], list[int]]:
-        return [tensor.shape[i] for i in order[2:]], [tensor.stride(i) for i in order]
+    def axes(sizes: Sequence[int]) -> Sequence[int]:
+        """Lanes lie along the axis of adjacent elements: channels, or W. The neighbours in registers along another."""
+        n, c, h, w = sizes
+        return (n, c, h, w) if channels_last else (n, c, w, h)
 
-    (a_in, b_in), x_strides = axes(x)
-    (a_out, b_out), out_strides = axes(out)
-    residual_strides = [None] * 4 if residual is None else axes(residual)[1]
-    weight_strides = [weight.stride(0), *axes(weight)[1][2:]]
+    n, channels, a_out, b_out = axes(out.shape)
+    *_, a_in, b_in = axes(x.shape)
+    x_strides, out_strides = axes(x.stride()), axes(out.stride())
+    weight_c, _, *weight_taps = axes(weight.stride())
+    operands = [(x, x_strides), (out, out_strides)]
+    if residual is not None:
+        operands.append((residual, axes(residual.stride())))
+    align = vector_unit(channels, channels, *operands) if channels_last else 1
+    of_x, of_out, *of_residual = (in_units(strides, align) for _, strides in operands)
 
-    # Triton knows by itself what is divisible by 16. Accesses of 16 bytes need no more than 8.
-    given = [s for s in (channels, *x_strides, *out_strides, *residual_strides) if s is not None]
-    vector = channels_last and all(statically_known_true(s % 8 == 0) or statically_known_true(s == 1) for s in given)
-    align = 8 if vector else 1
-
-    def units(strides: list[int | None]) -> list[int | None]:
-        return [s if s is None or i == 1 else s // align for i, s in enumerate(strides)]
-
-    size = weight.shape[-1]
+    size, vector = weight.shape[-1], align > 1
     config = tuned(
         "depthwise", x.device, _config(n, channels, a_out, b_out, stride, x.element_size(), vector, channels_last),
         n=n, channels=channels, a=a_out, b=b_out, size=size, stride=stride, channels_last=int(channels_last),
-        dtype=str(x.dtype),
+        vector=int(vector), dtype=str(x.dtype),
     )
     programs = (n * cdiv(a_out, config["BLOCK_A"]) * cdiv(b_out, config["BLOCK_B"])
                 * cdiv(channels, config["BLOCK_C"]))
@@ -175,7 +174,7 @@ def _launch(
         depthwise_kernel, (programs,), x, weight, scale, shift, residual, out, bank, active,
         int(flags_kind(bank) == PER_SAMPLE), int(flags_kind(active) == PER_SAMPLE),
         channels // align, a_in, b_in, a_out, b_out,
-        *units(x_strides), *weight_strides, *units(residual_strides), *units(out_strides), size,
+        *of_x, weight_c, *weight_taps, *(of_residual[0] if of_residual else (None,) * 4), *of_out, size,
         ACTIVATION=activation, KERNEL=size, STRIDE=stride, PADDING=padding, ALIGN=align, **config,
     )
 
@@ -184,9 +183,8 @@ def launch_depthwise(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     bank: Tensor | None, activation: str, stride: int, padding: int,
 ) -> Tensor:
-    y = empty_output(x, _out_shape(x, weight, stride, padding), residual)
-    if y.numel():
-        _launch(y, x, weight, scale, shift, residual, bank, None, activation, stride, padding)
+    y = empty_output(x, out_shape(x, weight, stride, padding), residual)
+    _launch(y, x, weight, scale, shift, residual, bank, None, activation, stride, padding)
     return y
 
 
@@ -194,15 +192,8 @@ def launch_depthwise_(
     out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
     bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
 ) -> None:
-    if out.numel():
-        residual = out if accumulate else None
-        _launch(out, x, weight, scale, shift, residual, bank, active, activation, stride, padding)
-
-
-def _out_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
-    n, channels, h, w = x.shape
-    size = weight.shape[-1]
-    return n, channels, (h + 2 * padding - size) // stride + 1, (w + 2 * padding - size) // stride + 1
+    residual = out if accumulate else None
+    _launch(out, x, weight, scale, shift, residual, bank, active, activation, stride, padding)
 
 
 def _check(
@@ -210,19 +201,10 @@ def _check(
     residual: Tensor | None, activation: str, stride: int, padding: int, out: Tensor | None = None,
     active: Tensor | None = None,
 ) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; pass (N, C, H, W)")
-    channels, size = x.shape[1], weight.shape[-1]
-    if tuple(weight.shape) != (channels, 1, size, size) or size not in KERNEL_SIZES:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; pass ({channels}, 1, k, k), k one of "
-                         f"{KERNEL_SIZES}, for x of shape {tuple(x.shape)}")
-    check_same_kind(x, weight)
-    if stride not in (1, 2):
+    shape = check_conv(x, weight, stride, padding, None, KERNEL_SIZES)
+    if stride > 2:
         raise ValueError(f"stride={stride}; pass 1 or 2")
-    shape = _out_shape(x, weight, stride, padding)
-    if padding < 0 or any(isinstance(n, int) and n < 1 for n in shape[2:]):
-        raise ValueError(f"x of shape {tuple(x.shape)} with padding={padding} is smaller than the {size}x{size} kernel")
-    check_epilogue(x, channels, shape, scale, shift, bank, residual, activation, out, active)
+    check_epilogue(x, weight, shape, scale, shift, bank, residual, activation, out, active)
 
 
 def depthwise_reference(
@@ -239,7 +221,7 @@ def _depthwise(
     bank: Tensor | None, activation: str, stride: int, padding: int,
 ) -> Tensor:
     _check(x, weight, scale, shift, bank, residual, activation, stride, padding)
-    if not on_gpu(x):
+    if not on_gpu(x, residual):
         y = depthwise_reference(x, weight, scale, shift, residual, bank, activation, stride, padding)
         return empty_output(x, y.shape, residual).copy_(y)
     return launch_depthwise(x, weight, scale, shift, residual, bank, activation, stride, padding)
@@ -251,7 +233,7 @@ def _depthwise_(
     bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
 ) -> None:
     _check(x, weight, scale, shift, bank, None, activation, stride, padding, out, active)
-    if not on_gpu(x):
+    if not on_gpu(x, out):
         residual = out if accumulate else None
         y = depthwise_reference(x, weight, scale, shift, residual, bank, activation, stride, padding)
         write_active(out, y, active)
@@ -259,19 +241,7 @@ def _depthwise_(
         launch_depthwise_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.stride, ctx.padding = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dy):
-    x, *_ = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:5]
-    grads = conv_act_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.stride, ctx.padding, x.shape[1], needs)
-    return *(grad if need else None for grad, need in zip(grads, needs)), None, None, None, None
-
-
-_depthwise.register_autograd(_backward, setup_context=_setup_context)
+register_backward(_depthwise, lambda x, stride, padding: (stride, padding, x.shape[1]))
 
 
 def tap_major(weight: Tensor) -> Tensor:
@@ -295,8 +265,8 @@ def depthwise(
     are float32.
 
     Args:
-        x: (N, C, H, W), any strides; NHWC and NCHW are read along their adjacent elements.
-        weight: (C, 1, k, k), k of 3, 5, 7, of x's dtype; fastest as `tap_major` lays it out.
+        x: (N, C, H, W), any strides; NHWC and NCHW are read along their adjacent elements. Cast by `torch.autocast`.
+        weight: (C, 1, k, k), k of 3, 5, 7; fastest as `tap_major` lays it out; cast to x's dtype if it has another.
         scale, shift: float32 (C,), or (2, C) with `bank`, see `fold_norm`.
         residual: (N, C, OH, OW), any float dtype.
         stride: 1 or 2. padding: k // 2 unless given.
@@ -308,8 +278,8 @@ def depthwise(
     Raises:
         ValueError: for shapes, dtypes, devices other than these.
     """
-    padding = weight.shape[-1] // 2 if padding is None else padding
-    return _depthwise(x, weight, scale, shift, residual, bank, activation, stride, padding)
+    x, weight = in_autocast(x, weight)
+    return _depthwise(x, weight, scale, shift, residual, bank, activation, stride, _same(weight, padding))
 
 
 def depthwise_(
@@ -331,6 +301,14 @@ def depthwise_(
         RuntimeError: if autograd would have to follow.
     """
     check_inference("depthwise_", out, x, weight, scale, shift)
-    padding = weight.shape[-1] // 2 if padding is None else padding
-    _depthwise_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding)
+    x, weight = in_autocast(x, weight)
+    _depthwise_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride,
+                _same(weight, padding))
     return out
+
+
+def _same(weight: Tensor, padding: int | None) -> int:
+    """The padding that keeps the size, unless one is given."""
+    if padding is None and weight.ndim:  # the op refuses one of no axes
+        return weight.shape[-1] // 2
+    return padding or 0

@@ -7,8 +7,11 @@ With the log-softmaxes p and q of a row, its classes j, and B rows:
 
 Forward reads each logit once and keeps five numbers per row; backward reads each once more and writes the gradients. No
 softmax is ever written to memory. A gather of the top classes happens in the same reads. The pooled form reads each
-feature map once, its backward only writes. Logits of a batch are few: bound by the launches (two forward, one
-backward); feature maps (four forward, one backward) by HBM bandwidth.
+feature map once, its backward only writes.
+
+Logits of a batch are few: bound by the launches. Forward has two (rows, mean over rows), backward one; of top classes
+`torch.topk` comes before, and backward fills each gradient with zeros first. Feature maps are bound by HBM bandwidth:
+two launches pool, then two as for logits; backward has one for each gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from .launch import SPLITS, cdiv, launch, on_gpu, tuned
+from .launch import SPLITS, cdiv, launch, next_power_of_2, no_second_derivative, on_gpu, tuned
 
 MAX_CLASSES = 16384  # a row of up to this many is held in registers, a longer one is read in blocks
 MAX_PARTS = 8  # partial sums of a pooled feature, added up wherever it is read
@@ -275,7 +278,7 @@ def _launch_rows(
         args = (teacher, student, indices, stats, rows, classes, *parts, *teacher_strides, *student_strides,
                 indices.stride(0) if indices is not None else 0, temperature)
         if isinstance(classes, int) and classes <= MAX_CLASSES:
-            bc = triton.next_power_of_2(classes)
+            bc = next_power_of_2(classes)
             config = {"BR": max(1, 1024 // bc), "BC": bc, "num_warps": min(16, max(4, bc // 512))}
             config = tuned("distillation_kl", teacher.device, config, classes=classes, dtype=str(teacher.dtype))
             launch(distillation_kl_kernel, (cdiv(rows, config["BR"]),), *args, **config)
@@ -306,7 +309,7 @@ def launch_distillation_kl_backward(
     if rows == 0:
         return grads
     dteacher, dstudent = (grad if need else None for grad, need in zip(grads, needs))
-    bc = min(triton.next_power_of_2(classes), 1024) if isinstance(classes, int) else 1024
+    bc = min(next_power_of_2(classes), 1024) if isinstance(classes, int) else 1024
     config = tuned("distillation_kl_backward", student.device, {"BR": 1024 // bc, "BC": bc, "num_warps": 4},
                    classes=classes, dtype=str(student.dtype))
     launch(
@@ -339,10 +342,10 @@ def _pixels(x: Tensor, channel_dim: int, name: str) -> tuple[int, tuple[int, int
 def _tile(channels: int, pixels: int, adjacent_channels: bool) -> dict[str, int]:
     """2048 elements: two 16-byte accesses of half precision for each of 128 threads."""
     if adjacent_channels:
-        bc = min(triton.next_power_of_2(channels), 64)
+        bc = min(next_power_of_2(channels), 64)
         return {"BP": 2048 // bc, "BC": bc, "num_warps": 4}
-    bp = min(triton.next_power_of_2(max(pixels, 1)), 1024) if isinstance(pixels, int) else 256
-    return {"BP": bp, "BC": min(triton.next_power_of_2(channels), 2048 // bp), "num_warps": 4}
+    bp = min(next_power_of_2(pixels), 1024) if isinstance(pixels, int) else 256
+    return {"BP": bp, "BC": min(next_power_of_2(channels), 2048 // bp), "num_warps": 4}
 
 
 def launch_feature_pool(x: Tensor, channel_dim: int, name: str = "x") -> Tensor:
@@ -490,16 +493,12 @@ def _gradients_reference(dloss: Tensor, t: Tensor, s: Tensor, stats: Tensor, tem
     return of_teacher * scale, (q.exp() - p.exp()) * temperature * scale
 
 
-def _on_gpu(teacher: Tensor, student: Tensor) -> bool:
-    return on_gpu(teacher) and on_gpu(student)
-
-
 @triton_op("adn::distillation_kl", mutates_args=())
 def distillation_kl_op(
     teacher: Tensor, student: Tensor, indices: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics (5, B) for backward); indices (B, k) int64: the classes compared."""
-    forward = launch_distillation_kl if _on_gpu(teacher, student) else distillation_kl_reference
+    forward = launch_distillation_kl if on_gpu(teacher, student) else distillation_kl_reference
     return forward(teacher, student, indices, temperature)
 
 
@@ -509,18 +508,25 @@ def distillation_kl_backward_op(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """The gradients of teacher and student; `needs` says which are wanted, the other comes back empty."""
-    backward = launch_distillation_kl_backward if _on_gpu(teacher, student) else distillation_kl_backward_reference
+    backward = launch_distillation_kl_backward if on_gpu(teacher, student) else distillation_kl_backward_reference
     return backward(dloss, teacher, student, indices, stats, temperature, needs)
+
+
+no_second_derivative(distillation_kl_backward_op)
 
 
 def _kl_setup_context(ctx, inputs, output):
     teacher, student, indices, ctx.temperature = inputs
     _, stats = output
     ctx.mark_non_differentiable(stats)
+    # Else zeros would be made for the gradients of what has none.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(teacher, student, indices, stats)
 
 
 def _kl_backward(ctx, dloss, _):
+    if dloss is None:
+        return (None,) * 4
     teacher, student, indices, stats = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
     grads = distillation_kl_backward_op(dloss, teacher, student, indices, stats, ctx.temperature, needs)
@@ -535,7 +541,7 @@ def feature_kl_op(
     teacher: Tensor, student: Tensor, channel_dim: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, pooled teacher and student (B, parts, C), to be added up, statistics (5, B))."""
-    forward = launch_feature_kl if _on_gpu(teacher, student) else feature_kl_reference
+    forward = launch_feature_kl if on_gpu(teacher, student) else feature_kl_reference
     return forward(teacher, student, channel_dim, temperature)
 
 
@@ -558,16 +564,24 @@ def feature_kl_backward_op(
                     of_teacher)
 
 
+no_second_derivative(feature_kl_backward_op)
+
+
 def _feature_setup_context(ctx, inputs, output):
     *features, ctx.channel_dim, ctx.temperature = inputs
     _, teacher, student, stats = output
     ctx.mark_non_differentiable(teacher, student, stats)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(teacher, student, stats)
     # Not the maps themselves: keeping them would cost memory, and what follows may change them in place.
     ctx.features = [(x.shape, x.stride(ctx.channel_dim) == 1, x.dtype) for x in features]
 
 
 def _feature_backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 4
+    if torch.is_grad_enabled():  # of a graph of the gradients, which would miss the maps: the op shall refuse
+        dloss = dloss.detach().requires_grad_()
     teacher, student, stats = ctx.saved_tensors
     grads = [
         feature_kl_backward_op(dloss, teacher, student, stats, shape, ctx.channel_dim, adjacent, dtype, ctx.temperature,
@@ -597,8 +611,9 @@ def distillation_kl(
 
     As `adn.distill.distillation_kl` computes it, but the teacher has a gradient if it requires one.
 
-    Bytes: forward teacher + student, backward the same and the gradients. With `top_classes` only those, after
-    `torch.topk`, and gradients filled with zeros. Bound by the launches; with many rows by HBM bandwidth.
+    Bytes: forward teacher + student, backward the same and the gradients. With `top_classes` only those columns, and
+    their indices; but `torch.topk` reads all of the teacher, and each gradient is filled with zeros. Bound by the
+    launches; with many rows by HBM bandwidth.
 
     Args:
         teacher, student: (B, C), any strides, float32, float16 or bfloat16 each (float64: plain PyTorch).
@@ -626,7 +641,7 @@ def feature_kl(teacher: Tensor, student: Tensor, *, channel_dim: int = 1, temper
 
     Pooled means are kept in float32, whatever the type of the maps.
 
-    Bytes: forward reads both maps once, backward writes their gradients once. Bound by HBM bandwidth.
+    Bytes: forward reads both maps once, backward writes each gradient that is wanted once. Bound by HBM bandwidth.
 
     Args:
         teacher, student: (N, C, ...) with `channel_dim=1`, in either layout, or (N, ..., C) with -1; the same N and C,

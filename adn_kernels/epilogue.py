@@ -10,7 +10,9 @@ the in-place forms of ops (`conv1x1_` ...) take it, for only they have an output
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .activation import act, act_grad_reference, act_reference, check_activation
-from .launch import check_flags, check_no_alias, memory_format
+from .launch import check_flags, check_no_alias, memory_format, no_second_derivative
 
 # How many of something an int32 `bank` or `active` holds, as kernels are told it.
 NONE, SCALAR, PER_SAMPLE = 0, 1, 2
@@ -52,11 +54,18 @@ def flags_kind(flags: Tensor | None) -> int:
 
 
 def check_epilogue(
-    x: Tensor, channels: int, out_shape: Sequence[int], scale: Tensor | None, shift: Tensor | None, bank: Tensor | None,
-    residual: Tensor | None, activation: str, out: Tensor | None = None, active: Tensor | None = None,
+    x: Tensor, weight: Tensor, out_shape: Sequence[int], scale: Tensor | None, shift: Tensor | None,
+    bank: Tensor | None, residual: Tensor | None, activation: str, out: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> None:
-    """Raises ValueError for anything an epilogue cannot take; works on symbolic sizes without guarding them."""
+    """Raises ValueError for anything an epilogue cannot take; works on symbolic sizes without guarding them.
+
+    Args:
+        x, weight: checked already (`gemm.check_conv`). out_shape: (N, C, OH, OW).
+        residual, out: of that shape. The other arguments are those of the op.
+    """
     check_activation(activation)
+    channels = out_shape[1]
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is None:
             continue
@@ -80,8 +89,28 @@ def check_epilogue(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the output has {tuple(out_shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; pass both on one device")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; pass float32, float16 or bfloat16")
     if out is not None:
-        check_no_alias(out, x=x, residual=residual)
+        check_no_alias(out, x=x, weight=weight, scale=scale, shift=shift)
+
+
+def in_autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What `torch.autocast` does to the arguments of a convolution: x in its type; and the weight in that of x.
+
+    A weight kept in float32 costs a pass over it each time. Float64 stays; what is not floating the op refuses.
+    """
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    if weight.dtype != x.dtype and weight.is_floating_point() and x.is_floating_point():
+        weight = weight.to(x.dtype)
+    return x, weight
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Ops are told types by their arguments; inside them autocast would still be on."""
+    return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def check_inference(name: str, *tensors: Tensor | None) -> None:
@@ -124,7 +153,8 @@ def conv_reference(
 ) -> Tensor:
     """`act(conv2d(x, weight, ...) * scale + shift + residual)`, computed and returned in float32 (float64 stays)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    z = F.conv2d(x.to(wide), weight.to(wide), None, stride, padding, 1, groups)
+    with no_autocast(x):
+        z = F.conv2d(x.to(wide), weight.to(wide), None, stride, padding, 1, groups)
     return epilogue_reference(z, scale, shift, bank, residual, activation)
 
 
@@ -207,12 +237,13 @@ def conv_act_backward(
     Returns:
         The five gradients, each with dtype and layout of what it is the gradient of; an empty tensor where not wanted.
     """
-    conv = F.conv2d(x, weight.to(x.dtype), None, stride, padding, 1, groups)
+    with no_autocast(x):
+        conv = F.conv2d(x, weight, None, stride, padding, 1, groups)
     dconv, dscale, dshift, dresidual = epilogue_backward(dy, conv, scale, shift, residual, bank, activation, needs)
     dx = dw = None
     if needs[0] or needs[1]:
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            dconv.to(x.dtype), x, weight.to(x.dtype), None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
+            dconv.to(x.dtype), x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
             [needs[0], needs[1], False],
         )
     return gradients((x, weight, scale, shift, residual), needs, (dx, dw, dscale, dshift, dresidual))
@@ -221,6 +252,35 @@ def conv_act_backward(
 @conv_act_backward.register_fake
 def _(dy, x, weight, scale, shift, residual, bank, activation, stride, padding, groups, needs):
     return empty_gradients((x, weight, scale, shift, residual), needs)
+
+
+no_second_derivative(conv_act_backward)
+
+
+def register_backward(op: Any, geometry: Callable[..., tuple[int, int, int]]) -> None:
+    """Registers `conv_act_backward` for an op of arguments (x, weight, scale, shift, residual, bank, activation, ...).
+
+    Args:
+        geometry: x and the arguments after `activation` -> (stride, padding, groups).
+    """
+
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, bank, activation = inputs[:7]
+        ctx.arguments = activation, *geometry(inputs[0], *inputs[7:])
+        ctx.save_for_backward(*tensors, kept(bank))
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:5]
+        grads = conv_act_backward(dy, *ctx.saved_tensors, *ctx.arguments, needs)
+        others = len(ctx.needs_input_grad) - 5
+        return *(grad if need else None for grad, need in zip(grads, needs)), *[None] * others
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+def kept(bank: Tensor | None) -> Tensor | None:
+    """For the backward. A copy: the model may write the next depth's bank into the same memory before it runs."""
+    return None if bank is None else bank.clone()
 
 
 def epilogue_backward(
@@ -242,8 +302,8 @@ def epilogue_backward(
     if residual is not None:
         z = z + residual
     g = dy.to(z.dtype) * act_grad_reference(z, activation)
-    dscale = _per_bank((g * conv).sum((2, 3)), bank) if needs[2] else None
-    dshift = _per_bank(g.sum((2, 3)), bank) if needs[3] else None
+    dscale = per_bank((g * conv).sum((2, 3)), bank) if needs[2] else None
+    dshift = per_bank(g.sum((2, 3)), bank) if needs[3] else None
     return g if scale is None else g * picked(scale, bank), dscale, dshift, g
 
 
@@ -260,7 +320,7 @@ def empty_gradients(given: Sequence[Tensor | None], needs: Sequence[bool]) -> li
     return [torch.empty_like(t) if need else given[0].new_empty(0) for t, need in zip(given, needs)]
 
 
-def _per_bank(per_sample: Tensor, bank: Tensor | None) -> Tensor:
+def per_bank(per_sample: Tensor, bank: Tensor | None) -> Tensor:
     """(N, C) summed over the samples of each bank: (C,), or (2, C) if there are two."""
     if bank is None:
         return per_sample.sum(0)

@@ -5,10 +5,13 @@ The product has one row per output pixel (M = N * OH * OW of them) and one colum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .launch import cdiv
 
@@ -18,28 +21,52 @@ TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
 # Rows of tiles that are worked on together: their pixels stay in L2 until all columns have used them.
 GROUP = 8
 
+Strides = tuple[int | None, ...]  # of axes N (or C of a weight), channels, H, W
 
-def conv_shape(x: Tensor, weight: Tensor, size: int, stride: int, padding: int) -> tuple[int, int, int, int]:
-    """The shape of a convolution's output.
 
-    Raises ValueError unless x is (N, K, H, W) and weight (C, K, size, size), of one dtype and device, and they fit.
+def out_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+    """The shape of a convolution's output; unchecked, see `check_conv`."""
+    n, _, h, w = x.shape
+    channels, _, kh, kw = weight.shape
+    return n, channels, (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
+
+
+def check_conv(
+    x: Tensor, weight: Tensor, stride: int, padding: int, groups: int | None = 1, sizes: Sequence[int] | None = None
+) -> tuple[int, int, int, int]:
+    """The shape of a convolution's output; raises ValueError if there is none. Guards no symbolic size.
+
+    Args:
+        x: (N, K, H, W). weight: (C, K / groups, kh, kw), of x's dtype.
+        groups: None for a depthwise convolution: as many as channels, of x and of the output.
+        sizes: what kh and kw, equal, may be; None for anything.
     """
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; pass (N, K, H, W)")
-    if weight.ndim != 4 or weight.shape[1] != x.shape[1] or tuple(weight.shape[2:]) != (size, size):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; pass (C, {x.shape[1]}, {size}, {size}) "
+    depth = x.shape[1]
+    count = depth if groups is None else groups
+    if (weight.ndim != 4 or count < 1 or weight.shape[1] * count != depth or weight.shape[0] % count
+            or (groups is None and weight.shape[0] != depth)
+            or (sizes is not None and (weight.shape[2] not in sizes or weight.shape[3] != weight.shape[2]))):
+        channels = depth if groups is None else "C" if groups == 1 else f"C divisible by {groups}"
+        each = 1 if groups is None else depth if groups == 1 else f"{depth} / {groups}"
+        window = "kh, kw" if sizes is None else " or ".join(f"{size}, {size}" for size in sizes)
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; pass ({channels}, {each}, {window}) "
                          f"for x of shape {tuple(x.shape)}")
     check_same_kind(x, weight)
     if stride < 1 or padding < 0:
         raise ValueError(f"stride={stride}, padding={padding}; pass a stride of 1 or more, a padding of 0 or more")
-    n, _, h, w = x.shape
-    if h + 2 * padding < size or w + 2 * padding < size:
-        raise ValueError(f"x of shape {tuple(x.shape)} with padding {padding} is smaller than the {size}x{size} weight")
-    return n, weight.shape[0], (h + 2 * padding - size) // stride + 1, (w + 2 * padding - size) // stride + 1
+    shape = out_shape(x, weight, stride, padding)
+    if any(isinstance(size, int) and size < 1 for size in shape[2:]):
+        raise ValueError(f"x of shape {tuple(x.shape)} with padding {padding} is smaller than the "
+                         f"{weight.shape[2]}x{weight.shape[3]} weight")
+    return shape
 
 
 def check_same_kind(x: Tensor, weight: Tensor) -> None:
-    """Raises ValueError unless both have one dtype and one device."""
+    """Raises ValueError unless both have one floating dtype and one device."""
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; pass float32, float16 or bfloat16")
     if weight.dtype != x.dtype:
         raise ValueError(f"weight is {weight.dtype}, x is {x.dtype}; pass both in one dtype")
     if weight.device != x.device:
@@ -52,40 +79,44 @@ def check_pixels(pixels: int) -> None:
         raise ValueError(f"the output has {pixels} pixels; pass fewer than 2^31 at a time")
 
 
-def pixel_strides(x: Tensor, unit: int = 1) -> tuple[int | None, int, int | None, int]:
-    """Strides of x (N, C, H, W) for `pixel_offset`, in this order; all but that of C in units.
+def pixel_strides(h: int, w: int, strides: Strides) -> Strides:
+    """Strides (N, C, H, W) of an image of h x w pixels for `pixel_offset`.
 
     Those of N and H are None if all pixels are equally far apart, as in NHWC: then that of W is their distance.
     """
-    _, _, h, w = x.shape
-    sn, sc, sh, sw = x.stride()
+    sn, sc, sh, sw = strides
     # The stride of an axis of one element says nothing.
     step = sw if w != 1 else sh if h != 1 else sn
     if (w == 1 or h == 1 or sh == w * step) and sn == h * w * step:
-        return None, sc, None, step // unit
-    return sn // unit, sc, sh // unit, sw // unit
+        return None, sc, None, step
+    return strides
 
 
-def vector_unit(weight: Tensor, *images: Tensor | None) -> int:
+def vector_unit(channels: int, depth: int, *operands: tuple[Tensor, Strides]) -> int:
     """8 if channels can be read and written in blocks of 8, else 1.
 
-    Kernels get sizes and strides divided by it and multiply again: so the compiler knows of the common divisor also
-    where it is 8, as with 24 channels. Of arguments by themselves it only knows whether 16 divides them.
+    Kernels get sizes and strides divided by it (`in_units`) and multiply again: so the compiler knows of the common
+    divisor also where it is 8, as with 24 channels. Of arguments by themselves it only knows whether 16 divides them.
 
     Args:
-        weight: (C, K, ...).
-        images: x, output, residual as (N, channels, H, W).
+        operands: x, weight, output, residual, each with its strides; that of its (input) channels is the second.
     """
-    channels, depth, *_ = weight.shape
-    given = [image for image in images if image is not None]
-    if channels % 8 or depth % 8 or any(t.stride(1) != 1 for t in (weight, *given)):
+    if channels % 8 or depth % 8:
         return 1
-    strides = [stride for axis, stride in enumerate(weight.stride()) if axis != 1 and weight.shape[axis] != 1]
-    for image in given:
-        n, _, h, w = pixel_strides(image)
-        strides += [w] if n is None else [n, h, w]
-    aligned = all(t.storage_offset() % 8 == 0 for t in (weight, *given))
-    return 8 if aligned and all(stride % 8 == 0 for stride in strides) else 1
+    for tensor, (first, channel, *rest) in operands:
+        if channel != 1 or tensor.storage_offset() % 8:
+            return 1
+        for stride in (first, *rest):
+            if not (stride is None or statically_known_true(stride % 8 == 0)):
+                return 1
+    return 8
+
+
+def in_units(strides: Strides, unit: int) -> Strides:
+    """All but that of channels divided."""
+    if unit == 1:
+        return strides
+    return tuple([stride if stride is None or axis == 1 else stride // unit for axis, stride in enumerate(strides)])
 
 
 def gemm_config(pixels: int, channels: int, depth: int, dtype: torch.dtype, unit: int) -> dict[str, int]:

@@ -8,8 +8,10 @@ gradients that arrive once and writes one gradient. Everything is bound by HBM b
 
 A tensor (N, ..., D) is seen as N samples of rows of D channels, with a stride for each of the three. Either channels
 are adjacent (the usual layout of tokens) or rows are (NCHW seen as (N, H, W, C), tokens of a flattened feature map):
-both are read in place, neighbouring threads on neighbouring memory. A program works on a tile of rows with all their
-channels in registers: mean, then variance are two passes over registers and one over memory.
+both are read in place, neighbouring threads on neighbouring memory. y has adjacent channels either way, as the linear
+layer that follows wants it, and its gradient comes so; the sum and the gradient of x lie as x does. A program works on
+a tile of rows with all their channels in registers: mean, then variance are two passes over registers and one over
+memory.
 """
 
 from __future__ import annotations
@@ -25,7 +27,19 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .epilogue import check_inference, write_active
-from .launch import SPLITS, cdiv, check_flags, check_no_alias, launch, on_gpu, tuned
+from .launch import (
+    SPLITS,
+    banks,
+    cdiv,
+    check_eps,
+    check_flags,
+    check_no_alias,
+    launch,
+    next_power_of_2,
+    no_second_derivative,
+    on_gpu,
+    tuned,
+)
 
 MAX_CHANNELS = 4096  # a row has to fit into the registers of one program
 
@@ -38,10 +52,14 @@ TUNE = {
 
 
 @triton.jit
-def _offsets(unit, row, channel, unit_stride, row_stride, channel_stride):
-    """[ROWS, CHANNELS] int64."""
-    rows = row.to(tl.int64) * row_stride
-    return unit.to(tl.int64) * unit_stride + rows[:, None] + (channel.to(tl.int64) * channel_stride)[None, :]
+def _at(x, unit, first, row, channel, unit_stride, row_stride, channel_stride, FAR: tl.constexpr):
+    """Pointers [ROWS, CHANNELS] to rows first + row of a unit."""
+    x += unit.to(tl.int64) * unit_stride + first.to(tl.int64) * row_stride
+    # Within a tile int32 mostly does, and takes half of the registers.
+    if FAR:
+        row = row.to(tl.int64)
+        channel = channel.to(tl.int64)
+    return x + ((row * row_stride)[:, None] + (channel * channel_stride)[None, :])
 
 
 @triton.jit
@@ -82,20 +100,24 @@ def layer_norm_kernel(
     eps,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,  # D, rounded up to a power of two
+    FAR: tl.constexpr,  # offsets within a tile can pass 2^31
 ):
     """One program per tile; tiles end where units do, so that each has one bank and one flag."""
     unit = tl.program_id(0) // tiles
     if active is not None and tl.load(active + unit // units_per_flag) == 0:
         return
-    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % tiles * ROWS
+    row = tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
     channel_mask = channel < D
-    mask = (row < rows)[:, None] & channel_mask[None, :]
-    v = tl.load(x + _offsets(unit, row, channel, x_unit, x_row, x_channel), mask=mask, other=0.0).to(tl.float32)
+    mask = (first + row < rows)[:, None] & channel_mask[None, :]
+    at = _at(x, unit, first, row, channel, x_unit, x_row, x_channel, FAR)
+    v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
-        at = residual + _offsets(unit, row, channel, residual_unit, residual_row, residual_channel)
+        at = _at(residual, unit, first, row, channel, residual_unit, residual_row, residual_channel, FAR)
         rounded = (v + tl.load(at, mask=mask, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(total + _offsets(unit, row, channel, total_unit, total_row, total_channel), rounded, mask=mask)
+        at = _at(total, unit, first, row, channel, total_unit, total_row, total_channel, FAR)
+        tl.store(at, rounded, mask=mask)
         # What was stored is normalised, for it is all that backward has.
         v = rounded.to(tl.float32)
     z, _ = _normalised(v, mask, D, eps)
@@ -110,7 +132,7 @@ def layer_norm_kernel(
             z = z * tl.load(weight + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
         if bias is not None:
             z = z + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
-    at = y + _offsets(unit, row, channel, y_unit, y_row, y_channel)
+    at = _at(y, unit, first, row, channel, y_unit, y_row, y_channel, FAR)
     tl.store(at, z.to(y.dtype.element_ty), mask=mask)
 
 
@@ -120,7 +142,7 @@ def layer_norm_backward_kernel(
     dtotal,  # like dy: the gradient that arrives for x + residual, or None
     total,  # like dy: what was normalised
     dx,  # like dy
-    dresidual,  # like dy and same values as dx, where their types differ, else None
+    dresidual,  # like dx with its strides and values, where their types differ, else None
     weight, weight2,  # (D,), or None
     bank,  # int32 (parts,), or None
     dweight, dbias,  # float32 (parts, splits, D): sums over the rows of each program; or None
@@ -128,17 +150,21 @@ def layer_norm_backward_kernel(
     D, units_per_part,
     splits,  # programs per part
     tiles_per_program,
-    total_unit, total_row, total_channel,  # strides
-    d_unit, d_row, d_channel,  # of all gradients
+    dy_unit, dy_row, dy_channel,  # strides
+    dtotal_unit, dtotal_row, dtotal_channel,
+    total_unit, total_row, total_channel,
+    dx_unit, dx_row, dx_channel,
     eps,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     SUM_ROWS: tl.constexpr,  # add up the rows of each tile, not only at the end
     STAGES: tl.constexpr,  # tiles being loaded at once
+    FAR: tl.constexpr,
 ):
     """Program (part, split) takes `tiles_per_program` tiles in a row, all of one bank; statistics are computed anew."""
     part = tl.program_id(0) // splits
-    first = tl.program_id(0) % splits * tiles_per_program
+    first_tile = tl.program_id(0) % splits * tiles_per_program
+    row = tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
     channel_mask = channel < D
     if weight is not None:
@@ -146,7 +172,7 @@ def layer_norm_backward_kernel(
             w = _of_bank(weight, weight2, tl.load(bank + part) != 0, channel, channel_mask)
         else:
             w = tl.load(weight + channel, mask=channel_mask, other=0.0).to(tl.float32)
-    # Where the rows of a tile lie in one thread or warp, adding them up at once is cheap and saves registers.
+    # Where no two warps share a channel, adding up the rows of a tile at once is cheap and saves registers.
     if SUM_ROWS:
         sum_w = tl.zeros([CHANNELS], tl.float32)
         sum_b = tl.zeros([CHANNELS], tl.float32)
@@ -154,14 +180,16 @@ def layer_norm_backward_kernel(
         sum_w = tl.zeros([ROWS, CHANNELS], tl.float32)
         sum_b = tl.zeros([ROWS, CHANNELS], tl.float32)
     for i in tl.range(tiles_per_program, num_stages=STAGES):
-        tile = first + i
+        tile = first_tile + i
         unit = part * units_per_part + tile // tiles
-        row = tile % tiles * ROWS + tl.arange(0, ROWS)
+        first = tile % tiles * ROWS
         # The last programs may have fewer tiles, or none.
-        mask = (row < tl.where(tile < units_per_part * tiles, rows, 0))[:, None] & channel_mask[None, :]
-        at = _offsets(unit, row, channel, d_unit, d_row, d_channel)
-        v = tl.load(total + _offsets(unit, row, channel, total_unit, total_row, total_channel), mask=mask, other=0.0)
-        g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+        last = tl.where(tile < units_per_part * tiles, rows, 0)
+        mask = (first + row < last)[:, None] & channel_mask[None, :]
+        at = _at(total, unit, first, row, channel, total_unit, total_row, total_channel, FAR)
+        v = tl.load(at, mask=mask, other=0.0)
+        at = _at(dy, unit, first, row, channel, dy_unit, dy_row, dy_channel, FAR)
+        g = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         z, rstd = _normalised(v.to(tl.float32), mask, D, eps)
         if dweight is not None:
             sum_w += tl.sum(g * z, 0) if SUM_ROWS else g * z
@@ -172,10 +200,13 @@ def layer_norm_backward_kernel(
         g = g - (tl.sum(g, 1) / D)[:, None] - z * (tl.sum(g * z, 1) / D)[:, None]
         g = g * rstd[:, None]
         if dtotal is not None:
-            g += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
+            at = _at(dtotal, unit, first, row, channel, dtotal_unit, dtotal_row, dtotal_channel, FAR)
+            g += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        at = _at(dx, unit, first, row, channel, dx_unit, dx_row, dx_channel, FAR)
+        tl.store(at, g.to(dx.dtype.element_ty), mask=mask)
         if dresidual is not None:
-            tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=mask)
+            at = _at(dresidual, unit, first, row, channel, dx_unit, dx_row, dx_channel, FAR)
+            tl.store(at, g.to(dresidual.dtype.element_ty), mask=mask)
     at = tl.program_id(0) * D + channel
     if dweight is not None:
         tl.store(dweight + at, sum_w if SUM_ROWS else tl.sum(sum_w, 0), mask=channel_mask)
@@ -263,23 +294,33 @@ def _units(samples: int, parts: int, *tensors: Rows | None) -> tuple[int, int, l
     ]
 
 
+def _far(config: dict[str, int], channels: int, *tensors: Rows | None) -> bool:
+    """Whether offsets within a tile can pass 2^31; of symbolic strides nobody knows."""
+    return not all(t is None or (isinstance(t.row, int) and isinstance(t.channel, int)
+                                 and config["ROWS"] * t.row + channels * t.channel < 2**31) for t in tensors)
+
+
 def _size(flags: Tensor | None) -> int:
     return 1 if flags is None else flags.numel()
 
 
 def _config(kernel: str, x: Tensor, layout: Rows, **key: int) -> dict[str, int]:
-    channels = triton.next_power_of_2(x.shape[-1])
+    channels = next_power_of_2(x.shape[-1])
     adjacent, backward = layout.channel == 1, kernel == "layer_norm_backward"
     if adjacent:
         rows = min(64, max(2048 // channels, min(4, 4096 // channels), 1))
     else:  # at least a sector of 32 bytes at a time, as far as registers reach
-        budget = 16384 if not backward else 4096 if channels > 2048 else 16384 // x.element_size()
+        budget = 16384 if not backward else 4096
         rows = min(32, max(32 // x.element_size(), 4096 // channels), budget // channels)
     # Backward holds more tiles, so fewer elements of each per thread.
     each = 1024 if not backward else 256 if channels > 2048 else 512
-    default = {"ROWS": rows, "num_warps": min(16, max(4, rows * channels // each))}
-    if backward:  # loads of the next tile wait in shared memory, of which some GPUs have 64 KB
-        default["num_stages"] = 2 if rows * channels * x.element_size() <= 16384 else 1
+    warps = channels // 256 if backward and adjacent else rows * channels // each
+    default = {"ROWS": rows, "num_warps": min(16, max(4, warps))}
+    if backward:
+        # Loads of the next tile wait in shared memory, of which some GPUs have 64 KB; narrow ones in registers.
+        wide = isinstance(layout.channel, int) and layout.channel % 16 == 0
+        most = 16384 if adjacent else 8192 if wide else 0
+        default["num_stages"] = 2 if rows * channels * x.element_size() <= most else 1
     return tuned(kernel, x.device, default, channels=x.shape[-1], dtype=str(x.dtype).removeprefix("torch."),
                  channels_adjacent=int(adjacent), **key)
 
@@ -301,8 +342,13 @@ def _launch_forward(
     launch(
         layer_norm_kernel, (units * tiles,), x, residual, total, y, weight, bias, weight2, bias2, bank, active, rows,
         tiles, x.shape[-1], units // _size(bank), units // _size(active), *(s for three in strides for s in three), eps,
-        CHANNELS=triton.next_power_of_2(x.shape[-1]), **config,
+        CHANNELS=next_power_of_2(x.shape[-1]), FAR=_far(config, x.shape[-1], *layouts), **config,
     )
+
+
+def _empty_output(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for y: dense, with adjacent channels; where those of x are, its strides in x's order."""
+    return torch.empty_like(x, dtype=dtype) if x.stride(-1) == 1 else x.new_empty(x.shape, dtype=dtype)
 
 
 def launch_layer_norm(
@@ -311,8 +357,8 @@ def launch_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """The op `adn::layer_norm` on a GPU: y, and the sum, empty without a residual."""
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty_like(x, dtype=dtype)
-    total = None if residual is None else torch.empty_like(y)
+    y = _empty_output(x, dtype)
+    total = None if residual is None else torch.empty_like(x, dtype=dtype)
     _launch_forward(y, total, x, residual, weight, bias, weight2, bias2, bank, None, eps)
     return y, x.new_empty(0) if total is None else total
 
@@ -341,23 +387,25 @@ def launch_layer_norm_backward(
         for gradient in results[2:]:
             gradient.zero_()
         return results
-    # A gradient may come expanded or transposed; the kernel reads all of them with the strides of dx.
-    dy = _like(dy, dx)
-    dtotal = None if dtotal is None else _like(dtotal, dx)
+    (dy, dy_rows), (dtotal, dtotal_rows) = _readable(dy, "dy"), _readable(dtotal, "dtotal")
     samples, channels = dx.shape[0] if dx.ndim > 1 else 1, dx.shape[-1]
     layout = rows_of(total, "total")
     parts = _size(bank)
-    units, rows, (total_strides, d_strides) = _units(samples, parts, layout, rows_of(dx, "dx"))
+    layouts = (dy_rows, dtotal_rows, layout, rows_of(dx, "dx"))
+    units, rows, strides = _units(samples, parts, *layouts)
     config = _config("layer_norm_backward", dx, layout, residual=int(dtotal is not None))
     tiles = cdiv(rows, config["ROWS"])
     splits = cdiv(SPLITS, parts)
+    width = next_power_of_2(channels)
+    # Of adjacent channels a warp loads up to 256: all warps lie along a row if it has as many for each.
+    sum_rows = layout.channel != 1 or width >= 256 * config["num_warps"]
     sums = [None if t is None else dx.new_empty((parts, splits, channels), dtype=torch.float32)
             for t in (dweight, dbias)]
     launch(
         layer_norm_backward_kernel, (parts * splits,), dy, dtotal, total, dx, dresidual, weight, weight2, bank, *sums,
-        rows, tiles, channels, units // parts, splits, cdiv(units // parts * tiles, splits), *total_strides, *d_strides,
-        eps, CHANNELS=triton.next_power_of_2(channels), SUM_ROWS=layout.channel != 1 or channels > 512,
-        STAGES=config["num_stages"], **config,
+        rows, tiles, channels, units // parts, splits, cdiv(units // parts * tiles, splits),
+        *(s for three in strides for s in three), eps, CHANNELS=width, SUM_ROWS=sum_rows,
+        STAGES=config["num_stages"], FAR=_far(config, channels, *layouts), **config,
     )
     for partial, first, second in ((sums[0], dweight, dweight2), (sums[1], dbias, dbias2)):
         if partial is not None:
@@ -366,9 +414,15 @@ def launch_layer_norm_backward(
     return results
 
 
-def _like(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient in the layout of x, copied if it has another."""
-    return gradient if gradient.stride() == x.stride() else torch.empty_like(x, dtype=gradient.dtype).copy_(gradient)
+def _readable(gradient: Tensor | None, name: str) -> tuple[Tensor | None, Rows | None]:
+    """A gradient that arrives and its strides; copied if it is expanded or otherwise of no order the kernel reads."""
+    if gradient is None:
+        return None, None
+    try:
+        return gradient, rows_of(gradient, name)
+    except ValueError:
+        gradient = gradient.contiguous()
+        return gradient, rows_of(gradient, name)
 
 
 def _affine(first: Tensor, second: Tensor | None, bank: Tensor | None, x: Tensor) -> Tensor:
@@ -384,22 +438,19 @@ def _affine(first: Tensor, second: Tensor | None, bank: Tensor | None, x: Tensor
     return rows[:, None].expand(-1, each, -1).reshape(-1, *[1] * (x.ndim - 2), x.shape[-1])
 
 
-def _in_layout(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype).copy_(y)
-
-
 def layer_norm_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, weight2: Tensor | None, bias2: Tensor | None,
     residual: Tensor | None, bank: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch, in at least float32."""
-    total = x if residual is None else _in_layout(x + residual, x, torch.promote_types(x.dtype, residual.dtype))
+    total = x if residual is None else torch.empty_like(
+        x, dtype=torch.promote_types(x.dtype, residual.dtype)).copy_(x + residual)
     z = F.layer_norm(total.to(torch.promote_types(total.dtype, torch.float32)), x.shape[-1:], eps=eps)
     if weight is not None:
         z = z * _affine(weight, weight2, bank, z)
     if bias is not None:
         z = z + _affine(bias, bias2, bank, z)
-    return _in_layout(z, x, total.dtype), x.new_empty(0) if residual is None else total
+    return _empty_output(x, total.dtype).copy_(z), x.new_empty(0) if residual is None else total
 
 
 def layer_norm_backward_reference(
@@ -410,9 +461,9 @@ def layer_norm_backward_reference(
     """The backward op in plain PyTorch, in at least float32."""
     v = total.to(torch.promote_types(total.dtype, torch.float32))
     g = dy.to(v.dtype)
-    var, mean = torch.var_mean(v, -1, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + eps)
-    z = (v - mean) * rstd
+    centred = v - v.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    z = centred * rstd
     dparameters = [_sum_of_banks(terms, like, like2, bank) if affine else (None, None)
                    for terms, like, like2 in ((g * z, weight, weight2), (g, bias, bias2))]
     if weight is not None:
@@ -421,9 +472,9 @@ def layer_norm_backward_reference(
     if dtotal is not None:
         dx = dx + dtotal
     (dweight, dweight2), (dbias, dbias2) = dparameters
-    dresidual = None if residual_dtype == x_dtype else _in_layout(dx, total, residual_dtype)
-    rest = (dresidual, dweight, dbias, dweight2, dbias2)
-    return [_in_layout(dx, total, x_dtype), *(total.new_empty(0, dtype=x_dtype) if t is None else t for t in rest)]
+    dresidual = None if residual_dtype == x_dtype else torch.empty_like(total, dtype=residual_dtype).copy_(dx)
+    results = [torch.empty_like(total, dtype=x_dtype).copy_(dx), dresidual, dweight, dbias, dweight2, dbias2]
+    return [total.new_empty(0, dtype=x_dtype) if t is None else t for t in results]
 
 
 def _sum_of_banks(
@@ -442,29 +493,25 @@ def _sum_of_banks(
     return (torch.where(second, 0, terms).sum(0).to(like.dtype), torch.where(second, terms, 0).sum(0).to(like2.dtype))
 
 
-def _on_gpu(x: Tensor, other: Tensor | None) -> bool:
-    return on_gpu(x) and (other is None or on_gpu(other))
-
-
 @triton_op("adn::layer_norm", mutates_args=())
-def _layer_norm(
+def layer_norm_op(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, weight2: Tensor | None, bias2: Tensor | None,
     residual: Tensor | None, bank: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:
-    if not _on_gpu(x, residual):
+    if not on_gpu(x, residual):
         return layer_norm_reference(x, weight, bias, weight2, bias2, residual, bank, eps)
     return launch_layer_norm(x, weight, bias, weight2, bias2, residual, bank, eps)
 
 
 @triton_op("adn::layer_norm_", mutates_args=("out", "stream"))
-def _layer_norm_(
+def layer_norm_inplace_op(
     out: Tensor, stream: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, weight2: Tensor | None,
     bias2: Tensor | None, bank: Tensor | None, active: Tensor | None, eps: float,
 ) -> None:
     check_no_alias(out, x=x, stream=stream)
     if stream is not None:
         check_no_alias(stream, x=x)
-    if _on_gpu(x, stream):
+    if on_gpu(x, stream, out):
         launch_layer_norm_(out, stream, x, weight, bias, weight2, bias2, bank, active, eps)
         return
     total = x if stream is None else (x + stream).to(stream.dtype)
@@ -475,19 +522,24 @@ def _layer_norm_(
 
 
 @triton_op("adn::layer_norm_backward", mutates_args=())
-def _layer_norm_backward(
+def layer_norm_backward_op(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor | None, bias: Tensor | None,
     weight2: Tensor | None, bias2: Tensor | None, bank: Tensor | None, eps: float, x_dtype: torch.dtype,
     residual_dtype: torch.dtype, affine: bool,
 ) -> list[Tensor]:
     """dx, dresidual (empty if it would equal dx), and the gradients of weight, bias, weight2, bias2, or empty ones."""
-    run = launch_layer_norm_backward if _on_gpu(total, None) else layer_norm_backward_reference
+    run = launch_layer_norm_backward if on_gpu(total) else layer_norm_backward_reference
     return run(dy, dtotal, total, weight, bias, weight2, bias2, bank, eps, x_dtype, residual_dtype, affine)
+
+
+no_second_derivative(layer_norm_backward_op)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, weight2, bias2, residual, bank, eps = inputs
     _, total = output
+    # The bank is copied: the caller may switch it before backward.
+    bank = None if bank is None else bank.clone()
     ctx.save_for_backward(x if residual is None else total, weight, bias, weight2, bias2, bank)
     ctx.eps, ctx.x_dtype = eps, x.dtype
     ctx.residual_dtype = x.dtype if residual is None else residual.dtype
@@ -504,7 +556,7 @@ def _backward(ctx, dy, dtotal):
             return (None,) * 8
         return (dtotal.to(ctx.x_dtype), None, None, None, None, dtotal.to(ctx.residual_dtype), None, None)
     affine = any(ctx.needs_input_grad[1:5])
-    dx, dresidual, *dparameters = _layer_norm_backward(
+    dx, dresidual, *dparameters = layer_norm_backward_op(
         dy, dtotal, total, *parameters, bank, ctx.eps, ctx.x_dtype, ctx.residual_dtype, affine)
     dparameters = [d if need else None for d, need in zip(dparameters, ctx.needs_input_grad[1:5])]
     need_residual = ctx.needs_input_grad[5]
@@ -512,38 +564,13 @@ def _backward(ctx, dy, dtotal):
             None, None)
 
 
-_layer_norm.register_autograd(_backward, setup_context=_setup_context)
+layer_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 Affine = Tensor | tuple[Tensor | None, Tensor | None] | None
 
 
-def _banks(
-    name: str, value: Affine, channels: int, x: Tensor, bank: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Weight or bias of the first and of the second bank."""
-    if bank is None:
-        if isinstance(value, tuple | list):
-            raise ValueError(f"{name} is a pair but no `bank` is given to choose by; pass the live bank's tensor")
-        pair = (value, None)
-    else:
-        if not (value is None or (isinstance(value, tuple | list) and len(value) == 2)):
-            raise ValueError(f"`bank` is given: pass {name} as a pair (first bank, second bank)")
-        pair = (None, None) if value is None else tuple(value)
-        if (pair[0] is None) != (pair[1] is None):
-            raise ValueError(f"{name} of one bank is None; pass both, or None for both")
-    for vector in pair:
-        if vector is None:
-            continue
-        if tuple(vector.shape) != (channels,) or not vector.is_contiguous() or not vector.is_floating_point():
-            raise ValueError(f"{name} is {vector.dtype} of shape {tuple(vector.shape)} and strides {vector.stride()}; "
-                             f"pass contiguous floats of shape ({channels},)")
-        if vector.device != x.device:
-            raise ValueError(f"{name} is on {vector.device}, x on {x.device}; pass both on one device")
-    return pair
-
-
 def _check(
-    x: Tensor, weight: Affine, bias: Affine, bank: Tensor | None, active: Tensor | None = None,
+    x: Tensor, weight: Affine, bias: Affine, eps: float, bank: Tensor | None, active: Tensor | None = None,
     **others: Tensor | None,
 ) -> list[Tensor | None]:
     """Raises ValueError for anything the op cannot take; returns weight, bias, weight2, bias2."""
@@ -567,9 +594,9 @@ def _check(
         if samples != 0 and (parts == 0 or samples % parts != 0):
             raise ValueError(f"bank has {parts} values; the first axis, of {samples}, must be as many equal parts")
     check_flags(active, "active", samples, x.device)
-    (weight, weight2), (bias, bias2) = (
-        _banks(name, value, x.shape[-1], x, bank) for name, value in (("weight", weight), ("bias", bias)))
-    return [weight, bias, weight2, bias2]
+    check_eps(eps)
+    first, second = banks(x, x.shape[-1], bank, weight=weight, bias=bias)
+    return [*first, *second]
 
 
 def layer_norm(
@@ -580,14 +607,18 @@ def layer_norm(
 
     Mean and variance (biased) are of float32 and two-pass. y has the dtype of x, promoted with residual, whatever the
     parameters are: under autocast torch's own layer norm gives float32 for half-precision x, this one keeps x's type.
-    y and the sum have x's strides where x is dense. float64 and CPU tensors take the plain-PyTorch reference.
+    y is dense, with adjacent channels; the sum has x's strides where x is dense, and so has the gradient of x. float64
+    and CPU tensors take the plain-PyTorch reference.
 
-    Moves 2 tensors (4 with residual), backward 3 (one more for a gradient that arrives for the sum), bound by HBM.
+    Bytes: forward x + y (with residual both, the sum and y); backward x (or the sum), dy, dx, where it arrives the
+    gradient of the sum, and, where types of x and residual differ, the residual's own gradient. A gradient that arrives
+    expanded (or otherwise of no regular strides) is copied before. Bound by HBM bandwidth; at batch 1 by the launch.
 
     Args:
         x: (..., D), D up to 4096. Channels adjacent in memory, or rows, as in `nchw.permute(0, 2, 3, 1)`.
         weight, bias: (D,) or None, any float dtype; with `bank` pairs (first bank, second bank).
-        residual: like x, its strides may differ; the sum is rounded to its dtype before it is normalised.
+        residual: like x, its strides may differ. The sum is rounded to the promoted dtype of both before it is
+            normalised, as torch would.
         bank: int32 on the device, 0 for the first bank, else the second: one value, or B, one for each of B equal
             parts in a row of the first axis (groups in training, samples in eval).
 
@@ -597,8 +628,8 @@ def layer_norm(
     Raises:
         ValueError: shapes, dtypes, devices or strides that are not as above.
     """
-    parameters = _check(x, weight, bias, bank, residual=residual)
-    y, total = _layer_norm(x, *parameters, residual, bank, eps)
+    parameters = _check(x, weight, bias, eps, bank, residual=residual)
+    y, total = layer_norm_op(x, *parameters, residual, bank, eps)
     return y if residual is None else (y, total)
 
 
@@ -608,7 +639,8 @@ def layer_norm_(
 ) -> Tensor:
     """In place, for inference: out <- layer norm of x, or stream <- stream + x and out <- layer norm of stream.
 
-    Moves 2 tensors (4 with stream), none of an inactive sample.
+    Bytes: x + out, with stream that twice more; of an inactive sample none. Bound by HBM bandwidth; at batch 1, and
+    with few active samples, by the launch.
 
     Args:
         out, stream: like x, of any float dtypes and strides of their own; no memory shared with x or each other.
@@ -622,7 +654,7 @@ def layer_norm_(
         ValueError: as `layer_norm`; shared memory, also within `out` or `stream`.
         RuntimeError: autograd would have to follow.
     """
-    parameters = _check(x, weight, bias, bank, active, out=out, stream=stream)
+    parameters = _check(x, weight, bias, eps, bank, active, out=out, stream=stream)
     check_inference("layer_norm_", out, x, stream, *parameters)
-    _layer_norm_(out, stream, x, *parameters, bank, active, eps)
+    layer_norm_inplace_op(out, stream, x, *parameters, bank, active, eps)
     return out

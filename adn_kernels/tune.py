@@ -1,13 +1,14 @@
 """Measures which configuration of each kernel is fastest on the GPU at hand, and writes the table `launch.tuned` reads.
 
     python -m adn_kernels.tune                                   # everything: adn_kernels/tables/<architecture>.json
-    python -m adn_kernels.tune --kernels conv1x1 conv --quick
+    python -m adn_kernels.tune --kernels conv1x1 conv --networks resnet50 --quick
 
 Every launcher asks `tuned(kernel, device, default, **key)` for its configuration. Here `launch.override` answers: first
-with defaults, to learn what is asked for the layers of real networks (ResNet-50, MobileNetV2, Swin-T at 224x224, batch
-1, 8, 64, bf16, NHWC), then, question by question, with one candidate after the other. Candidates are what the op's file
-lists in `TUNE: dict[kernel, list of configurations]`; else neighbours of the best so far, each size halved and doubled,
-until none is faster. One that computes something else than the default, or does not compile, is dropped.
+with defaults, to learn what is asked for the layers of real networks (ResNet-50, MobileNetV2, Swin-T at 224x224,
+RT-DETR-R50, YOLOv12-L at 640x640; batch 1, 8, 64, bf16, NHWC), then, question by question, with one candidate after the
+other. Candidates are what the op's file lists in `TUNE: dict[kernel, list of configurations]`; else neighbours of the
+best so far, each size halved and doubled, until none is faster. One that computes something else than the default, or
+does not compile, is dropped; where the default itself fails (out of memory), the question is skipped.
 
 Times are of a CUDA graph of repeated calls: no launch latency, and small tensors are in L2, as they are in a network.
 A question that several layers ask (layer norm's, whatever the batch) is answered by the geometric mean of their times.
@@ -20,6 +21,7 @@ changed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -45,6 +47,8 @@ from . import batch_norm, batch_norm_eval, conv, conv1x1, conv3x3, depthwise, di
 Config = dict[str, Any]
 Call = Callable[..., Any]
 
+LAYERS = Path(__file__).parent / "layers.json"  # by network; written by bench/tuned_layers.py
+NETWORKS = ("resnet50", "mobilenetv2", "swin_t", "rtdetr_r50", "yolov12_l")
 BATCHES = (1, 8, 64)
 DTYPE = torch.bfloat16
 # In this order: "conv" chooses among kernels that are tuned by then.
@@ -54,6 +58,7 @@ MODULES = (batch_norm, batch_norm_eval, layer_norm, conv1x1, conv3x3, depthwise,
 CANDIDATES = {"conv": [{"backend": backend} for backend in conv.BACKENDS]} | {
     kernel: configs for module in MODULES for kernel, configs in getattr(module, "TUNE", {}).items()}
 FASTER = 0.98  # what a candidate's time has to be of the best one's; less is noise
+FAILURES = (TritonError, RuntimeError, ValueError)
 SAME_VERSIONS = ("device", "torch", "triton", "driver")
 
 
@@ -75,8 +80,9 @@ class Conv:
 
     @property
     def op(self) -> str | None:
+        """The Triton op for it; None if there is none."""
         if self.groups > 1:
-            return "depthwise"
+            return "depthwise" if self.groups == self.inputs == self.channels else None
         return {1: "conv1x1", 3: "conv3x3"}.get(self.kernel)
 
 
@@ -101,47 +107,14 @@ class Tokens:
     residual: bool = False
 
 
-def resnet50() -> Iterator[Conv]:
-    yield Conv(3, 64, 224, 7, 2, activation="relu")
-    inputs, side = 64, 56
-    for width, blocks, first in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-        for stride in [first] + [1] * (blocks - 1):
-            yield Conv(inputs, width, side, activation="relu")
-            yield Conv(width, width, side, 3, stride, activation="relu")
-            if inputs != 4 * width:
-                yield Conv(inputs, 4 * width, side, 1, stride)
-            inputs, side = 4 * width, side // stride
-            yield Conv(width, inputs, side, activation="relu", residual=True)
+def layers(networks: Iterable[str]) -> list[Conv | Norm | Tokens]:
+    """Every distinct layer of these networks."""
+    read = json.loads(LAYERS.read_text())
+    return list(dict.fromkeys(
+        KINDS[kind](*fields) for network in networks for layer in read[network] for kind, fields in layer.items()))
 
 
-def mobilenet_v2() -> Iterator[Conv]:
-    yield Conv(3, 32, 224, 3, 2, activation="relu6")
-    inputs, side = 32, 112
-    for ratio, width, blocks, first in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
-                                        (6, 160, 3, 2), (6, 320, 1, 1)):
-        for stride in [first] + [1] * (blocks - 1):
-            hidden = ratio * inputs
-            if ratio != 1:
-                yield Conv(inputs, hidden, side, activation="relu6")
-            yield Conv(hidden, hidden, side, 3, stride, hidden, activation="relu6")
-            side //= stride
-            yield Conv(hidden, width, side, residual=inputs == width)
-            inputs = width
-    yield Conv(inputs, 1280, side, activation="relu6")
-
-
-def swin_t() -> Iterator[Tokens]:
-    for stage, width in enumerate((96, 192, 384, 768)):
-        rows = (56 >> stage) ** 2
-        if stage:
-            yield Tokens(rows, 2 * width)
-            yield Tokens(rows, 2 * width, width)
-        yield Tokens(rows, width)
-        yield Tokens(rows, width, residual=True)
-        yield Tokens(rows, width, 3 * width)
-        yield Tokens(rows, width, width, residual=True)
-        yield Tokens(rows, width, 4 * width, "gelu")
-        yield Tokens(rows, 4 * width, width, residual=True)
+KINDS = {kind.__name__: kind for kind in (Conv, Norm, Tokens)}
 
 
 # What is measured
@@ -152,37 +125,38 @@ class Case:
     """One launcher on one layer: `make()` allocates its tensors and returns the call."""
 
     op: str
+    name: str
     make: Callable[[], Call]
 
 
-def cases(ops: Iterable[str], batches: Sequence[int], device: str = "cuda") -> Iterator[Case]:
-    """Every distinct layer of the networks above, at every batch size, forward and where there is one backward."""
-    convs = tuple(dict.fromkeys([*resnet50(), *mobilenet_v2()]))
-    norms = tuple(dict.fromkeys(
-        Norm(c.channels, (c.side - 1) // c.stride + 1, c.activation, c.residual) for c in convs))
-    tokens = tuple(dict.fromkeys(swin_t()))
+def cases(
+    ops: Iterable[str], batches: Sequence[int], networks: Iterable[str] = NETWORKS, device: str = "cuda"
+) -> Iterator[Case]:
+    """Every distinct layer of the networks, at every batch size, forward and where there is one backward."""
+    found = layers(networks)
+    convs = [layer for layer in found if isinstance(layer, Conv)]
+    norms = [layer for layer in found if isinstance(layer, Norm)]
+    tokens = [layer for layer in found if isinstance(layer, Tokens)]
     for op in ops:
         for n in batches:
             if op == "conv":
-                yield from (Case(op, partial(_conv, c, n, device)) for c in convs)
-            elif op in ("conv1x1", "conv3x3", "depthwise"):
-                yield from (Case(op, partial(_kernel_of, c, n, device)) for c in convs if c.op == op)
-            elif op == "linear":
-                yield from (Case(op, partial(_linear, t, n, device)) for t in tokens if t.channels)
-            elif op == "distillation_kl":
-                for top in (None, 500):
-                    yield from (Case(op, partial(make, n, top, device)) for make in (_kl, _kl_backward))
-                yield Case(op, partial(_feature_kl, n, device))
-                yield Case(op, partial(_feature_kl_backward, n, device))
-            else:
-                forward, backward = {
-                    "batch_norm": (_batch_norm, _batch_norm_backward),
-                    "batch_norm_eval": (_batch_norm_eval, _batch_norm_eval_backward),
-                    "layer_norm": (_layer_norm, _layer_norm_backward),
-                }[op]
-                layers = [t for t in tokens if not t.channels] if op == "layer_norm" else norms
-                for make in (forward, backward):
-                    yield from (Case(op, partial(make, layer, n, device)) for layer in layers)
+                for c in convs:
+                    yield from (Case(op, f"{c}, batch {n}", partial(_conv, c, n, folded, device))
+                                for folded in (True, False))
+                continue
+            if op == "distillation_kl":
+                makes = [partial(make, n, top) for top in (None, 500) for make in (_kl, _kl_backward)]
+                makes += [partial(make, n) for make in (_feature_kl, _feature_kl_backward)]
+                yield from (Case(op, f"{op}, batch {n}", partial(make, device)) for make in makes)
+                continue
+            makes, of_op = {
+                "batch_norm": ((_batch_norm, _batch_norm_backward), norms),
+                "batch_norm_eval": ((_batch_norm_eval, _batch_norm_eval_backward), norms),
+                "layer_norm": ((_layer_norm, _layer_norm_backward), [t for t in tokens if not t.channels]),
+                "linear": ((_linear,), [t for t in tokens if t.channels]),
+            }.get(op, ((_kernel_of,), [c for c in convs if c.op == op]))
+            yield from (Case(op, f"{layer}, batch {n}", partial(make, layer, n, device))
+                        for make in makes for layer in of_op)
 
 
 def _image(n: int, channels: int, side: int, device: str) -> Tensor:
@@ -211,9 +185,10 @@ def _kernel_of(c: Conv, n: int, device: str) -> Call:
     return partial(launcher, x, weight, scale, shift, residual, None, c.activation, c.stride, *padding)
 
 
-def _conv(c: Conv, n: int, device: str) -> Call:
-    x, weight, _, shift, residual = _operands(c, n, device)
-    return partial(conv.conv, x, weight, None, shift.to(DTYPE), residual=residual, activation=c.activation,
+def _conv(c: Conv, n: int, folded: bool, device: str) -> Call:
+    x, weight, scale, shift, residual = _operands(c, n, device)
+    vectors = (None, shift.to(DTYPE)) if folded else (scale, shift)
+    return partial(conv.conv, x, weight, *vectors, residual=residual, activation=c.activation,
                    stride=c.stride, padding=c.kernel // 2, groups=c.groups)
 
 
@@ -238,8 +213,8 @@ def _batch_norm(norm: Norm, n: int, device: str) -> Call:
 def _batch_norm_backward(norm: Norm, n: int, device: str) -> Call:
     x, residual, (weight, bias, *_) = _norm_operands(norm, n, device)
     _, stats, *_ = _batch_norm(norm, n, device)()
-    return partial(batch_norm.launch_batch_norm_backward, torch.randn_like(x), x, residual, stats, weight, bias, None,
-                   norm.activation)
+    return partial(batch_norm.launch_batch_norm_backward, torch.randn_like(x), x, residual, stats, weight.dtype,
+                   bias.dtype, False, norm.activation)
 
 
 def _batch_norm_eval(norm: Norm, n: int, device: str) -> Call:
@@ -365,14 +340,25 @@ def questions(override: Override, given: Iterable[Case]) -> dict[tuple, Question
     """What the launchers of the cases ask, in the order of the cases."""
     found: dict[tuple, Question] = {}
     for case in tqdm(list(given), "finding what is to be tuned", unit="layer"):
-        call = case.make()
         override.asked.clear()
-        call()
+        with skipping(f"{case.op} of {case.name}"):
+            case.make()()
         for question, (kernel, key, default) in override.asked.items():
             # The dispatcher's kernels are tuned by their own cases.
             if (kernel == "conv") == (case.op == "conv"):
                 found.setdefault(question, Question(kernel, key, default, [])).cases.append(case)
     return found
+
+
+@contextlib.contextmanager
+def skipping(what: str) -> Iterator[None]:
+    """Says what failed inside, and goes on; but not if nothing can run any more."""
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except FAILURES as error:
+        tqdm.write(f"skipped {what}: {type(error).__name__}: {error}")
 
 
 def neighbours(config: Config) -> list[Config]:
@@ -388,7 +374,7 @@ def neighbours(config: Config) -> list[Config]:
 def search(
     question: Question, override: Override, time: Callable[[Call], float], quick: bool = False
 ) -> tuple[Config, float, float]:
-    """The best configuration, its time and that of the default, in microseconds."""
+    """The best configuration, its time and that of the default, in microseconds. Raises what the default raises."""
     calls = [case.make() for case in question.cases]
     expected: list[list[Tensor]] = []
 
@@ -414,7 +400,7 @@ def search(
             return measured(config)
         except torch.AcceleratorError:
             raise  # nothing can run any more
-        except (TritonError, RuntimeError, ValueError):
+        except FAILURES:
             return math.inf  # too large for the GPU, or not to be compiled
 
     times = {_frozen(question.default): measured(question.default)}
@@ -491,9 +477,10 @@ def tune(
         progress = tqdm(missing.items(), f"tuning ({len(found) - len(missing)} known)", unit="shape")
         for question, asked in progress:
             progress.set_postfix_str(asked.kernel)
-            config, time_us, default_us = search(asked, override, time, quick)
-            override.best[question] = config
-            table.add(asked, config, time_us, default_us)
+            with skipping(f"{asked.kernel} of {asked.key}"):
+                config, time_us, default_us = search(asked, override, time, quick)
+                override.best[question] = config
+                table.add(asked, config, time_us, default_us)
 
 
 def header(arguments: Sequence[str]) -> dict[str, str]:
@@ -521,6 +508,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser("python -m adn_kernels.tune", description=__doc__.partition("\n")[0])
     parser.add_argument("--kernels", nargs="+", choices=OPS, default=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NETWORK",
+                        help=f"whose layers, of {', '.join(NETWORKS)}")
     parser.add_argument("--quick", action="store_true", help="batch 64 only, and only neighbours of the defaults")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: the table that the kernels read")
     parser.add_argument("--force", action="store_true", help="measure everything anew, drop what the table has")
@@ -529,8 +518,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("there is no GPU here; the table holds only what was measured on one")
     path = chosen.out or launch.TABLES / f"{launch._architecture(torch.cuda.current_device())}.json"
     ops = [op for op in OPS if op in chosen.kernels]
-    tune(cases(ops, BATCHES[-1:] if chosen.quick else BATCHES), Table(path, header(arguments), chosen.force),
-         quick=chosen.quick)
+    tune(cases(ops, BATCHES[-1:] if chosen.quick else BATCHES, chosen.networks),
+         Table(path, header(arguments), chosen.force), quick=chosen.quick)
     print(f"{path}: takes effect in processes started from now on")
 
 

@@ -17,8 +17,8 @@ import timm
 import torch
 import triton
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
 
 
@@ -69,10 +69,12 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]], head: Mapping[s
     """
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    part = path.with_name(path.name + ".part")  # what stands in the file is not lost if this is interrupted
+    with part.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in head.items())
         csv.DictWriter(file, fields or rows[0].keys(), lineterminator="\n").writeheader()
-    append_rows(path, rows)
+    append_rows(part, rows)
+    part.replace(path)
     print(f"written: {path}")
 
 
@@ -84,9 +86,17 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """What `write_rows` wrote, as text."""
+    """What `write_rows` wrote, as text; a last row that was cut short is left out."""
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return [row for row in rows if None not in row.values()]
+
+
+def read_head(path: Path) -> dict[str, str]:
+    """The head that `write_rows` wrote."""
+    with path.open(encoding="utf-8") as file:
+        lines = [line[2:].rstrip("\n").partition(": ") for line in file if line.startswith("# ")]
+    return {key: value for key, _, value in lines}
 
 
 def columns(rows: Sequence[Sequence[object]]) -> str:

@@ -2,12 +2,15 @@
 
     python bench/gpu.py [--only tests kernels models] [--data DIR_OF_CIFAR10]
 
-Tests: all marked `cuda`, then every op under compute-sanitizer where that is installed. Kernels: `host_cost.py` and
-`kernels.py`, whose opponents are compiled while the tests run. Models: `conversion_overhead.py`, `adn profile`. Each
-step has a time limit of its own and of what is left of the whole; a step that fails or runs out of time does not stop
-the others, and the exit code says whether all of them passed. Result files are written as results come, and carry
-device, versions, commit and date; `gpu_<device>.csv` says how the steps ended. Tuned configurations have a command of
-their own, `python -m adn_kernels.tune --quick`.
+Tests: all marked `cuda`; last of all, every op under compute-sanitizer where that is installed. Kernels: `kernels.py`,
+for whose cases compilers run while the tests do, and `host_cost.py`. Models: `conversion_overhead.py`, `adn profile`.
+Each step has a time limit of its own and of what is left of the whole; a step that fails or runs out of time does not
+stop the others, and the exit code says whether all of them passed.
+
+Result files are written as results come, and carry device, versions, commit and date. A second run goes on with the
+layers that are missing in `kernels_<device>.csv`; `kernels_<device>.txt` says which targets are met. `gpu_<device>.csv`
+says how the steps ended and which tests failed, `gpu_<device>.log` holds all output. Tuned configurations have a
+command of their own, `python -m adn_kernels.tune --quick`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,59 +30,80 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import RESULTS, ROOT, header, write_rows
+from common import RESULTS, ROOT, header, read_rows, write_rows
+from kernels_summary import summary
 
-HERE = Path(__file__).parent
 GROUPS = ("tests", "kernels", "models")
 SLACK = 35  # seconds between the end of a benchmark's time and its step's: starting, the last case
+SHOWN = 4000  # characters of a step's output, the last ones; all are in the log
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One command; `limit` in seconds. It fails by exit code or by running out of time."""
+    """One command. It fails by exit code or by running out of time.
+
+    Attributes:
+        limit, usual: seconds it may take, and those it takes if all is well.
+        environment: variables set for it.
+        measures: it takes `--seconds`, and gets what the steps after it leave over.
+    """
 
     group: str
     name: str
     limit: float
+    usual: float
     command: list[str]
+    environment: dict[str, str] | None = None
+    measures: bool = False
 
 
-def steps(out: Path, tag: str, kernel_seconds: float, data: Path | None) -> Iterator[Step]:
+def script(name: str, *args: str) -> list[str]:
+    return [sys.executable, f"bench/{name}.py", *args]
+
+
+def steps(out: Path, tag: str, data: Path | None) -> Iterator[Step]:
     """In the order in which they run."""
     python = sys.executable
-
-    def script(name: str, *args: str) -> list[str]:
-        return [python, f"bench/{name}.py", *args]
-
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    yield Step("tests", "tests", 240, [python, "-m", "pytest", "-m", "cuda and not full", *parallel, "tests"])
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is not None:
-        for tool in ("racecheck", "memcheck"):
-            yield Step("tests", tool, 60, [sanitizer, "--tool", tool, "--error-exitcode", "1",
-                                           *script("kernels", "--small", "--cases", "1")])
-    yield Step("kernels", "host cost", 30, script("host_cost", "--device", "cuda", "--csv",
-                                                  f"{out}/host_cost_{tag}.csv"))
-    yield Step("kernels", "kernels", kernel_seconds + SLACK, script(
-        "kernels", "--csv", f"{out}/kernels_{tag}.csv", "--seconds", str(kernel_seconds)))
-    yield Step("models", "overhead of conversion", 90, script(
+    yield Step("tests", "tests", 210, 210, [
+        python, "-m", "pytest", "-m", "cuda and not full", "-vv", "-rfE", "--tb=short", *parallel, "tests"])
+    yield Step("kernels", "kernels", 450, 450, script("kernels", "--csv", f"{out}/kernels_{tag}.csv"), measures=True)
+    yield Step("kernels", "host cost", 60, 30, script("host_cost", "--device", "cuda", "--csv",
+                                                      f"{out}/host_cost_{tag}.csv"))
+    yield Step("models", "overhead of conversion", 90, 30, script(
         "conversion_overhead", "--device", "cuda", "--rounds", "50", "--csv", f"{out}/conversion_overhead_{tag}.csv"))
     for model in ("resnet50", "mobilenetv2_100", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"):
         for batch in (1, 64):
-            yield Step("models", f"profile {model}, batch {batch}", 60, [
+            yield Step("models", f"profile {model}, batch {batch}", 60, 8, [
                 python, "-m", "adn", "profile", "--model", model, "--batch-size", str(batch), "--device", "cuda",
                 "--csv", f"{out}/profile_{model}_batch{batch}_{tag}.csv"])
     if data is not None:
-        yield Step("models", "CIFAR-10, one seed", 240, script(
+        yield Step("models", "CIFAR-10, one seed", 240, 240, script(
             "cifar10", "--data", str(data), "--full", "--device", "cuda", "--epochs", "10", "--seeds", "0", "--csv",
             f"{out}/cifar10_10epochs_{tag}.csv"))
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is not None:
+        # Within a block of torch's cache an access out of a tensor's bounds is none to memcheck.
+        for tool, environment in {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": None}.items():
+            yield Step("tests", tool, 120, 40, [sanitizer, "--tool", tool, "--error-exitcode", "1",
+                                                *script("kernels", "--small", "--cases", "1")], environment)
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    """In a process group of its own, from the root of the repository, which need not be installed."""
+def in_time(step: Step, left: float, after: float) -> tuple[list[str], float]:
+    """A step's command and limit, with `left` seconds of the whole, of which later steps usually take `after`."""
+    if not step.measures:
+        return step.command, min(step.limit, left)
+    limit = max(30 + SLACK, min(step.limit, left - after))
+    return [*step.command, "--seconds", f"{limit - SLACK:.0f}"], limit
+
+
+def start(command: list[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """In a process group of its own, from the root of the repository, which need not be installed; output to `log`."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | (environment or {})
+    with log.open("ab") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                                start_new_session=True)
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -88,16 +113,25 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run(step: Step, left: float) -> str:
+def run(command: list[str], limit: float, log: Path, environment: dict[str, str] | None) -> str:
     """How it ended: "passed", "failed" or "out of time"."""
-    process = start(step.command)
+    process = start(command, log, environment)
     try:
-        code = process.wait(min(step.limit, left))
+        code = process.wait(limit)
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # pytest then says what has failed, a benchmark what it has not measured
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
         return "out of time"
     finally:
         stop(process)
     return "failed" if code else "passed"
+
+
+def failed_tests(output: str) -> list[str]:
+    """Names of tests, from lines of pytest as they come (`-vv`) or from its summary."""
+    names = re.findall(r"\b(?:FAILED|ERROR) (tests/\S+)", output) + re.findall(r"(tests/\S+) (?:FAILED|ERROR)", output)
+    return list(dict.fromkeys(names))
 
 
 def main() -> int:
@@ -105,7 +139,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--seconds", type=float, default=585, help="time limit of the whole")
-    parser.add_argument("--kernel-seconds", type=float, default=180, help="of it, for the benchmarks of kernels")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of CIFAR-10, for bench/cifar10.py")
     parser.add_argument("--dry-run", action="store_true", help="only show the commands")
     args = parser.parse_args()
@@ -115,32 +148,43 @@ def main() -> int:
             parser.error("no CUDA device; --dry-run shows the commands")
         tag = torch.cuda.get_device_name().lower().replace(" ", "_")
     out = args.out.absolute()
-    chosen = [step for step in steps(out, tag, args.kernel_seconds, args.data) if step.group in args.only]
+    chosen = [step for step in steps(out, tag, args.data) if step.group in args.only]
     if args.dry_run:
         for step in chosen:
             print(f"{step.group:8} {step.limit:4.0f} s  {' '.join(step.command)}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    # Beside the tests, or before the benchmarks if there are none.
-    compiling = start([sys.executable, "bench/kernels.py", "--precompile", "--seconds", "60"]) \
-        if "kernels" in args.only else None
+    kernels, log = out / f"kernels_{tag}.csv", out / f"gpu_{tag}.log"
+    log.write_bytes(b"")
     deadline, rows = time.monotonic() + args.seconds, []
-    for step in chosen:
-        if compiling is not None and step.group != "tests":
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                compiling.wait(0 if "tests" in args.only else 75)
-            stop(compiling)
-            compiling = None
-        print(f"\n=== {step.name}", flush=True)
-        begin = time.monotonic()
-        how = run(step, deadline - begin) if deadline > begin else "out of time"
-        rows.append({"step": step.name, "result": how, "seconds": round(time.monotonic() - begin, 1)})
-        print(f"=== {step.name}: {how}, {rows[-1]['seconds']:.0f} s", flush=True)
-        write_rows(out / f"gpu_{tag}.csv", rows, header("cuda"))
-    if compiling is not None:
-        stop(compiling)
-    bad = [f"{row['step']} ({row['result']})" for row in rows if row["result"] != "passed"]
-    print("\nall passed" if not bad else f"\nnot passed: {', '.join(bad)}")
+    with contextlib.ExitStack() as stack:
+        compiling = None
+        if "kernels" in args.only:  # beside the tests, or before the benchmarks if there are none
+            seconds = chosen[0].limit if "tests" in args.only else 60
+            compiling = start(script("kernels", "--precompile", "--csv", str(kernels), "--seconds", str(seconds)), log)
+            stack.callback(stop, compiling)
+        for i, step in enumerate(chosen):
+            if compiling is not None and step.group != "tests":
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    compiling.wait(0 if "tests" in args.only else 75)
+                stop(compiling)
+                compiling = None
+            print(f"\n=== {step.name}", flush=True)
+            begin, size = time.monotonic(), log.stat().st_size
+            command, limit = in_time(step, deadline - begin, sum(step.usual for step in chosen[i + 1:]))
+            how = run(command, limit, log, step.environment) if limit > 0 else "out of time"
+            output = log.read_bytes()[size:].decode(errors="replace")
+            failed = failed_tests(output) if step.name == "tests" else []
+            rows.append({"step": step.name, "result": how, "seconds": round(time.monotonic() - begin, 1),
+                         "failed": " ".join(failed)})
+            print(f"{output[-SHOWN:]}\n=== {step.name}: {how}, {rows[-1]['seconds']:.0f} s", flush=True)
+            write_rows(out / f"gpu_{tag}.csv", rows, header("cuda"))
+            if step.measures and kernels.exists():
+                kernels.with_suffix(".txt").write_text(summary(read_rows(kernels)) + "\n")
+    if "kernels" in args.only and kernels.with_suffix(".txt").exists():
+        print(f"\n{kernels.with_suffix('.txt').read_text()}")
+    bad = [row for row in rows if row["result"] != "passed"]
+    print("\n".join(f"{row['step']}: {row['result']} {row['failed']}" for row in bad) or "all passed")
     return bool(bad)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +20,10 @@ from typing import Any
 
 import torch
 from cases import Case
-from common import columns, header, write_rows
+from common import append_rows, columns, header, write_rows
 from kernels import OPS
 from shapes import Block, Conv, Feature, Layer, LayerNorm, Linear, Logits, Norm
-from timing import make_inputs, set_up
+from timing import failure, make_inputs, set_up
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +35,7 @@ TINY: tuple[Layer, ...] = (
                                                          "identity", "relu"),
     Logits("tiny", "logits", 1, 1, 16), Feature("tiny", "feature", 1, 16, 2),
 )
+FIELDS = ("op", "layer", "direction", "ops", "call_us", "checks_us", "dispatch_us", "body_us", "aten_us")
 
 
 class Recorder(TorchDispatchMode):
@@ -98,16 +100,25 @@ def main() -> int:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     set_up()
-    rows = [measure(case, recorded, args) for op in OPS for layer in TINY
-            for case in importlib.import_module(f"bench_{op}").cases(layer, 1, torch.float32)
-            for recorded in ((False, True) if case.grads else (False,))]
     x = torch.randn(16, device=args.device)
     add, = microseconds([lambda: x + x], args)
-    rows.append(dict.fromkeys(rows[0], "") | {"op": "aten.add", "layer": "16 elements", "aten_us": f"{add:.1f}"})
-    print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
+    rows = [dict.fromkeys(FIELDS, "") | {"op": "aten.add", "layer": "16 elements", "aten_us": f"{add:.1f}"}]
     if args.csv:
-        write_rows(args.csv, rows, header(args.device))
-    return 0
+        write_rows(args.csv, rows, header(args.device), FIELDS)
+    failed = False
+    for op, layer in itertools.product(OPS, TINY):
+        for case in importlib.import_module(f"bench_{op}").cases(layer, 1, torch.float32):
+            for recorded in (False, True) if case.grads else (False,):
+                try:
+                    rows.append(measure(case, recorded, args))
+                except Exception as error:
+                    print(f"{case}: {failure(error)}", flush=True)
+                    failed = True
+                    continue
+                if args.csv:
+                    append_rows(args.csv, rows[-1:])
+    print(columns([FIELDS, *(list(row.values()) for row in rows)]))
+    return failed
 
 
 if __name__ == "__main__":

@@ -6,37 +6,38 @@
     python bench/kernels.py --dry-run                                   # without a GPU: everything but the timing
     python bench/kernels.py --small                                     # small layers, for sanitizers
 
-Measured is what fits into the time, in this order: ops in turns; of an op, batch 64 and 1 before 8, networks in turns;
-of a network the layers that move most first. `torch.compile` is slow to compile, so only the first cases have it for an
-opponent. Each row is written as it comes; what was not measured is named too. The process that measures is a child: a
-kernel that crashes it, or hangs, costs its own case.
+Measured is what fits into the time, beginning with one layer of every op, direction, batch and network; what targets
+speak of comes most often. Half of the time goes to comparisons with `torch.compile`, the last part to max-autotune. A
+second run goes on with what is missing in the file, if device, versions and code are the same (`--fresh`: begins anew).
 
-What compiles can be compiled ahead, by several processes and while the GPU does something else (`--precompile`).
+Each row is written as it comes; what was not measured is named too. The process that measures is a child: a kernel that
+crashes it, or hangs, costs its own case. What compiles can be compiled ahead, by several processes and while the GPU
+does something else (`--precompile`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib
-import itertools
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import FORWARD, Case, dtype_name
-from common import RESULTS, ROOT, append_rows, header, read_rows, write_rows
-from kernels_summary import summary
+from cases import FORWARD, NONE_ACTIVE, Case, dtype_name
+from common import RESULTS, ROOT, append_rows, header, read_head, read_rows, write_rows
+from kernels_summary import numel, summary
 from shapes import BATCHES, NETWORKS, Layer, layers
-from timing import Dry, Gpu, Measurement, allowed, check, make_inputs, results, set_up
+from timing import Dry, Gpu, Measurement, allowed, check, failure, make_inputs, results, set_up
 
 sys.path[:0] = [str(Path(__file__).parent / "ops"), str(ROOT / "tests" / "kernels")]
 
@@ -44,8 +45,45 @@ OPS = ("batch_norm", "conv1x1", "blocks", "depthwise", "layer_norm", "conv3x3", 
        "distillation_kl")
 FIELDS = ("op", "network", "layer", "count", "batch", "shape", "dtype", "direction", "clock", "contender", "p20_us",
           "p50_us", "p80_us", "bytes", "flops", "gb_s", "tflop_s", "bound", "fraction", "ratio", "error", "status")
+UNMEASURED, CRASHED = "not measured: ", "failed: the process "  # how a status begins
+# What `torch.compile` is told by the name of the contender.
+MODES = {"compile": None, "max-autotune": "max-autotune-no-cudagraphs"}
 SILENT_S = 120  # after which a child without a new row is taken for hung
-CRASHES = 8
+OVERTIME_S = 15  # after the end of the time, for a case that has begun
+CRASHES = 12
+CRASHES_OF_OP = 2  # in one direction, after which no more of its cases are tried
+RESTART = 75  # exit code of a child that has written all it measured and wants to be started again
+WORKERS = 4
+# Of the head of a result file: if one of these differs, its numbers do not belong with new ones.
+SAME = ("device", "driver", "torch", "triton", "code")
+
+Key = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A case and, of `MODES`, the opponent to be compared with; or, if that is "", all that need no compiler. They are
+    apart as compiling takes long and may fail: by then the others have been written down."""
+
+    case: Case
+    opponent: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.key} {self.opponent}".rstrip()
+
+    @property
+    def keys(self) -> set[Key]:
+        """Of the rows that it writes, one per direction; that of ours stands for all contenders."""
+        return {key_of(row) for row in unmeasured(self, "")}
+
+    def contenders(self) -> dict[str, Any]:
+        if not self.opponent:
+            return dict(self.case.contenders)
+        torch._dynamo.reset()  # of one code object only a few compilations are kept
+        eager = self.case.contenders["eager"]
+        compiled = torch.compile(eager, dynamic=False, mode=MODES[self.opponent])
+        return {"ours": self.case.contenders["ours"], "eager": eager, self.opponent: compiled}
 
 
 def cases_of(ops: Iterable[str], networks: Iterable[str], batch: int, dtype: torch.dtype,
@@ -58,26 +96,34 @@ def cases_of(ops: Iterable[str], networks: Iterable[str], batch: int, dtype: tor
                 yield from module.cases(change(layer), batch, dtype)
 
 
-def in_turns(lists: Iterable[Sequence[Any]]) -> list[Any]:
-    """The first of each, then the second of each, ..."""
-    return [item for step in itertools.zip_longest(*lists) for item in step if item is not None]
+def of_target(case: Case) -> bool:
+    """Whether a target speaks of it: norms of large tensors, 1x1 and depthwise convolutions, blocks."""
+    if case.op == "blocks":
+        return case.batch == (1 if FORWARD in case.costs else 64)
+    return FORWARD in case.costs and case.batch != 8 and (
+        case.op in ("conv1x1", "linear", "depthwise") or (case.batch == 64 and "norm" in case.op))
 
 
 def in_order(cases: Iterable[Case]) -> list[Case]:
-    """The most informative first, see the top of this file."""
-    by_op: dict[str, dict[bool, dict[tuple, list[Case]]]] = defaultdict(lambda: {False: {}, True: {}})
+    """First one case of every op, direction, batch and network, then more of them, those of targets most often; each
+    time the one with most elements in its network."""
+    groups: dict[tuple, list[Case]] = defaultdict(list)
     for case in cases:
-        groups = by_op[case.op][case.batch == 8]
-        groups.setdefault((-case.batch, tuple(case.costs), case.network), []).append(case)
-    ordered = []
-    for halves in by_op.values():
-        queue = []
-        for groups in halves.values():
-            for group in groups.values():
-                group.sort(key=lambda case: -case.count * max(cost.bytes for cost in case.costs.values()))
-            queue += in_turns(groups[key] for key in sorted(groups, key=lambda key: key[0]))
-        ordered.append(queue)
-    return in_turns(ordered)
+        groups[case.op, *case.costs, case.batch, case.network].append(case)
+    ranked = []
+    for group in groups.values():
+        group.sort(key=lambda case: -case.count * numel(case.shape))
+        every = 1 if of_target(group[0]) else 4 if group[0].batch == 8 or NONE_ACTIVE in group[0].costs else 3
+        ranked += [((rank * every, every), case) for rank, case in enumerate(group)]
+    return [case for _, case in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def jobs_of(cases: Sequence[Case]) -> list[Job]:
+    """For cases in order; of those compared with compiled opponents what targets speak of comes first."""
+    compared = sorted((case for case in cases if "eager" in case.contenders), key=lambda case: not of_target(case))
+    tuned = sorted((case for case in cases if case.autotune), key=lambda case: case.batch)
+    return [*map(Job, cases), *(Job(case, "compile") for case in compared),
+            *(Job(case, "max-autotune") for case in tuned)]
 
 
 def shrunk(layer: Layer) -> Layer:
@@ -85,18 +131,6 @@ def shrunk(layer: Layer) -> Layer:
     sizes = {"side": 8, "rows": 9}
     return dataclasses.replace(layer, **{name: min(getattr(layer, name), most) for name, most in sizes.items()
                                          if hasattr(layer, name)})
-
-
-def opponent(case: Case, name: str) -> Any:
-    """The case's eager expression, compiled."""
-    torch._dynamo.reset()  # of one code object only a few compilations are kept
-    mode = {"compile": None, "max-autotune": "max-autotune-no-cudagraphs"}[name]
-    return torch.compile(case.contenders["eager"], dynamic=False, mode=mode)
-
-
-def compiled_cases(cases: Sequence[Case], count: int) -> list[Case]:
-    """Those compared with `torch.compile`: the first ones that have an eager expression; not of batch 8."""
-    return [case for case in cases if FORWARD in case.costs and case.batch != 8][:count]
 
 
 def row_of(case: Case, found: Measurement, ours: float | None, ceilings: tuple[float, float]) -> dict[str, Any]:
@@ -126,10 +160,10 @@ def measured_rows(case: Case, contenders: dict[str, Any], measure: Callable, cei
     return [row_of(case, m, ours.get((m.direction, m.clock)), ceilings) for m in found]
 
 
-def unmeasured(case: Case, contender: str, status: str) -> list[dict[str, Any]]:
+def unmeasured(job: Job, status: str) -> list[dict[str, Any]]:
     """A row for each direction of the case."""
-    return [row_of(case, Measurement(direction, contender, status=status), None, (1.0, 1.0))
-            for direction in case.costs]
+    return [row_of(job.case, Measurement(direction, job.opponent or "all", status=status), None, (1.0, 1.0))
+            for direction in job.case.costs]
 
 
 def ceiling_rows(ceilings: tuple[float, float]) -> list[dict[str, Any]]:
@@ -139,109 +173,166 @@ def ceiling_rows(ceilings: tuple[float, float]) -> list[dict[str, Any]]:
             product | {"layer": "matrix product", "tflop_s": f"{ceilings[1] / 1e12:.1f}"}]
 
 
-def seen(path: Path) -> set[tuple[str, ...]]:
-    return {key for row in read_rows(path) if row["op"] != "ceiling" for key in [_key(row)]}
+def key_of(row: dict[str, Any]) -> Key:
+    contender = "ours" if row["contender"] == "all" else row["contender"]
+    return *(str(row[name]) for name in ("op", "network", "layer", "batch", "dtype", "direction")), contender
 
 
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in ("op", "network", "layer", "batch", "dtype", "direction"))
+def recorded(rows: Iterable[dict[str, str]]) -> set[Key]:
+    """What is not to be tried again."""
+    return {key_of(row) for row in rows if not row["status"].startswith(UNMEASURED)}
 
 
-def is_in(case: Case, keys: set[tuple[str, ...]]) -> bool:
-    return any(_key(row) in keys for row in unmeasured(case, "", ""))
+def code_hash() -> str:
+    """A name for what decides the numbers: the ops, their tables, how they are measured."""
+    bench = Path(__file__).parent
+    paths = [*(ROOT / "adn_kernels").glob("*.py"), *(ROOT / "adn_kernels").glob("tables/*.json"),
+             *(bench / name for name in ("cases.py", "shapes.py", "timing.py")), *bench.glob("ops/bench_*.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:12]
 
 
-def run(args: argparse.Namespace, cases: list[Case], bench: Gpu | Dry) -> None:
-    """Measure what is not yet in the file, until the time is over. What is being measured stands in `<csv>.case`."""
+def kept_rows(path: Path, head: dict[str, str]) -> list[dict[str, str]]:
+    """Those of an earlier run that this one goes on from."""
+    if not path.exists():
+        return []
+    before = read_head(path)
+    return read_rows(path) if all(before.get(name) == head[name] for name in SAME) else []
+
+
+def begin(args: argparse.Namespace, jobs: list[Job], head: dict[str, str]) -> None:
+    """Write the result file's head, and again what an earlier run has measured."""
+    rows = [] if args.fresh else kept_rows(args.csv, head)
+    if args.csv.exists() and not rows:
+        args.csv.replace(args.csv.with_suffix(".old.csv"))
+    if rows:
+        print(f"going on with {args.csv}", flush=True)
+        before = read_head(args.csv)
+        head = head | {"begun": before.get("begun", before["date"])}
+    keys = set().union(*(job.keys for job in jobs))
+    write_rows(args.csv, (row for row in rows if key_of(row) not in keys or not row["status"].startswith(UNMEASURED)),
+               head, FIELDS)
+
+
+def take_turns(queues: Sequence[deque[Job]], deadline: float, do: Callable[[Job], None]) -> None:
+    """Do the next of the queue that has had least time, until all are empty or the time is over."""
+    spent = [0.0] * len(queues)
+    while any(queues) and (start := time.monotonic()) < deadline:
+        i = min((i for i, queue in enumerate(queues) if queue), key=spent.__getitem__)
+        do(queues[i].popleft())
+        spent[i] += time.monotonic() - start
+
+
+def run(args: argparse.Namespace, jobs: list[Job], bench: Gpu | Dry, deadline: float) -> None:
+    """Measure what is not yet in the file, until `time.monotonic()` says so. What is in hand stands in `<csv>.case`."""
+    rows = read_rows(args.csv)
+    done = recorded(rows)
+    crashes = Counter((row["op"], row["direction"]) for row in rows if row["status"].startswith(CRASHED))
     ceilings = bench.ceilings()
-    done, deadline = seen(args.csv), time.monotonic() + args.seconds
-    if not done:
-        append_rows(args.csv, ceiling_rows(ceilings))
-    to_compile = set(map(id, compiled_cases(cases, args.compiled)))
-    to_tune = set(map(id, [case for case in cases if case.autotune and case.batch != 8][:args.autotuned]))
-    compiling, late = 0.0, "not measured: out of time"
-    for case in cases:
-        if is_in(case, done):
-            continue
-        if time.monotonic() > deadline:
-            append_rows(args.csv, unmeasured(case, "all", late))
-            continue
-        args.csv.with_suffix(".case").write_text(case.key)
-        start, contenders, rows = time.monotonic(), dict(case.contenders), []
-        if "eager" in contenders:
-            if id(case) not in to_compile:
-                rows += unmeasured(case, "compile", "not measured: not one of the cases chosen")
-            elif compiling > args.seconds / 2:
-                rows += unmeasured(case, "compile", late)
-            else:
-                contenders["compile"] = opponent(case, "compile")
-        if id(case) in to_tune:
-            if deadline - start > 60:
-                contenders["max-autotune"] = opponent(case, "max-autotune")
-            else:
-                rows += unmeasured(case, "max-autotune", late)
+    append_rows(args.csv, ceiling_rows(ceilings))
+
+    def is_due(job: Job) -> bool:
+        return not job.keys & done and crashes[job.case.op, next(iter(job.case.costs))] < CRASHES_OF_OP
+
+    def measure(job: Job) -> None:
+        args.csv.with_suffix(".case").write_text(job.name)
         try:
-            rows = measured_rows(case, contenders, bench.measure, ceilings) + rows
-        except torch.AcceleratorError:  # nothing works after it in this process
-            raise
+            rows = measured_rows(job.case, job.contenders(), bench.measure, ceilings)
+            if job.opponent:
+                rows = [row for row in rows if row["contender"] == job.opponent]
         except Exception as error:
-            traceback.print_exc()
-            rows += unmeasured(case, "all", f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        if "compile" in contenders:
-            compiling += time.monotonic() - start
+            rows = unmeasured(job, failure(error))
         append_rows(args.csv, rows)
         for row in rows:
-            if row["status"] != "measured" and not row["status"].startswith("not"):
-                print(f"{case} {row['direction']} {row['contender']}: {row['status']}", flush=True)
+            if row["status"] != "measured":
+                print(f"{job.name} {row['direction']} {row['contender']}: {row['status']}", flush=True)
+        if bench.spoiled:
+            raise SystemExit(RESTART)
+
+    plain, compiled, tuned = (deque(job for job in jobs if job.opponent == opponent and is_due(job))
+                              for opponent in ("", *MODES))
+    for_tuned = min(args.autotune_seconds, (deadline - time.monotonic()) / 4)
+    take_turns([plain, compiled], deadline - for_tuned, measure)
+    take_turns([tuned], deadline, measure)
+    take_turns([plain, compiled], deadline, measure)
 
 
-def supervise(args: argparse.Namespace, cases: list[Case]) -> None:
-    """Run the child that measures, and start it again, after the case that ended it, until all is done."""
-    write_rows(args.csv, [], header("cuda"), FIELDS)
+def supervise(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """Run the child that measures, and start it again, after the case that ended it, until all is done; then write down
+    what was not measured."""
+    begin(args, jobs, header("cuda") | {"code": code_hash()})
     deadline, current = time.monotonic() + args.seconds, args.csv.with_suffix(".case")
-    by_key = {case.key: case for case in cases}
-    for _ in range(CRASHES):
-        command = [sys.executable, *sys.argv, "--csv", str(args.csv), "--child", "--seconds",
-                   str(deadline - time.monotonic())]
-        child = subprocess.Popen(command)
-        code, size, since = None, 0, time.monotonic()
-        while code is None and time.monotonic() - since < SILENT_S and time.monotonic() < deadline + SILENT_S:
-            time.sleep(0.2)
-            code = child.poll()
-            if args.csv.stat().st_size != size:
-                size, since = args.csv.stat().st_size, time.monotonic()
-        if code == 0:
-            break
+    by_name = {job.name: job for job in jobs}
+    child, why = None, "too many crashes"
+    try:
+        for _ in range(CRASHES):
+            current.unlink(missing_ok=True)
+            child = subprocess.Popen([sys.executable, *sys.argv, "--csv", str(args.csv), "--child", str(deadline)])
+            code = wait(child, args.csv, deadline + OVERTIME_S)
+            if code == 0 or time.monotonic() > deadline:
+                why = "out of time"
+                break
+            if code == RESTART:
+                continue
+            job = by_name.get(current.read_text()) if current.exists() else None
+            if job is None:
+                why = f"the process that measures ended with code {code}"
+                break
+            status = CRASHED + ("hung" if code is None else f"ended with code {code}")
+            print(f"{job.name}: {status}", flush=True)
+            append_rows(args.csv, unmeasured(job, status))
+    except KeyboardInterrupt:
+        why = "interrupted"
+    finally:
+        if child is not None:
+            child.kill()
+        current.unlink(missing_ok=True)
+        done = recorded(read_rows(args.csv))
+        append_rows(args.csv, [row for job in jobs if not job.keys & done for row in unmeasured(job, UNMEASURED + why)])
+
+
+def wait(child: subprocess.Popen, csv: Path, deadline: float) -> int | None:
+    """For its end. None, and it is killed, if it writes nothing for `SILENT_S` or goes on after the deadline."""
+    code, size, since = None, 0, time.monotonic()
+    while code is None and time.monotonic() < min(since + SILENT_S, deadline):
+        time.sleep(0.2)
+        code = child.poll()
+        if csv.stat().st_size != size:
+            size, since = csv.stat().st_size, time.monotonic()
+    if code is None:
         child.kill()
         child.wait()
-        case = by_key.get(current.read_text()) if current.exists() else None
-        if case is None:
-            raise SystemExit(f"the process that measures ended with code {code} before the first case")
-        status = "failed: hung" if code is None else f"failed: ended its process with code {code}"
-        print(f"{case}: {status}", flush=True)
-        append_rows(args.csv, unmeasured(case, "all", status))
-    current.unlink(missing_ok=True)
+    return code
 
 
 def precompile() -> None:
-    """Fill the caches of `torch.compile` by several processes."""
-    count = min(8, max(1, (os.cpu_count() or 1) // 2))
+    """Fill the caches of Triton and `torch.compile` by several processes."""
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, *(arg for arg in sys.argv if arg != "--precompile"), "--worker"]
-    workers = [subprocess.Popen([*command, f"{i}/{count}"], env=environment) for i in range(count)]
+    workers = [subprocess.Popen([*command, f"{i}/{WORKERS}"], env=environment) for i in range(WORKERS)]
     for worker in workers:
         worker.wait()
 
 
-def work(args: argparse.Namespace, cases: list[Case]) -> None:
-    """Compile every n-th of the cases compared with `torch.compile`."""
+def work(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """Run every n-th of the jobs once, but for max-autotune."""
+    import torch._inductor.config
+
     i, n = map(int, args.worker.split("/"))
-    deadline = time.monotonic() + args.seconds
     set_up()
-    for case in compiled_cases(cases, args.compiled)[i::n]:
-        if time.monotonic() > deadline:
-            break
-        results(opponent(case, "compile"), make_inputs(case), case)
+    # Which of its configurations is fastest is not to be found out while the GPU does something else.
+    torch._inductor.config.autotune_local_cache = False
+
+    def call(job: Job) -> None:
+        try:
+            results(job.contenders()[job.opponent or "ours"], make_inputs(job.case), job.case)
+        except Exception as error:
+            print(f"{job.name}: {failure(error)}", flush=True)
+        torch.cuda.empty_cache()
+
+    done = recorded(kept_rows(args.csv, header("cuda") | {"code": code_hash()}))
+    queues = [deque([job for job in jobs if job.opponent == opponent and not job.keys & done][i::n])
+              for opponent in ("", "compile")]
+    take_turns(queues, time.monotonic() + args.seconds, call)
 
 
 def small(args: argparse.Namespace, device: str) -> int:
@@ -284,9 +375,9 @@ def dry_run(args: argparse.Namespace, cases: list[Case]) -> int:
             chosen[case.op, tuple(case.costs)].append(case)
         cases = [case for group in chosen.values() for case in group[:args.cases]]
     with tempfile.TemporaryDirectory() as folder:
-        args.csv, args.compiled, args.seconds = args.csv or Path(folder) / "kernels.csv", 0, float("inf")
+        args.csv = args.csv or Path(folder) / "kernels.csv"
         write_rows(args.csv, [], header(), FIELDS)
-        run(args, cases, Dry(aot.record, aot.fake_cuda))
+        run(args, list(map(Job, cases)), Dry(aot.record, aot.fake_cuda), math.inf)
         args.csv.with_suffix(".case").unlink(missing_ok=True)
         rows = read_rows(args.csv)
         print(summary(rows))
@@ -303,16 +394,16 @@ def main() -> int:
                         help=" ".join(NETWORKS))
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--seconds", type=float, default=240, help="time limit; a case that has begun is finished")
-    parser.add_argument("--compiled", type=int, default=100, help="cases to compare with torch.compile")
-    parser.add_argument("--autotuned", type=int, default=3, help="blocks to compare with max-autotune")
+    parser.add_argument("--seconds", type=float, default=240, help="time limit")
+    parser.add_argument("--autotune-seconds", type=float, default=45, help="of it, at the end, for max-autotune")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with an earlier run's result file")
     parser.add_argument("--cases", type=int, help="of --dry-run and --small: at most so many per op")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--summary", type=Path, metavar="CSV", help="read a result file instead of measuring")
     mode.add_argument("--dry-run", action="store_true")
     mode.add_argument("--small", action="store_true")
-    mode.add_argument("--precompile", action="store_true", help="only fill the caches of torch.compile")
-    mode.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    mode.add_argument("--precompile", action="store_true", help="only fill the caches of compilers")
+    mode.add_argument("--child", type=float, metavar="DEADLINE", help=argparse.SUPPRESS)
     mode.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.summary:
@@ -326,16 +417,17 @@ def main() -> int:
         return dry_run(args, cases)
     if not torch.cuda.is_available():
         parser.error("no CUDA device; --dry-run and --small need none")
+    name = torch.cuda.get_device_name().lower().replace(" ", "_")
+    args.csv = (args.csv or RESULTS / f"kernels_{name}.csv").absolute()
+    jobs = jobs_of(cases)
     if args.worker:
-        work(args, cases)
+        work(args, jobs)
     elif args.precompile:
         precompile()
     elif args.child:
-        run(args, cases, Gpu())
+        run(args, jobs, Gpu(), args.child)
     else:
-        name = torch.cuda.get_device_name().lower().replace(" ", "_")
-        args.csv = (args.csv or RESULTS / f"kernels_{name}.csv").absolute()
-        supervise(args, cases)
+        supervise(args, jobs)
         rows = read_rows(args.csv)
         print(summary(rows))
         return any(row["status"].startswith(("failed", "wrong")) for row in rows if row["contender"] in ("ours", "all"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,49 +14,65 @@ COPY_FRACTION, EAGER_RATIO = 0.85, 1.5
 BYPASS_US, HALF_SAVING, BLOCK_RATIO = 1.5, 0.4, 2.0
 LARGE = 64e6
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+NORMS = (("batch_norm", "forward"), ("batch_norm", "backward"), ("batch_norm_eval", "forward"),
+         ("layer_norm", "forward"), ("layer_norm", "backward"))
+BYPASSED = ("batch_norm_eval", "layer_norm", "conv1x1", "linear", "conv3x3", "depthwise")
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One paragraph per target: met or missed and by how much, over how many layers; what was not measured."""
+    """Of each target the command that measures it, and for each of its parts met or missed, by how much, over how many
+    layers; at the end what was not measured. A layer counts for a part if all its opponents were timed."""
     ceilings = {row["layer"]: row["gb_s"] or row["tflop_s"] for row in rows if row["op"] == "ceiling"}
-    timed = [row for row in rows if row["p50_us"]]
     cases: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
-    for row in timed:
-        cases[case_of(row)][row["contender"]] = row
+    for row in rows:
+        if row["p50_us"] and row["ratio"]:
+            cases[case_of(row)][row["contender"]] = row
+
+    def ours(op: str, direction: str, chosen: Callable[[Row], bool] = lambda _: True) -> list[Mapping[str, Row]]:
+        return [case for case in cases.values() if "ours" in case and chosen(case["ours"])
+                and (case["ours"]["op"], case["ours"]["direction"]) == (op, direction)]
+
     lines = [f"copy {ceilings.get('copy', '?')} GB/s, bf16 product {ceilings.get('matrix product', '?')} TFLOP/s"]
 
-    for op, direction in (("batch_norm", "forward"), ("batch_norm", "backward"), ("batch_norm_eval", "forward")):
-        large = [case for case in cases.values() if "ours" in case and is_a(case["ours"], op, direction)
-                 and tensor_bytes(case["ours"]) > LARGE]
-        what = f"{op} {direction}, tensors over 64 MB"
+    lines += target("norm and activation of tensors over 64 MB", "--ops batch_norm batch_norm_eval layer_norm")
+    for op, direction in NORMS:
+        large = ours(op, direction, lambda row: tensor_bytes(row) > LARGE)
+        what = f"{op} {direction}"
         lines.append(verdict(f"{what}: fraction of copy bandwidth", at_least(COPY_FRACTION), fractions(large)))
         for opponent, least in (("eager", EAGER_RATIO), ("compile", 1.0)):
-            lines.append(verdict(f"{what}: times {opponent}", at_least(least), ratios(large, opponent)))
-    for op in ("conv1x1", "linear", "depthwise"):
-        bound = [case for case in cases.values() if "ours" in case and is_a(case["ours"], op, "forward")
-                 and case["ours"]["bound"] == "memory"]
-        lines.append(verdict(f"{op}, memory-bound: times the better of eager and compile", at_least(1.0),
-                             ratios(bound, "eager", "compile")))
-    for op in ("conv1x1", "conv3x3", "conv"):
-        of_op = [case for case in cases.values() if "ours" in case and is_a(case["ours"], op, "forward")]
-        lines.append(verdict(f"{op}: times cuDNN's fused convolution", None, ratios(of_op, "cudnn")))
-    blocks = [case for case in cases.values() if "ours" in case and is_a(case["ours"], "blocks", "forward")
-              and case["ours"]["batch"] == "1"]
-    for clock, what in (("graph", "on the device"), ("wall", "called from Python")):
-        chosen = [case for case in blocks if case["ours"]["clock"] == clock]
-        lines.append(verdict(f"block at batch 1 {what}: times eager", at_least(BLOCK_RATIO), ratios(chosen, "eager")))
-    lines.append(verdict("block at batch 1 on the device: times max-autotune", None, ratios(
-        [case for case in blocks if case["ours"]["clock"] == "graph"], "max-autotune")))
-    for op in sorted({row["op"] for row in timed if row["direction"] == "none active"}):
-        bypassed = [(float(row["p50_us"]), name(row)) for row in timed
-                    if is_a(row, op, "none active") and row["contender"] == "ours"]
-        if op != "blocks":  # a block is three
-            lines.append(verdict(f"{op} bypassed, microseconds in a graph", at_most(BYPASS_US), bypassed))
-    lines.append(verdict("refinement block at batch 64, half of the samples bypassed: time saved",
-                         at_least(HALF_SAVING), savings(cases)))
+            lines.append(verdict(f"{what}: times {opponent}", at_least(least), *ratios(large, opponent)))
 
-    lines += [f"not timed, {status}: {count} rows" for status, count in counted(rows)]
+    lines += target("1x1 and depthwise convolutions bound by memory", "--ops conv1x1 depthwise")
+    for op in ("conv1x1", "linear", "depthwise"):
+        bound = ours(op, "forward", lambda row: row["bound"] == "memory")
+        lines.append(verdict(f"{op}: times the better of eager and compile", at_least(1.0),
+                             *ratios(bound, "eager", "compile")))
+
+    lines += target("block as a unit at batch 1", "--ops blocks --batches 1")
+    for clock, what in (("graph", "on the device"), ("wall", "called from Python")):
+        blocks = ours("blocks", "forward", lambda row, clock=clock: (row["batch"], row["clock"]) == ("1", clock))
+        lines.append(verdict(f"block {what}: times eager", at_least(BLOCK_RATIO), *ratios(blocks, "eager")))
+        lines += [verdict(f"block {what}: times {opponent}", None, *ratios(blocks, opponent))
+                  for opponent in ("compile", "max-autotune")]
+
+    lines += target("bypassed op in a graph", f"--ops {' '.join(op for op in BYPASSED if op != 'linear')}")
+    for op in BYPASSED:
+        times = [(float(case["ours"]["p50_us"]), name(case["ours"])) for case in ours(op, "none active")]
+        lines.append(verdict(f"{op} bypassed: microseconds", at_most(BYPASS_US), times))
+
+    lines += target("refinement block at batch 64, half of the samples bypassed", "--ops blocks --batches 64")
+    lines.append(verdict("refinement block: time saved", at_least(HALF_SAVING), savings(cases)))
+
+    lines += target("fused convolutions of cuDNN, no target", "--ops conv1x1 conv3x3 conv")
+    lines += [verdict(f"{op}: times cuDNN's", None, *ratios(ours(op, "forward"), "cudnn"))
+              for op in ("conv1x1", "conv3x3", "conv")]
+
+    lines += ["", *(f"not timed, {status}: {count} rows" for status, count in counted(rows))]
     return "\n".join(lines)
+
+
+def target(what: str, options: str) -> list[str]:
+    return ["", f"{what} (python bench/kernels.py {options})"]
 
 
 def case_of(row: Row) -> tuple[str, ...]:
@@ -66,29 +83,22 @@ def name(row: Row) -> str:
     return f"{row['network']} {row['layer']} {row['shape']}"
 
 
-def is_a(row: Row, op: str, direction: str) -> bool:
-    return (row["op"], row["direction"]) == (op, direction)
-
-
 def tensor_bytes(row: Row) -> int:
-    size = BYTES[row["dtype"]]
-    for n in row["shape"].split("x"):
-        size *= int(n)
-    return size
+    return BYTES[row["dtype"]] * numel(row["shape"])
+
+
+def numel(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
 
 
 def fractions(cases: Iterable[Mapping[str, Row]]) -> Named:
     return [(float(case["ours"]["fraction"]), name(case["ours"])) for case in cases]
 
 
-def ratios(cases: Iterable[Mapping[str, Row]], *opponents: str) -> Named:
-    """Time of the best of the opponents that was measured, over ours."""
-    found = []
-    for case in cases:
-        times = [float(row["ratio"]) for contender, row in case.items() if contender in opponents]
-        if times:
-            found.append((min(times), name(case["ours"])))
-    return found
+def ratios(cases: Sequence[Mapping[str, Row]], *opponents: str) -> tuple[Named, int]:
+    """Time of the best of the opponents over ours, of the cases that have all of them; and how many cases there are."""
+    return [(min(float(case[opponent]["ratio"]) for opponent in opponents), name(case["ours"])) for case in cases
+            if all(opponent in case for opponent in opponents)], len(cases)
 
 
 def savings(cases: Mapping[tuple[str, ...], Mapping[str, Row]]) -> Named:
@@ -110,24 +120,28 @@ def at_most(target: float) -> tuple[str, float, Callable[[float], bool]]:
     return "at most", target, lambda value: value <= target
 
 
-def verdict(what: str, target: tuple[str, float, Callable[[float], bool]] | None, values: Named) -> str:
-    """`what`: target; met or missed; median and the layer furthest from the target. Without a target, the lowest."""
-    if target is None:
-        if not values:
-            return f"{what}: NOT MEASURED"
-        median = statistics.median(value for value, _ in values)
-        return (f"{what}: no target; {len(values)} layers, median {median:.3g}, lowest {min(values)[0]:.3g} "
-                f"({min(values)[1]})")
-    words, number, met = target
-    head = f"{what}: {words} {number:g}: "
+def verdict(
+    what: str, target: tuple[str, float, Callable[[float], bool]] | None, values: Named, layers: int | None = None,
+) -> str:
+    """`what`: target; met or missed; median and the layer furthest from the target. Without a target, the lowest.
+
+    Args:
+        layers: how many there are, with those that lack an opponent and so have no value.
+    """
+    words, number, met = target or ("no target", 0.0, lambda _: True)
+    head = f"{what}: {words} {number:g}: " if target else f"{what}: {words}; "
     if not values:
-        return head + "NOT MEASURED"
-    worst = (min if words == "at least" else max)(values)
+        return f"{head}NOT MEASURED" + (f" (on any of {layers} layers)" if layers else "")
+    worst = (max if words == "at most" else min)(values)
     passed = sum(met(value) for value, _ in values)
-    state = "met on all" if passed == len(values) else f"MISSED on {len(values) - passed} of"
+    count = f"{len(values)} layers"
+    if layers not in (None, len(values)):
+        count += f" (of {layers}; others lack an opponent)"
+    if target is not None:
+        count = ("met on all " if passed == len(values) else f"MISSED on {len(values) - passed} of ") + count
     away = "" if met(worst[0]) else f", {abs(worst[0] - number) / number:.0%} from the target"
-    return (f"{head}{state} {len(values)} layers; median {statistics.median(v for v, _ in values):.3g}, "
-            f"worst {worst[0]:.3g} ({worst[1]}){away}")
+    return (f"{head}{count}; median {statistics.median(v for v, _ in values):.3g}, "
+            f"{'worst' if target else 'lowest'} {worst[0]:.3g} ({worst[1]}){away}")
 
 
 def counted(rows: Iterable[Row]) -> list[tuple[str, int]]:

@@ -1,10 +1,10 @@
 """Times cases on a GPU, and checks first that what is timed is right.
 
 Times are those of the device: the calls of one contender, one per set of inputs, are captured in a CUDA graph, whose
-replays are timed by events. The sets together are larger than the L2 cache, so that no call finds its inputs there, and
-the outputs of a round stay alive, so that none is written over another's. Contenders are replayed in turns: a clock
-that drifts does so for all of them. Rates a time is compared with, of a copy and of a matrix product, are measured in
-the same way in the same process.
+replays are timed by events. The sets together are larger than the L2 cache, so that no call finds its inputs there
+(but for inputs so small that `MOST_SETS` fit into it), and the outputs of a round stay alive, so that none is written
+over another's. Contenders are replayed in turns: a clock that drifts does so for all of them. Rates a time is compared
+with, of a copy and of a matrix product, are measured in the same way in the same process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch import Tensor
 Call = Callable[[], Any]
 
 QUANTILES = (0.2, 0.5, 0.8)
-ROUNDS = 20
-GRAPH_US = 1000.0  # of one replay, at least: a graph's launch costs some microseconds
-MOST_SETS, MOST_CALLS = 512, 2048
+LEAST_ROUNDS, ROUNDS = 5, 20
+ROUNDS_US = 150_000.0  # of all rounds of all contenders, after `LEAST_ROUNDS`
+GRAPH_US = 500.0  # of one replay, at least: a graph's launch costs some microseconds
+MOST_SETS, MOST_CALLS = 256, 1024
+WALL_CALLS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +106,29 @@ def deviation(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return worst
 
 
+def failure(error: Exception) -> str:
+    """What to write down of it. Raises AcceleratorError if a kernel has left the process without a working device.
+
+    A text, as the exception would keep the tensors of its frames alive, which matters where memory has run out.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def check(case: Case, contenders: Mapping[str, Function], args: Sequence[Tensor | None]
-          ) -> dict[str, float | Exception]:
-    """By contender: how far from the exact result, which is computed in a wider type, or what it raised."""
+          ) -> dict[str, float | str]:
+    """By contender: how far from the exact result, which is computed in a wider type, or its `failure`."""
     wide = torch.float64 if case.dtype == torch.float32 else torch.float32
     search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     exact = results(case.exact, args, case, wide)
     torch.backends.cudnn.benchmark = search
-    found: dict[str, float | Exception] = {}
+    found: dict[str, float | str] = {}
     for name, function in contenders.items():
         try:
             found[name] = deviation(results(function, args, case), exact)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
-            found[name] = error
+            found[name] = failure(error)
     return found
 
 
@@ -128,10 +138,16 @@ def allowed(case: Case, eager: float | None) -> float:
 
 
 class Gpu:
-    """Measures cases on the current CUDA device."""
+    """Measures cases on the current CUDA device.
+
+    Attributes:
+        spoiled: whether a capture that failed has left torch's random numbers or allocator in the state of one: only a
+            new process can measure more.
+    """
 
     def __init__(self) -> None:
         set_up()
+        self.spoiled = False
         self.stream = torch.cuda.Stream()
         self.cache = torch.cuda.get_device_properties().L2_cache_size
 
@@ -142,11 +158,13 @@ class Gpu:
             a, b = (torch.randn(2 ** 29, **random) for _ in range(2))
             m, n = (torch.randn(8192, 8192, **random) for _ in range(2))
             out = torch.empty_like(m)
-            times = self._graph_times({"copy": [lambda: b.copy_(a)], "product": [lambda: torch.mm(m, n, out=out)]})
+            times = self._times({"copy": self._capture([lambda: b.copy_(a)]),
+                                 "product": self._capture([lambda: torch.mm(m, n, out=out)])})
         return 4 * a.numel() / (times["copy"][1] * 1e-6), 2 * 8192 ** 3 / (times["product"][1] * 1e-6)
 
     def measure(self, case: Case, contenders: Mapping[str, Function]) -> Iterator[Measurement]:
-        """Every direction of a case; a contender that raises or is wrong is not timed and does not stop the others."""
+        """Every direction of a case; a contender that raises, is wrong, cannot be captured or finds no memory is not
+        timed and does not stop the others."""
         torch.manual_seed(0)
         with torch.cuda.stream(self.stream), torch.set_grad_enabled(bool(case.grads)):
             first = make_inputs(case)
@@ -157,19 +175,28 @@ class Gpu:
                      if isinstance(errors[name], float) and errors[name] <= limit}
             size = sum(t.numel() * t.element_size() for t in first if t is not None)
             count = min(max(2, math.ceil(3 * self.cache / size)), MOST_SETS)
-            sets = [first, *(make_inputs(case) for _ in range(count - 1))]
+            sets = [first, *(_copies(first) for _ in range(count - 1))]
             for direction in case.costs:
-                calls = {name: self._calls(f, sets, case, direction) for name, f in right.items()}
-                times = self._graph_times(calls)
+                calls, graphs, failed = {}, {}, {}
+                for name, function in right.items():
+                    try:
+                        calls[name] = self._calls(function, sets, case, direction)
+                        graphs[name] = self._capture(calls[name])
+                    except Exception as error:
+                        calls.pop(name, None)
+                        failed[name] = failure(error)
+                        self.spoiled = self.spoiled or not self._works()
+                times = self._times(graphs)
                 walls = self._wall_times(calls) if case.wall else {}
                 for name, error in errors.items():
-                    if name in right:
+                    if name in times:
                         yield Measurement(direction, name, "graph", times[name], error)
+                    elif name in failed:
+                        yield Measurement(direction, name, error=error, status=failed[name])
                     elif isinstance(error, float):
                         yield Measurement(direction, name, error=error, status=f"wrong: allowed {limit:.2g}")
                     else:
-                        text = " ".join(str(error).split())[:200]
-                        yield Measurement(direction, name, status=f"failed: {type(error).__name__}: {text}")
+                        yield Measurement(direction, name, status=error)
                 for name, us in walls.items():
                     yield Measurement(direction, name, "wall", us, errors[name])
 
@@ -185,6 +212,15 @@ class Gpu:
             torch.cuda.synchronize()
 
         return run, count
+
+    def _works(self) -> bool:
+        """Whether this process can still make inputs and capture."""
+        try:
+            x = torch.randn(1, device="cuda")
+            self._capture([lambda: x + x])
+        except Exception:
+            return False
+        return True
 
     @staticmethod
     def _calls(function: Function, sets: Sequence[Sequence[Tensor | None]], case: Case, direction: str) -> list[Call]:
@@ -219,11 +255,12 @@ class Gpu:
             graph = capture(repeats)
         return graph, max(repeats, 1) * len(calls)
 
-    def _graph_times(self, calls: Mapping[str, Sequence[Call]]) -> dict[str, tuple[float, ...]]:
-        captured = {name: self._capture(each) for name, each in calls.items()}
+    def _times(self, captured: Mapping[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str, tuple[float, ...]]:
+        """Of one call of each; rounds are as many as fit into `ROUNDS_US`."""
         graphs = {name: graph for name, (graph, _) in captured.items()}
-        self._replays(graphs, 2)
-        times = self._replays(graphs, ROUNDS)
+        round_us = sum(each[-1] for each in self._replays(graphs, 2).values())
+        rounds = min(max(LEAST_ROUNDS, int(ROUNDS_US / max(round_us, 1))), ROUNDS)
+        times = self._replays(graphs, rounds)
         return {name: _quantiles([t / captured[name][1] for t in each]) for name, each in times.items()}
 
     def _replays(self, graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
@@ -246,11 +283,16 @@ class Gpu:
             for name, each in calls.items():
                 self.stream.synchronize()
                 start = time.perf_counter()
-                for call in each[:50]:
+                for call in each[:WALL_CALLS]:
                     call()
                 self.stream.synchronize()
-                times[name].append(1e6 * (time.perf_counter() - start) / len(each[:50]))
+                times[name].append(1e6 * (time.perf_counter() - start) / len(each[:WALL_CALLS]))
         return {name: _quantiles(each) for name, each in times.items()}
+
+
+def _copies(args: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same inputs in other memory."""
+    return [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in args]
 
 
 def _quantiles(values: Sequence[float]) -> tuple[float, ...]:
@@ -264,6 +306,8 @@ class Dry:
         record: `aot.record` of the tests: launches of a function, none of which runs.
         fake_cuda: `aot.fake_cuda`.
     """
+
+    spoiled = False
 
     def __init__(self, record: Callable, fake_cuda: Callable) -> None:
         self.record, self.fake_cuda = record, fake_cuda

@@ -175,6 +175,32 @@ def test_only_wanted_gradients(wanted: tuple[str, ...], activation: str, bank: i
 
 
 @pytest.mark.launcher
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "residual"), [
+    (torch.float32, None), (torch.float16, None), (torch.float16, torch.float32), (torch.float32, torch.float16)],
+    ids=str)
+def test_backward_without_x(dtype: torch.dtype, residual: torch.dtype | None, layout: str) -> None:
+    """Identity, frozen: as with x, of whose type and layout dx is all the same, whatever dy is."""
+    torch.manual_seed(0)
+    args = operands((3, 18, 5, 3), layout, dtype, residual=residual, bank=(0, 1, 1))
+    dy = random((3, 18, 5, 3), "nhwc", dtype if residual is None else torch.promote_types(dtype, residual))
+    channels_last = layout.endswith("nhwc")
+    with Guards() as guards:
+        x, *rest = (guards.place(t) for t in args)
+        rest[4] = None
+        call = functools.partial(module.launch_batch_norm_eval_backward, guards.place(dy))
+        needs = (True, False, False, True, False, True)
+        found = call(None, *rest, "identity", EPS, needs, dtype, channels_last)
+        with_x = call(x, *rest, "identity", EPS, needs)
+        guards.check()
+    assert found[0].is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert found[0].dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip(found, with_x))
+    exact = gradients_in_torch(args, dy, "identity", double=True)
+    assert_accurate("dx", found[0], gradients_in_torch(args, dy, "identity")[0], exact[0])
+
+
+@pytest.mark.launcher
 @pytest.mark.parametrize("bank", [None, 1], ids=str)
 def test_without_affine_parameters(bank: int | None) -> None:
     torch.manual_seed(0)
@@ -346,6 +372,21 @@ def test_in_place_into_another_layout_and_type() -> None:
     out = torch.zeros(2, 9, 3, 5, device=DEVICE)
     module.launch_batch_norm_eval(*[None if t is None else t.to(DEVICE) for t in args], "relu", EPS, out=out)
     assert_close(out.cpu(), in_torch(args, "relu", double=True).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.launcher
+def test_in_place_within_a_buffer() -> None:
+    """`out` and x are different channels of one buffer."""
+    torch.manual_seed(0)
+    args = operands((2, 16, 3, 5), "slice of nhwc")
+    buffer = torch.randn(2, 48, 3, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    buffer[:, :16] = args[0].to(DEVICE)
+    rest = buffer[:, 32:].clone()
+    placed = [None if t is None else t.to(DEVICE) for t in args[1:]]
+    module.launch_batch_norm_eval(buffer[:, :16], *placed, "relu", EPS, out=buffer[:, 16:32])
+    assert_accurate("y", buffer[:, 16:32], in_torch(args, "relu"), in_torch(args, "relu", double=True))
+    assert torch.equal(buffer[:, :16].cpu(), args[0])
+    assert torch.equal(buffer[:, 32:], rest)
 
 
 @pytest.mark.launcher
@@ -568,6 +609,58 @@ def test_residual_of_identity_gets_the_gradient_itself() -> None:
     assert_close(residual.grad, torch.full((2, 3, 2, 2), 1.5, dtype=torch.float16))
 
 
+@pytest.mark.parametrize(("activation", "trained", "kept"), [
+    ("identity", (), ()), ("identity", ("bias", "bias2"), ()), ("identity", ("weight",), ("x",)),
+    ("identity", ("weight2",), ("x",)), ("relu", (), ("x", "residual")),
+], ids=str)
+def test_keeps_only_what_backward_reads(activation: str, trained: tuple, kept: tuple) -> None:
+    args = operands((2, 3, 2, 2), residual=torch.float32, bank=(0, 1))
+    named = dict(zip(GRADIENTS, (args[i] for i in (0, 5, 1, 2, 7, 8))))
+    for name in ("x", "residual", *trained):
+        named[name].requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        positional, keywords = banked(args)
+        y = batch_norm_eval(*positional, activation=activation, **keywords)
+    maps = [t for t in saved if t.numel() >= args[0].numel()]
+    assert [t.data_ptr() for t in maps] == [named[name].data_ptr() for name in kept]
+    dy = torch.randn_like(y)
+    leaves = [t for t in named.values() if t.requires_grad]
+    assert_close(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(in_torch(args, activation), leaves, dy))
+
+
+@pytest.mark.parametrize("bank", [0, (0, 0)], ids=str)
+def test_bank_may_change_before_backward(bank: int | tuple[int, ...]) -> None:
+    """Self-distillation: the super-net, then the base net, then one backward for both."""
+    args = operands((2, 3, 2, 2), bank=bank)
+    x, flags = args[0], args[6]
+    for i in (1, 2, 7, 8):
+        args[i].requires_grad_()
+    positional, keywords = banked(args)
+    y = batch_norm_eval(*positional, activation="relu", **keywords)
+    expected = in_torch(args, "relu").sum()
+    flags.fill_(1)
+    y2 = batch_norm_eval(*positional, activation="relu", **keywords)
+    expected = expected + in_torch(args, "relu").sum()
+    leaves = [args[i] for i in (1, 2, 7, 8)]
+    assert_close(torch.autograd.grad(y.sum() + y2.sum(), leaves), torch.autograd.grad(expected, leaves))
+    assert x.grad is None
+
+
+def test_banks_without_affine_parameters() -> None:
+    args = operands((2, 3, 2, 2), bank=(0, 1), affine=False)
+    y = batch_norm_eval(args[0], None, None, (args[3], args[9]), (args[4], args[10]), bank=args[6], eps=EPS)
+    assert_close(y, in_torch(args, "identity"))
+
+
+def test_no_second_derivative() -> None:
+    args = operands((2, 3, 2, 2))
+    x = args[0].requires_grad_()
+    dx, = torch.autograd.grad(batch_norm_eval(*args[:5], activation="silu").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="adn::batch_norm_eval_backward has no second derivative"):
+        dx.sum().backward()
+
+
 def test_bank_that_is_not_live_gets_no_gradient() -> None:
     """The live-bank form is given one bank; with both, the other's gradient is zero."""
     args = operands((2, 3, 2, 2), bank=0)
@@ -622,9 +715,12 @@ def test_opcheck(bank: int | tuple[int, ...] | None, layout: str) -> None:
     for i in (0, 1, 2, 5):
         args[i].requires_grad_()
     torch.library.opcheck(module.batch_norm_eval_op, (*args, "silu", EPS))
-    plain = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in args)
+    plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
     needs = [True] * 4 + [bank is not None] * 2
     torch.library.opcheck(module.batch_norm_eval_backward_op, (torch.randn(3, 4, 3, 2), *plain, "silu", EPS, needs))
+    torch.library.opcheck(module.batch_norm_eval_backward_op, (
+        torch.randn(3, 4, 3, 2), None, *plain[1:5], None, *plain[6:], "identity", EPS,
+        [True, False, False, True, False, False], torch.float16, layout == "nhwc"))
     torch.library.opcheck(module.batch_norm_eval_inplace_op, (
         torch.randn(3, 4, 3, 2), *plain[:5], True, *plain[6:], "silu", EPS, int32((1, 0, 1))))
 
@@ -697,18 +793,19 @@ def test_gpu_branch_in_place_traces() -> None:
     ({"x": torch.zeros(2, 4)}, r"pass floating \(N, C, H, W\)"),
     ({"x": torch.zeros(2, 4, 3, 3, dtype=torch.int32)}, "x is torch.int32"),
     ({"x": torch.zeros(2, 4, 3, 6)[..., ::2]}, "neither those of NCHW nor of NHWC"),
-    ({"weight": torch.ones(3)}, r"weight is .* of shape \(3,\).*pass contiguous floating \(4,\)"),
+    ({"weight": torch.ones(3)}, r"weight is .* of shape \(3,\).*pass contiguous floats of shape \(4,\)"),
     ({"bias": torch.ones(8)[::2]}, "bias is .* strides"),
     ({"weight": torch.ones(4, dtype=torch.int64)}, "weight is torch.int64"),
     ({"weight": torch.ones(4, device="meta")}, "weight is on meta, x on cpu"),
     ({"running_mean": None}, "running_mean is None: eval mode needs statistics"),
-    ({"weight": (torch.ones(4), torch.ones(4))}, "weight is tuple; pass a tensor"),
-    ({"bank": torch.zeros((), dtype=torch.int32)}, "with `bank`, weight is a pair"),
+    ({"running_var": None}, "running_var is None: eval mode needs statistics"),
+    ({"weight": (torch.ones(4), torch.ones(4))}, "weight is a pair but no `bank` is given"),
+    ({"bank": torch.zeros((), dtype=torch.int32)}, "`bank` is given: pass weight as a pair"),
     ({"residual": torch.zeros(2, 4, 3, 2)}, r"residual is .* of shape \(2, 4, 3, 2\); pass floating \(2, 4, 3, 3\)"),
     ({"residual": torch.zeros(2, 4, 3, 6)[..., ::2]}, "residual of shape .* neither"),
     ({"residual": torch.zeros(2, 4, 3, 3, device="meta")}, "residual is on meta"),
     ({"activation": "mish"}, "activation='mish'; pass one of"),
-    ({"eps": -1.0}, "eps=-1.0; pass a number of at least 0"),
+    ({"eps": -1.0}, "eps=-1.0; pass a number that is not negative"),
 ])
 def test_bad_input(change: dict, message: str) -> None:
     good = {"x": torch.zeros(2, 4, 3, 3), "weight": torch.ones(4), "bias": torch.ones(4),
@@ -729,6 +826,12 @@ def test_bad_bank(bank: torch.Tensor, message: str) -> None:
 
 def test_bad_input_in_place() -> None:
     x, vectors = torch.zeros(2, 4, 3, 3), [torch.ones(4)] * 4
+    buffer = torch.zeros(2, 12, 3, 3).contiguous(memory_format=torch.channels_last)
+    batch_norm_eval_(buffer[:, :4], buffer[:, 4:8], *vectors)
+    with pytest.raises(ValueError, match="x shares memory with the output"):
+        batch_norm_eval_(buffer[:, :4], buffer[:, 3:7], *vectors)
+    with pytest.raises(ValueError, match="the output is expanded"):
+        batch_norm_eval_(torch.zeros(1, 4, 3, 3).expand(2, 4, 3, 3), x, *vectors)
     with pytest.raises(ValueError, match="x shares memory with the output"):
         batch_norm_eval_(x, x, *vectors)
     with pytest.raises(ValueError, match=r"out is .* of shape \(2, 4, 3, 2\)"):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
+import importlib.util
+import math
 import os
 import subprocess
 import sys
 import time
 import types
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import common  # noqa: E402
+import gpu as gpu_command  # noqa: E402
 import kernels  # noqa: E402
 import shapes  # noqa: E402
 import timing  # noqa: E402
@@ -75,10 +82,36 @@ def test_cases_have_names_of_their_own(cases: list[Case]) -> None:
     assert {case.op for case in cases} == {*kernels.OPS, "linear"}
 
 
-def test_order_begins_with_every_op_and_network(cases: list[Case]) -> None:
-    assert {case.op for case in cases[:2 * len(kernels.OPS)]} >= set(kernels.OPS) - {"linear"}
-    assert {case.network for case in cases[:100]} == set(shapes.NETWORKS)
-    assert {case.batch for case in cases[:300]} == {1, 64}
+def test_order_begins_with_everything_once(cases: list[Case]) -> None:
+    def kinds(cases: list[Case]) -> Counter:
+        return Counter((case.op, *case.costs, case.batch, case.network) for case in cases)
+
+    once = len(kinds(cases))
+    assert once < 200
+    assert set(kinds(cases[:once]).values()) == {1}
+    assert sum(map(kernels.of_target, cases[once:2 * once])) > once // 2
+
+
+def test_dispatcher_is_timed_where_it_chooses_no_triton_kernel(cases: list[Case]) -> None:
+    layers = {(layer.network, layer.name): layer for layer in shapes.of(shapes.Conv)}
+    chosen = [layers[case.network, case.layer] for case in cases if case.op == "conv"]
+    assert {layer.kernel for layer in chosen if layer.groups == 1 and layer.activation == "relu"} == {3, 7}
+    assert any(layer.groups > 1 for layer in chosen)
+    assert not any(layer.kernel == 1 or layer.depthwise for layer in chosen)
+    case = next(iter(importlib.import_module("bench_conv").cases(
+        shapes.Conv("net", "a", 1, 16, 16, 4, 3, activation="relu"), 1, torch.float32)))
+    errors = timing.check(case, case.contenders, timing.make_inputs(case, "cpu"))
+    assert max(errors.values()) <= timing.allowed(case, errors["eager"])
+
+
+def test_jobs_that_compile_are_apart(cases: list[Case]) -> None:
+    jobs = kernels.jobs_of(cases)
+    compiled = [job for job in jobs if job.opponent == "compile"]
+    assert [job.case for job in jobs if not job.opponent] == cases
+    assert {job.case.op for job in compiled} == {case.op for case in cases if "eager" in case.contenders}
+    assert kernels.of_target(compiled[0].case)
+    assert [job.case.batch for job in jobs if job.opponent == "max-autotune"] == [1] * 24 + [8] * 24 + [64] * 24
+    assert len({key for job in jobs for key in job.keys}) == sum(len(job.keys) for job in jobs)
 
 
 class StandIn:
@@ -145,6 +178,198 @@ def test_what_is_wrong_or_fails_is_not_timed(gpu: timing.Gpu) -> None:
     assert found["compile"].status == "failed: ValueError: no such shape"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("not while capturing"), torch.OutOfMemoryError("no memory")])
+@pytest.mark.parametrize("spoiled", [False, True])
+@pytest.mark.parametrize("wall", [False, True])
+def test_what_cannot_be_captured_does_not_stop_others(
+        gpu: timing.Gpu, monkeypatch: pytest.MonkeyPatch, error: Exception, spoiled: bool, wall: bool) -> None:
+    layer = shapes.Norm("net", "a", 1, 16, 4, "relu", False)
+    case = next(importlib.import_module("bench_batch_norm_eval").cases(layer, 2, torch.float32))
+    capturing = []
+
+    @contextlib.contextmanager
+    def graph(*_: object, **__: object):
+        capturing.append(True)
+        try:
+            yield
+        finally:
+            capturing.pop()
+
+    def fails(*args: torch.Tensor) -> torch.Tensor:
+        if capturing:
+            raise error
+        return case.contenders["eager"](*args)
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(gpu, "_works", lambda: not spoiled)
+    case = dataclasses.replace(case, wall=wall)
+    found = list(gpu.measure(case, {"ours": fails, "eager": case.contenders["eager"]}))
+    ours, eager, *walls = found
+    assert ours.status == f"failed: {type(error).__name__}: {error}"
+    assert ours.us is None
+    assert eager.us is not None
+    assert [m.contender for m in walls] == ["eager"] * wall
+    assert gpu.spoiled == spoiled
+
+
+# What stands in a file and goes on
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[kernels.Job]:
+    """Six, of three blocks; nothing of them needs a GPU but measuring them."""
+    head = dict.fromkeys((*kernels.SAME[:-1], "date"), "of the test")
+    monkeypatch.setattr(kernels, "header", lambda _: dict(head))
+    layers = [shapes.Block("net", name, 1, "bottleneck", 16, 8, 16, 4, 1, "conv", "relu") for name in "abc"]
+    blocks = importlib.import_module("bench_blocks")
+    cases = [case for layer in layers for case in blocks.cases(layer, 8, torch.float32)]
+    return [job for job in kernels.jobs_of(cases) if job.opponent != "max-autotune"]
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> argparse.Namespace:
+    return argparse.Namespace(csv=tmp_path / "kernels.csv", seconds=100.0, fresh=False, autotune_seconds=0.0)
+
+
+def supervised(args: argparse.Namespace, jobs: list[kernels.Job], monkeypatch: pytest.MonkeyPatch,
+               child: Callable[[], int | None]) -> list[dict[str, str]]:
+    """Rows of the file, where each process that measures does and ends as `child` says."""
+    monkeypatch.setattr(kernels.subprocess, "Popen", lambda *_, **__: types.SimpleNamespace(kill=lambda: None))
+    monkeypatch.setattr(kernels, "wait", lambda *_: child())
+    kernels.supervise(args, jobs)
+    return kernels.read_rows(args.csv)
+
+
+def test_crashes_cost_their_case_and_all_others_are_named(
+        args: argparse.Namespace, jobs: list[kernels.Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter([(jobs[0], -11), (jobs[4], None)])
+
+    def child() -> int | None:
+        job, code = next(ends)
+        args.csv.with_suffix(".case").write_text(job.name)
+        return code
+
+    monkeypatch.setattr(kernels, "CRASHES", 2)
+    rows = supervised(args, jobs, monkeypatch, child)
+    assert {(row["layer"], row["contender"]): row["status"] for row in rows} == {
+        ("a", "all"): "failed: the process ended with code -11", ("b", "compile"): "failed: the process hung"} | {
+        (job.case.layer, job.opponent or "all"): "not measured: too many crashes"
+        for job in jobs if job not in (jobs[0], jobs[4])}
+    assert not args.csv.with_suffix(".case").exists()
+
+
+def test_a_child_that_cannot_start_is_not_started_again(
+        args: argparse.Namespace, jobs: list[kernels.Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = iter([1])
+    rows = supervised(args, jobs, monkeypatch, lambda: next(codes))
+    assert {row["status"] for row in rows} == {"not measured: the process that measures ended with code 1"}
+    assert len(rows) == len(jobs)
+
+
+class Bench:
+    """Measures one microsecond each, and remembers of what; captures of layer `spoils` fail."""
+
+    def __init__(self, spoils: str = "") -> None:
+        self.spoils, self.spoiled, self.seen = spoils, False, []
+
+    def ceilings(self) -> tuple[float, float]:
+        return 4e12, 8e14
+
+    def measure(self, case: Case, contenders: dict[str, Callable]) -> Iterator[timing.Measurement]:
+        self.seen.append((case.layer, *contenders))
+        self.spoiled = case.layer == self.spoils
+        yield from (timing.Measurement("forward", name, us=(1.0, 1.0, 1.0)) for name in contenders)
+
+
+def test_a_second_run_goes_on_with_what_is_missing(
+        args: argparse.Namespace, jobs: list[kernels.Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured_by(bench: Bench, deadline: float, jobs: list[kernels.Job] = jobs) -> list[dict[str, str]]:
+        def child() -> int:
+            kernels.run(args, jobs, bench, deadline)
+            return 0
+
+        return supervised(args, jobs, monkeypatch, child)
+
+    measured_by(Bench(), math.inf, jobs[:2])
+    rows = measured_by(Bench(), 0.0)
+    assert [row["status"] for row in rows if row["layer"] == "c"] == ["not measured: out of time"] * 2
+    second = Bench()
+    rows = measured_by(second, math.inf)
+    assert sorted(second.seen) == sorted([
+        ("c", "ours", "eager"), *((layer, "ours", "eager", "compile") for layer in "abc")])
+    assert {row["status"] for row in rows} == {"measured"}
+    assert Counter(row["contender"] for row in rows if row["op"] == "blocks") == {"ours": 3, "eager": 3, "compile": 3}
+    assert "begun" in common.read_head(args.csv)
+    monkeypatch.setattr(kernels, "code_hash", lambda: "another")
+    anew = Bench()
+    assert len(measured_by(anew, math.inf)) < len(rows)
+    assert len(anew.seen) == len(jobs)
+    assert common.read_rows(args.csv.with_suffix(".old.csv")) == rows
+
+
+def test_a_spoiled_process_is_started_again_and_nothing_is_measured_twice(
+        args: argparse.Namespace, jobs: list[kernels.Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    benches = [Bench("b"), Bench("b"), Bench()]
+
+    def child(left: list[Bench] = [*benches]) -> int:  # noqa: B006
+        with pytest.raises(SystemExit) if left[0].spoils else contextlib.nullcontext():
+            kernels.run(args, jobs, left[0], math.inf)
+        return kernels.RESTART if left.pop(0).spoils else 0
+
+    supervised(args, jobs, monkeypatch, child)
+    seen = [each for bench in benches for each in bench.seen]
+    assert len(seen) == len(set(seen)) == len(jobs)
+    assert all(len(bench.seen) for bench in benches)
+
+
+def test_an_error_of_a_case_is_written_down(args: argparse.Namespace, jobs: list[kernels.Job]) -> None:
+    class Fails(Bench):
+        def measure(self, case: Case, contenders: dict[str, Callable]) -> Iterator[timing.Measurement]:
+            raise torch.OutOfMemoryError("no memory")
+
+    kernels.begin(args, jobs, kernels.header("cuda") | {"code": ""})
+    kernels.run(args, jobs, Fails(), math.inf)
+    rows = [row for row in kernels.read_rows(args.csv) if row["op"] != "ceiling"]
+    assert {row["status"] for row in rows} == {"failed: OutOfMemoryError: no memory"}
+    assert len(rows) == len(jobs)
+
+
+def test_an_op_that_crashes_every_time_leaves_time_for_others(
+        args: argparse.Namespace, jobs: list[kernels.Job]) -> None:
+    bench = Bench()
+    kernels.begin(args, jobs, kernels.header("cuda") | {"code": ""})
+    common.append_rows(args.csv, kernels.unmeasured(jobs[0], kernels.CRASHED + "hung"))
+    kernels.run(args, jobs[:2], bench, math.inf)
+    assert bench.seen == [("b", "ours", "eager")]
+    common.append_rows(args.csv, kernels.unmeasured(jobs[2], kernels.CRASHED + "hung"))
+    kernels.run(args, jobs, bench, math.inf)
+    assert len(bench.seen) == 1
+
+
+def test_queues_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    monkeypatch.setattr(kernels, "time", types.SimpleNamespace(monotonic=lambda: sum(done)))
+    queues = [deque([1] * 12), deque([4] * 3)]
+    kernels.take_turns(queues, 17, done.append)
+    assert done == [1, 4, 1, 1, 1, 1, 4, 1, 1, 1, 1]
+    assert list(map(len, queues)) == [3, 1]
+    kernels.take_turns(queues, 100, done.append)
+    assert not any(queues)
+
+
+def test_waiting_for_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a"
+    file.touch()
+
+    def code(text: str, deadline: float = math.inf) -> int | None:
+        return kernels.wait(subprocess.Popen([sys.executable, "-c", text]), file, deadline)
+
+    assert code("raise SystemExit(3)") == 3
+    monkeypatch.setattr(kernels, "SILENT_S", 0.5)
+    assert code("import time; time.sleep(60)") is None
+    assert code("import time; time.sleep(60)", time.monotonic()) is None
+
+
 def test_dry_run(tmp_path: Path) -> None:
     path = tmp_path / "kernels.csv"
     output = run("bench/kernels.py", "--dry-run", "--cases", "1", "--csv", str(path))
@@ -159,15 +384,104 @@ def test_dry_run(tmp_path: Path) -> None:
     assert not path.with_suffix(".case").exists()
 
 
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    common.write_rows(path, [{"a": 1, "b": 2}], {"device": "none: at all"})
+    common.append_rows(path, [{"a": 3, "b": 4}])
+    with path.open("a") as file:
+        file.write("5")
+    assert common.read_rows(path) == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+    assert common.read_head(path) == {"device": "none: at all"}
+    assert [each.name for each in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_head_of_a_checkout_behind_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(ROOT)
+    spec = importlib.util.spec_from_file_location("linked_common", link / "bench" / "common.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [str(link / "bench" / "kernels.py"), "--csv", str(tmp_path / "a.csv")])
+    assert module.header()["command"] == "python bench/kernels.py --csv a.csv"
+
+
 def test_gpu_command_shows_its_steps() -> None:
     output = run("bench/gpu.py", "--dry-run")
-    for what in ("-m pytest", "bench/kernels.py --csv", "bench/host_cost.py", "conversion_overhead", "adn profile"):
-        assert what in output
-    assert "pytest" not in run("bench/gpu.py", "--dry-run", "--only", "kernels")
+    places = [output.index(what) for what in (
+        "-m pytest", "bench/kernels.py --csv", "bench/host_cost.py", "conversion_overhead", "adn profile")]
+    assert places == sorted(places)
 
 
-def test_host_cost() -> None:
-    assert "aten.add" in run("bench/host_cost.py", "--calls", "1", "--rounds", "1")
+def test_steps_of_the_gpu_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_command.shutil, "which", lambda name: f"/bin/{name}")
+    steps = {step.name: step for step in gpu_command.steps(tmp_path, "cuda", None)}
+    assert list(steps)[:3] == ["tests", "kernels", "host cost"]
+    assert list(steps)[-2:] == ["memcheck", "racecheck"]
+    assert steps["memcheck"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert sum(step.usual for step in steps.values() if step.name != "kernels") < 585 - 100
+    command, limit = gpu_command.in_time(steps["kernels"], 375, 150)
+    assert (command[-2:], limit) == (["--seconds", "190"], 225)
+    command, limit = gpu_command.in_time(steps["kernels"], 20, 150)
+    assert (command[-2:], limit) == (["--seconds", "30"], 65)
+    assert gpu_command.in_time(steps["tests"], 20, 150) == (steps["tests"].command, 20)
+
+
+def test_a_step_out_of_time_can_say_what_it_has_done(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def how(text: str, limit: float = 60.0) -> str:
+        return gpu_command.run([sys.executable, "-c", text], limit, log, {"WHAT": "said"})
+
+    assert how("import os; print(os.environ['WHAT'])") == "passed"
+    assert how("raise SystemExit(1)") == "failed"
+    waits = "try:\n  import time; time.sleep(60)\nexcept KeyboardInterrupt:\n  print('in the end')"
+    assert how(waits, 3.0) == "out of time"
+    assert log.read_text() == "said\nin the end\n"
+
+
+def test_gpu_command_leaves_what_it_found(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    csv = tmp_path / "kernels_some_gpu.csv"
+    commands = {
+        "tests": "print('FAILED tests/a.py::b - no'); raise SystemExit(1)",
+        "kernels": "import sys; sys.path.insert(0, 'bench'); import common; "
+                   f"common.write_rows(common.Path({str(csv)!r}), [{row('ours', 100)!r}], {{}})",
+        "host cost": ""}
+    monkeypatch.setattr(gpu_command, "steps", lambda *_: (gpu_command.Step(
+        name if name == "tests" else "kernels", name, 60, 1, [sys.executable, "-c", text], measures=name == "kernels")
+        for name, text in commands.items()))
+    monkeypatch.setattr(gpu_command, "script", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(gpu_command, "header", lambda _: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    assert gpu_command.main() == 1
+    ends = common.read_rows(tmp_path / "gpu_some_gpu.csv")
+    assert [(row["step"], row["result"], row["failed"]) for row in ends] == [
+        ("tests", "failed", "tests/a.py::b"), ("kernels", "passed", ""), ("host cost", "passed", "")]
+    assert "batch_norm forward" in csv.with_suffix(".txt").read_text()
+    assert "FAILED tests/a.py::b - no" in (tmp_path / "gpu_some_gpu.log").read_text()
+    assert capsys.readouterr().out.endswith("tests: failed tests/a.py::b\n")
+
+
+def test_names_of_failed_tests() -> None:
+    output = """\
+[gw3] [ 12%] PASSED tests/kernels/test_conv.py::test_a[1]
+[gw3] [ 12%] FAILED tests/kernels/test_conv.py::test_b[relu-2]
+tests/test_cuda.py::test_c ERROR                             [ 50%]
+FAILED tests/kernels/test_conv.py::test_b[relu-2] - AssertionError: 3
+FAILED tests/kernels/test_conv.py::test_d - ValueError
+"""
+    assert gpu_command.failed_tests(output) == [
+        f"tests/{name}" for name in ("kernels/test_conv.py::test_b[relu-2]", "kernels/test_conv.py::test_d",
+                                     "test_cuda.py::test_c")]
+
+
+def test_host_cost(tmp_path: Path) -> None:
+    path = tmp_path / "host_cost.csv"
+    assert "aten.add" in run("bench/host_cost.py", "--calls", "1", "--rounds", "1", "--csv", str(path))
+    assert {row["op"] for row in common.read_rows(path)} == {*kernels.OPS, "linear", "aten.add"}
 
 
 def row(contender: str, p50: float, **fields: object) -> dict[str, str]:
@@ -192,6 +506,16 @@ def test_summary_judges_targets() -> None:
     assert all(line.endswith("NOT MEASURED") for line in lines(rows, "batch_norm backward"))
 
 
+def test_summary_names_every_target_without_a_single_row() -> None:
+    heads = [line.partition(":")[0] for line in summary([]).splitlines() if "NOT MEASURED" in line]
+    for what in ("batch_norm forward", "batch_norm backward", "batch_norm_eval forward", "layer_norm forward",
+                 "layer_norm backward", "conv1x1", "linear", "depthwise", "block on the device",
+                 "block called from Python", "batch_norm_eval bypassed", "layer_norm bypassed", "conv1x1 bypassed",
+                 "linear bypassed", "conv3x3 bypassed", "depthwise bypassed", "refinement block"):
+        assert what in heads
+    assert summary([]).count("(python bench/kernels.py --ops ") == 6
+
+
 def test_summary_ignores_small_tensors() -> None:
     rows = [row("ours", 100, shape="1x64x56x56", fraction=0.1)]
     assert lines(rows, "batch_norm forward")[0].endswith("NOT MEASURED")
@@ -201,16 +525,31 @@ def test_summary_takes_the_better_opponent_of_memory_bound_layers() -> None:
     rows = [row("ours", 100, op="conv1x1"), row("eager", 200, op="conv1x1"), row("compile", 95, op="conv1x1"),
             row("ours", 100, op="conv1x1", layer="b", bound="compute"),
             row("eager", 50, op="conv1x1", layer="b", bound="compute")]
-    line, _ = lines(rows, "conv1x1")
+    line = lines(rows, "conv1x1: times the better")[0]
     assert "MISSED on 1 of 1" in line
     assert "0.95" in line
+    assert "5% from the target" in line
+
+
+def test_summary_claims_nothing_of_layers_without_all_opponents() -> None:
+    rows = [row("ours", 100, op="conv1x1"), row("eager", 200, op="conv1x1")]
+    what = "conv1x1: times the better"
+    assert lines(rows, what)[0].endswith("NOT MEASURED (on any of 1 layers)")
+    rows += [row(who, us, op="conv1x1", layer="b") for who, us in (("ours", 100), ("eager", 200), ("compile", 150))]
+    assert "met on all 1 layers (of 2; others lack an opponent)" in lines(rows, what)[0]
+
+
+@pytest.mark.parametrize(("us", "state"), [(1.4, "met on all 1"), (1.8, "MISSED on 1 of 1"), (1.8, "20% from")])
+def test_summary_judges_bypassed_ops(us: float, state: str) -> None:
+    assert state in lines([row("ours", us, op="layer_norm", direction="none active", shape="64x49x768")],
+                          "layer_norm bypassed")[0]
 
 
 @pytest.mark.parametrize(("half", "state"), [(55, "met on all 1"), (70, "MISSED on 1 of 1")])
 def test_summary_compares_half_of_the_samples_with_all(half: float, state: str) -> None:
     rows = [row("ours", 100, op="blocks", direction="all active"),
             row("ours", half, op="blocks", direction="half active")]
-    assert state in lines(rows, "refinement block")[0]
+    assert state in lines(rows, "refinement block: time saved")[0]
 
 
 def test_summary_names_what_was_not_measured() -> None:

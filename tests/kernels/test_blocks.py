@@ -41,7 +41,7 @@ def bodies(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(adn_kernels.conv, name, getattr(adn_kernels.conv, name)._init_fn)
     monkeypatch.setattr(adn_kernels.conv, "tuned", lambda kernel, device, default, **key: default)
     if INTERPRETED:
-        monkeypatch.setattr(adn_kernels.conv, "on_gpu", lambda x: True)
+        monkeypatch.setattr(adn_kernels.conv, "on_gpu", lambda *_: True)
 
 
 def make_convs(block: str, dtype: torch.dtype = torch.float32, banks: bool = False, seed: int = 0) -> list[ConvParams]:
@@ -358,25 +358,28 @@ class Operations(torch.utils._python_dispatch.TorchDispatchMode):
 # Compilers
 
 
-def functional(x: Tensor, *flat: Tensor) -> Tensor:
-    return call(module, "bottleneck", x, [ConvParams(*flat[i:i + 3]) for i in (0, 3, 6)])
+def functional(x: Tensor, bank: Tensor, *flat: Tensor) -> Tensor:
+    return call(module, "bottleneck", x, [ConvParams(*flat[i:i + 3]) for i in (0, 3, 6)], bank=bank)
 
 
-def in_place(x: Tensor, *flat: Tensor) -> Tensor:
+def in_place(x: Tensor, bank: Tensor, *flat: Tensor) -> Tensor:
     with torch.no_grad():
         active = torch.ones((), dtype=torch.int32, device=x.device)
-        return call(module, "bottleneck", x + 1, [ConvParams(*flat[i:i + 3]) for i in (0, 3, 6)], "_", active=active)
+        return call(module, "bottleneck", x + 1, [ConvParams(*flat[i:i + 3]) for i in (0, 3, 6)], "_", bank=bank,
+                    active=active)
 
 
 @pytest.mark.parametrize("function", [functional, in_place])
 def test_compile_and_export(function: Callable) -> None:
     def make_args(n: int) -> list[Tensor]:
         torch.manual_seed(0)
-        return [image(n, 1, torch.float32), *(p for params in make_convs("bottleneck") for p in params)]
+        convs = make_convs("bottleneck", banks=True)
+        bank = torch.arange(n, dtype=torch.int32) % 2
+        return [image(n, 1, torch.float32), bank, *(p for params in convs for p in params)]
 
     check_compile(function, make_args)
-    check_export(function, make_args)
-    check_fake_gpu(function, make_args(5))
+    check_export(function, make_args, dynamic=(0, 1))
+    check_fake_gpu(function, make_args(5), dynamic=(0, 1))
 
 
 # Refusals
@@ -391,3 +394,19 @@ def test_update_refuses() -> None:
         bottleneck_(x, *convs)
     with pytest.raises(ValueError, match="as no `bank` is given"):
         basic_(x, *make_convs("basic", banks=True))
+
+
+@pytest.mark.parametrize("suffix", ["", "_"])
+@pytest.mark.parametrize("block", SHAPES)
+def test_refuses(block: str, suffix: str) -> None:
+    """A wrong bank also where no norm has two rows."""
+    convs, x = make_convs(block), image(2, 1, torch.float32)
+    for bank, message in (
+        (torch.zeros(2, dtype=torch.int64), "bank is torch.int64; pass int32"),
+        (flags([0, 1, 0]), r"bank has shape \(3,\); pass one value, or one per sample \(2\)"),
+        (flags([0, 1]), "every scale and shift is of one bank"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(module, block, x, convs, suffix, bank=bank)
+    with pytest.raises(ValueError, match=r"x has shape \(12, 4, 3\); pass \(N, K, H, W\)"):
+        call(module, block, x[0], convs, suffix)

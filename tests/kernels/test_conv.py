@@ -203,6 +203,7 @@ def test_default_choice() -> None:
     ):
         assert chosen(case) == "triton"
     assert chosen(make("3x3", folded=True), in_place=True) == "triton"
+    assert chosen(make("3x3", folded=True), in_place=True, bypassed=True) == "triton"
     assert chosen(make("grouped", folded=True)) == chosen(make("7x7", folded=True)) == "unfused"
     assert chosen(replace(make("1x1"), padding=1)) == "unfused"
     assert chosen(replace(make("depthwise"), stride=3)) == "unfused"
@@ -224,9 +225,21 @@ def test_measured_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(make("1x1", folded=True, activation="silu")) == "triton"
     assert keys[0] == {
         "n": 2, "depth": 12, "h": 5, "w": 6, "channels": 20, "kh": 1, "kw": 1, "stride": 1, "padding": 0, "groups": 1,
-        "activation": "relu", "dtype": "torch.float32", "scale": 0, "residual": 0, "bank": 0, "in_place": 0,
-        "channels_last": 1,
+        "activation": "relu", "dtype": "torch.float32", "residual": 0, "cudnn": 1, "channels_last": 1,
     }
+
+
+def test_measured_choice_is_for_all_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two rows, with and without cuDNN as a candidate, the second serves scale, banks and outputs given; none serves
+    a call that may be bypassed, which only the kernels leave out."""
+    monkeypatch.setattr(module, "tuned", lambda *_, **key: {"backend": "cudnn" if key["cudnn"] else "unfused"})
+    assert chosen(make("1x1", folded=True)) == "cudnn"
+    for case in (make("1x1"), make("1x1", bank=[0, 1]), make("1x1", bank=[0, 1], folded=True)):
+        assert chosen(case) == "unfused"
+    assert chosen(make("1x1", folded=True), in_place=True) == "unfused"
+    for case in (make("1x1"), make("3x3", folded=True), make("depthwise", bank=[0, 1])):
+        assert chosen(case, in_place=True, bypassed=True) == "triton"
+    assert chosen(make("7x7"), in_place=True, bypassed=True) == "unfused"
 
 
 @pytest.mark.parametrize(("case", "backend", "message"), [
@@ -307,15 +320,14 @@ def test_cudnn_reference(kind: str, layout: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"activation": "silu"}, "only relu"),
-    ({"bias": torch.zeros(20, dtype=torch.float64)}, "float32"),
     ({"bias": torch.zeros(12)}, r"pass \(20,\)"),
     ({"residual": torch.zeros(2, 20, 5, 6)}, "residual has strides"),
     ({"residual": torch.zeros(2, 20, 5, 6).to(torch.float64, memory_format=torch.channels_last)}, "residual is"),
     ({"x": layouts(torch.zeros(2, 12, 5, 6))[3]}, "x has strides"),
-    ({"groups": 5}, "divisible by groups=5"),
+    ({"groups": 5}, r"pass \(C divisible by 5, 12 / 5, kh, kw\)"),
     ({"x": torch.zeros(2, 12, 5)}, r"pass \(N, K, H, W\)"),
     ({"stride": 0}, "a stride of 1 or more"),
-    ({"x": torch.zeros(2, 12, 1, 1), "padding": 0}, "smaller than the kernel"),
+    ({"x": torch.zeros(2, 12, 1, 1), "padding": 0}, "smaller than the 3x3 weight"),
 ])
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
     case = make(folded=True)
@@ -326,8 +338,10 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
 
 def test_half_bias_is_wanted() -> None:
     case = make(dtype=torch.float16)
-    with pytest.raises(ValueError, match="pass both in one dtype"):
-        cudnn_conv(case.x, case.weight, case.shift, padding=1)
+    with pytest.raises(ValueError, match=r"bias is torch.float32, x is torch.float16; pass both in one dtype"):
+        torch.ops.adn.cudnn_conv(case.x, case.weight, case.shift, None, "relu", 1, 1, 1)
+    y = cudnn_conv(case.x, case.weight.float(), case.shift, padding=1, activation="relu")  # cast
+    assert_close(y, torch.ops.adn.cudnn_conv(case.x, case.weight, case.shift.half(), None, "relu", 1, 1, 1))
 
 
 # The ops, on the CPU

@@ -279,11 +279,11 @@ def test_traffic(stride: int) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="runs the last programs only")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_beyond_2_31_elements(channels_last: bool) -> None:
-    """Memory of 4 GB each for x and y is committed only where the last tile touches it."""
-    n, k, side, c = 9, 64, 2048, 64
+    """In a sample. Memory is committed where the last tile touches it. x is a crop, whose samples have a stride."""
+    n, k, side, c = 2, 64, 6000, 64
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.empty(n, k, side, side, dtype=torch.float16, memory_format=layout)
-    assert x.numel() > 2**31
+    x = torch.empty(n, k, side, side, dtype=torch.float16, memory_format=layout)[..., 1:]
+    assert x[0].numel() > 2**31
     case = conv_case(1, k, 1, 1, c, 1, dtype=torch.float16, activation="relu")
     last = torch.randn(k, 256).half()
     x[-1, :, -1, -256:] = last
@@ -297,6 +297,7 @@ def test_beyond_2_31_elements(channels_last: bool) -> None:
 
 
 @launcher
+@pytest.mark.skipif(DEVICE == "cuda", reason="mistakes may read anywhere")
 @pytest.mark.parametrize(("right", "wrong"), [
     ("k_mask = k0 + k < K", "k_mask = k0 + k < K + 1"),
     ("mask=row_mask[:, None] & k_mask[None, :], other=0.0", "mask=row_mask[:, None], other=0.0"),
@@ -306,7 +307,7 @@ def test_beyond_2_31_elements(channels_last: bool) -> None:
     ("out_at, n, channel", "out_at, n * 0, channel"),
     ("x_n, x_h, x_w, UNIT)[:, None]", "x_n, x_w, x_h, UNIT)[:, None]"),
     ("residual_n, residual_h, residual_w, UNIT)", "out_n, out_h, out_w, UNIT)"),
-    ("x[:, :, ::stride, ::stride]", "x[:, :, stride - 1::stride, stride - 1::stride]"),
+    ("stride * sh, stride * sw", "stride * sh, sw"),
     ("acc = tl.dot(a, b, acc,", "acc = tl.dot(a, b, acc * 0,"),
 ])
 def test_planted_mistake_is_caught(tmp_path, right: str, wrong: str) -> None:
@@ -325,6 +326,7 @@ def test_planted_mistake_is_caught(tmp_path, right: str, wrong: str) -> None:
 
 
 @launcher
+@pytest.mark.skipif(DEVICE == "cuda", reason="mistakes may read anywhere")
 @pytest.mark.parametrize(("right", "wrong"), [
     ("row_mask = row_mask & (tl.load(active + n) != 0)", "row_mask = row_mask & (tl.load(active + n) >= 0)"),
     ("row_mask = row_mask & (tl.load(active + n) != 0)", "row_mask = row_mask & (tl.load(active + n + 1) != 0)"),
@@ -559,7 +561,8 @@ FLAGS = torch.zeros(2, dtype=torch.int32)
     (lambda: conv1x1(X[0], W), r"x has shape \(3, 4, 4\); pass \(N, K, H, W\)"),
     (lambda: conv1x1(X, W[:, :2]), r"weight has shape \(5, 2, 1, 1\); pass \(C, 3, 1, 1\)"),
     (lambda: conv1x1(X, torch.randn(5, 3, 3, 3)), r"weight has shape \(5, 3, 3, 3\); pass \(C, 3, 1, 1\)"),
-    (lambda: conv1x1(X.half(), W), "weight is torch.float32, x is torch.float16; pass both in one dtype"),
+    (lambda: module._conv1x1(X.half(), W, None, None, None, None, "relu", 1),
+     "weight is torch.float32, x is torch.float16; pass both in one dtype"),
     (lambda: conv1x1(X, W, stride=0), "stride=0, padding=0; pass a stride of 1 or more"),
     (lambda: conv1x1(X[:, :, :0], W), r"x of shape \(2, 3, 0, 4\) with padding 0 is smaller than the 1x1 weight"),
     (lambda: conv1x1(X, W, S[:4]), r"scale has shape \(4,\); pass \(5,\) \(one bank"),
@@ -585,6 +588,12 @@ FLAGS = torch.zeros(2, dtype=torch.int32)
     (lambda: linear(torch.randn(2, 4, 4, 3)[:, :, :3], W[:, :, 0, 0]),
      r"the axes of x between the first and the last cannot be viewed as one: .* pass x.contiguous\(\)"),
     (lambda: linear(X, torch.randn(5, 4), residual=X), r"residual has shape"),
+    # As many pixels in another order
+    (lambda: linear(torch.randn(2, 3, 4, 6), torch.randn(5, 6), residual=torch.randn(2, 4, 3, 5)),
+     r"residual has shape \(2, 4, 3, 5\); the output has \(2, 3, 4, 5\)"),
+    (lambda: linear_(torch.randn(2, 12, 5), torch.randn(2, 3, 4, 6), torch.randn(5, 6)),
+     r"out has shape \(2, 12, 5\); the output has \(2, 3, 4, 5\)"),
+    (lambda: linear(X, torch.tensor(1.0)), r"weight has shape \(\)"),
     (lambda: linear_(X, X, torch.randn(4, 4)), "x shares memory with the output"),
 ])
 def test_bad_input(call, message: str | None) -> None:

@@ -279,17 +279,19 @@ def test_traffic(layout: int, k: int, stride: int, factor: float, monkeypatch: p
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter can run single programs")
 @pytest.mark.parametrize("layout", [0, 1])
 def test_beyond_2_31_elements(layout: int) -> None:
-    channels_last = layout == 1
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.empty(2, 32, 7168, 5000, dtype=torch.float16, memory_format=format)
-    assert x.numel() > 2**31
-    corner = torch.randn(1, 32, 70, 70).half()
+    """In a sample. Memory is committed where the last program touches it."""
+    c, side = 64, 6000
+    format = torch.channels_last if layout == 1 else torch.contiguous_format
+    x, out = (torch.empty(2, c, side, side, dtype=torch.float16, memory_format=format) for _ in range(2))
+    assert x[0].numel() > 2**31
+    corner, before = torch.randn(1, c, 70, 70).half(), torch.randn(1, c, 70, 70).half()
     x[-1:, :, -70:, -70:] = corner
-    weight = torch.randn(32, 1, 3, 3).half()
+    out[-1:, :, -70:, -70:] = before
+    weight = torch.randn(c, 1, 3, 3).half()
     with last_programs():
-        y = module.launch_depthwise(x, weight, None, None, None, None, "identity", 1, 1)
-    exact = F.conv2d(corner.double(), weight.double(), None, 1, 1, 1, 32)
-    actual = y[-1:, -8:, -4:, -4:]
+        module.launch_depthwise_(out, x, weight, None, None, True, None, None, "identity", 1, 1)
+    exact = F.conv2d(corner.double(), weight.double(), None, 1, 1, 1, c) + before.double()
+    actual = out[-1:, -8:, -4:, -4:]
     assert_accurate("depthwise", actual, exact.half()[:, -8:, -4:, -4:], exact[:, -8:, -4:, -4:])
 
 
@@ -302,7 +304,7 @@ def test_beyond_2_31_elements(layout: int) -> None:
     [(" & (b_in < B_IN)", "")],
     [("(a_in >= 0) & ", "")],
     [("channel_mask = channel < C", "channel_mask = channel < C - 1")],
-    [("n * (residual_n * ALIGN)", "n * (residual_n * 0)")],
+    [("n * residual_n * ALIGN", "n * residual_n * 0")],
     [(" & (b + p < B_OUT)", "")],
     [("a * STRIDE + (i - PADDING)", "a + (i - PADDING)")],
 ], ids=lambda changes: changes[0][0].strip())
@@ -432,14 +434,15 @@ def test_inplace_returns_out() -> None:
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"x": torch.zeros(2, 13, 5)}, r"pass \(N, C, H, W\)"),
-    ({"weight": torch.zeros(13, 1, 4, 4)}, "k one of"),
-    ({"weight": torch.zeros(13, 1, 3, 5)}, "k one of"),
-    ({"weight": torch.zeros(12, 1, 3, 3)}, r"pass \(13, 1, k, k\)"),
+    ({"x": torch.zeros(2, 13, 5)}, r"pass \(N, K, H, W\)"),
+    ({"weight": torch.zeros(13, 1, 4, 4)}, r"pass \(13, 1, 3, 3 or 5, 5 or 7, 7\)"),
+    ({"weight": torch.zeros(13, 1, 3, 5)}, r"pass \(13, 1, 3, 3 or"),
+    ({"weight": torch.zeros(12, 1, 3, 3)}, r"pass \(13, 1, 3, 3 or"),
+    ({"weight": torch.zeros(26, 1, 3, 3)}, r"pass \(13, 1, 3, 3 or"),
     ({"weight": torch.zeros(13, 1, 3, 3, dtype=torch.float16)}, "one dtype"),
     ({"stride": 3}, "pass 1 or 2"),
-    ({"padding": -1}, "smaller than the 3x3 kernel"),
-    ({"x": torch.zeros(2, 13, 1, 1), "padding": 0}, "smaller than the 3x3 kernel"),
+    ({"padding": -1}, "a padding of 0 or more"),
+    ({"x": torch.zeros(2, 13, 1, 1), "padding": 0}, "smaller than the 3x3 weight"),
     ({"scale": torch.zeros(12)}, r"pass \(13,\)"),
     ({"shift": torch.zeros(13, dtype=torch.float64)}, "contiguous float32"),
     ({"residual": torch.zeros(2, 13, 5, 5)}, "residual has shape"),
@@ -449,6 +452,11 @@ def test_inplace_returns_out() -> None:
 def test_bad_input(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         torch.ops.adn.depthwise(*replace(make(), **changes).forward())
+
+
+def test_weight_of_no_axes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight has shape \(\); pass \(13, 1,"):
+        depthwise(make().x, torch.tensor(1.0))
 
 
 def test_alias_is_refused() -> None:

@@ -96,6 +96,12 @@ def int32(values: Sequence[int] | None) -> Tensor | None:
     return None if values is None else torch.tensor(values, dtype=torch.int32)
 
 
+def output_strides(x: Tensor) -> tuple[int, ...]:
+    """Of y: x's own where its channels are adjacent, else those of a contiguous tensor."""
+    return torch.empty_like(x, memory_format=torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
+                            ).stride()
+
+
 def check_forward(
     module: ModuleType, x: Tensor, params: Sequence[Tensor | None], residual: Tensor | None = None,
     bank: Sequence[int] | None = None, eps: float = EPS,
@@ -109,19 +115,18 @@ def check_forward(
         y, total = module.launch_layer_norm(*placed, eps)
     guards.check()
     assert_accurate("y", y, eager[0], exact[0])
-    like = torch.empty_like(x)
-    assert y.stride() == like.stride()
+    assert y.stride() == output_strides(x)
     if residual is not None:
         assert_accurate("sum", total, eager[1], exact[1])
-        assert total.stride() == like.stride()
+        assert total.stride() == torch.empty_like(x).stride()
     return y.cpu(), total.cpu()
 
 
 def check_backward(
     module: ModuleType, x: Tensor, params: Sequence[Tensor | None], residual: Tensor | None = None,
-    bank: Sequence[int] | None = None, dtotal: bool = True, contiguous: bool = False,
+    bank: Sequence[int] | None = None, dtotal: bool = True, swapped: bool = False,
 ) -> list[Tensor]:
-    """The launcher of the backward against autograd; gradients arrive in y's layout or contiguous."""
+    """The launcher of the backward against autograd; gradients arrive as y and the sum lie, or the other way round."""
 
     def autograd(x: Tensor, params: Sequence[Tensor | None], residual: Tensor | None) -> list[Tensor | None]:
         leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, residual, *params)]
@@ -135,12 +140,13 @@ def check_backward(
 
     given = params if bank is not None else [*params[:2], None, None]
     sum_type = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    dy, ds = (torch.empty_like(x, dtype=sum_type).copy_(randn(*x.shape, seed=seed)) for seed in (8, 9))
+    dy, ds = (randn(*x.shape, seed=seed, dtype=sum_type) for seed in (8, 9))
     eager = autograd(x, params, residual)
     exact = autograd(*double(x), double(*params), *double(residual))
     total = x if residual is None else torch.empty_like(x, dtype=sum_type).copy_(x + residual)
     with Guards() as guards:
-        arriving = [t.contiguous() if contiguous else t for t in (dy, ds)]
+        as_x = torch.empty_like(x, dtype=sum_type)
+        arriving = (as_x.copy_(dy), ds) if swapped else (dy, as_x.copy_(ds))
         placed = [guards.place(t) for t in (*arriving, total, *given, int32(bank))]
         if residual is None or not dtotal:
             placed[1] = None
@@ -149,6 +155,7 @@ def check_backward(
     guards.check()
     dx, dresidual, *rest = results
     assert_accurate("dx", dx, eager[0], exact[0])
+    assert dx.stride() == torch.empty_like(x).stride()
     if other != x.dtype:
         assert_accurate("dresidual", dresidual, eager[1], exact[1])
     for name, actual, e, f in zip(("dweight", "dbias", "dweight2", "dbias2"), rest, eager[2:], exact[2:]):
@@ -161,7 +168,7 @@ def check_backward(
 @pytest.fixture
 def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes milliseconds for a program, and most of them are empty in small tests."""
-    monkeypatch.setattr(ln, "SPLITS", 6)
+    monkeypatch.setattr(ln, "SPLITS", 4)
 
 
 # Launchers
@@ -234,7 +241,7 @@ def test_strides(few_splits: None, name: str, bank: list[int] | None) -> None:
     check_backward(ln, x, params, residual, bank)
     # A residual that lies otherwise is read in place as well.
     check_forward(ln, x, params, residual.contiguous(), bank)
-    check_backward(ln, x, params, residual, bank, contiguous=True)
+    check_backward(ln, x, params, residual, bank, swapped=True)
 
 
 @pytest.mark.launcher
@@ -248,15 +255,32 @@ def test_expanded() -> None:
     assert_accurate("y", y, plain(x, params, None, None)[0].expand(4, -1, -1), exact.expand(4, -1, -1))
 
 
+def backward_with(dy: Tensor, dtotal: Tensor | None, x: Tensor, params: Sequence[Tensor | None]) -> list[Tensor]:
+    args = [None if t is None else t.to(DEVICE) for t in (dy, dtotal, x, *params[:2])]
+    return ln.launch_layer_norm_backward(*args, None, None, None, EPS, x.dtype, x.dtype, True)
+
+
 @pytest.mark.launcher
-def test_gradient_layouts(few_splits: None) -> None:
-    x, params = tokens((3, 5, 8)), parameters(8, "wb", torch.float32)
-    y_gradient = randn(8)
-    given = [*params[:2], None, None, None, EPS, x.dtype, x.dtype, True]
-    args = [t.to(DEVICE) if isinstance(t, Tensor) else t for t in (x, *given)]
-    results = [ln.launch_layer_norm_backward(dy.to(DEVICE), None, *args)
-               for dy in (y_gradient.expand(3, 5, 8), y_gradient.expand(3, 5, 8).contiguous())]
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+@pytest.mark.parametrize("x", [randn(3, 5, 8), randn(3, 8, 5).transpose(1, 2)], ids=["tokens", "flattened"])
+@pytest.mark.parametrize("axes", [(0, 1), (0,), (0, 1, 2)], ids=str)
+def test_expanded_gradients(few_splits: None, axes: tuple[int, ...], x: Tensor) -> None:
+    """Of a sum over some axes: as if they were not."""
+    params = parameters(8, "wb", torch.float32)
+    dy, ds = (randn(*(1 if i in axes else n for i, n in enumerate(x.shape)), seed=i).expand(x.shape) for i in (1, 2))
+    torch.testing.assert_close(
+        backward_with(dy, ds, x, params), backward_with(dy.contiguous(), ds.contiguous(), x, params))
+
+
+@pytest.mark.launcher
+@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
+@pytest.mark.parametrize("make", [tokens, pixels])
+def test_gradients_are_not_copied(few_splits: None, make: Callable) -> None:
+    """Contiguous ones, whatever lies how in x, and any stride of an axis of one element."""
+    x, params = make((1, 6, 8) if make is tokens else (1, 8, 2, 3)), parameters(8, "wb", torch.float32)
+    dy, ds = (randn(*x.shape, seed=i).as_strided(x.shape, (777, *x[0].contiguous().stride())) for i in (1, 2))
+    with traffic() as counts:
+        backward_with(dy, ds, x, params)
+    assert [bytes_of(counts["read"], t) for t in (dy, ds)] == [4 * x.numel()] * 2
 
 
 @pytest.mark.launcher
@@ -284,7 +308,7 @@ def test_mixed_types(few_splits: None, x_type, residual_type, parameter_type) ->
 @pytest.mark.launcher
 def test_all_splits() -> None:
     """As many programs as on any GPU, the last of them empty."""
-    check_backward(ln, tokens((2, 45, 6)), parameters(6, "wb", torch.float32), tokens((2, 45, 6), 1), [1, 0])
+    check_backward(ln, tokens((2, 45, 6)), parameters(6, "wb", torch.float32), None, [1, 0])
 
 
 @pytest.mark.launcher
@@ -351,12 +375,14 @@ def test_eps_zero(few_splits: None) -> None:
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 2, 0)], ids=str)
 def test_empty(shape: tuple) -> None:
     x, params = tokens(shape).to(DEVICE), [p.to(DEVICE) for p in parameters(shape[-1], "wb", torch.float32)]
-    y, total = ln.launch_layer_norm(x, *params[:2], None, None, x, None, EPS)
-    assert y.shape == total.shape == shape
-    results = ln.launch_layer_norm_backward(y, None, x, *params[:2], None, None, None, EPS, x.dtype, x.dtype, True)
-    assert results[0].shape == shape
-    assert bool((results[2] == 0).all())
-    assert bool((results[3] == 0).all())
+    for bank in (None, int32([1]), int32([])):
+        both = [*params[:2], None, None] if bank is None else params
+        bank = None if bank is None else bank.to(DEVICE)
+        y, total = ln.launch_layer_norm(x, *both, x, bank, EPS)
+        assert y.shape == total.shape == shape
+        results = ln.launch_layer_norm_backward(y, None, x, *both, bank, EPS, x.dtype, x.dtype, True)
+        assert results[0].shape == shape
+        assert all(bool((t == 0).all()) for t in results[2:])
 
 
 @pytest.mark.launcher
@@ -409,6 +435,21 @@ def test_in_place_mixed_types() -> None:
 
 
 @pytest.mark.launcher
+def test_in_place_within_a_buffer() -> None:
+    """`out`, stream and x are different channels of one buffer."""
+    params = parameters(8, "wb", torch.float32)
+    buffer = tokens((2, 5, 32)).to(DEVICE)
+    before = buffer.clone()
+    out, stream, x = buffer[..., :8], buffer[..., 8:16], buffer[..., 24:]
+    ln.launch_layer_norm_(out, stream, x, *(p.to(DEVICE) for p in params[:2]), None, None, None, None, EPS)
+    old, given = before[..., 8:16].cpu(), before[..., 24:].cpu()
+    want, total = plain(given, params, old, None)
+    assert_accurate("out", out, want, plain(*double(given), double(*params), *double(old), None)[0])
+    assert torch.equal(stream.cpu(), total)
+    assert torch.equal(buffer[..., 16:], before[..., 16:])
+
+
+@pytest.mark.launcher
 @pytest.mark.parametrize("make", [tokens, pixels])
 def test_deterministic(few_splits: None, make: Callable) -> None:
     shape = (2, 30, 40) if make is tokens else (2, 40, 5, 6)
@@ -450,18 +491,19 @@ def test_traffic_backward(few_splits: None, make: Callable) -> None:
         dx, *_ = ln.launch_layer_norm_backward(dy, ds, x, weight, bias, None, None, None, EPS, x.dtype, x.dtype, True)
     assert [bytes_of(counts["read"], t) for t in (x, dy, ds)] == [size] * 3
     assert bytes_of(counts["written"], dx) == size
-    partial = 6 * 96 * 4
+    partial = 4 * 96 * 4
     assert sum(counts["written"].values()) == size + 2 * partial + 2 * 96 * 4
-    assert sum(counts["read"].values()) == 3 * size + 2 * partial + 6 * 96 * 4  # the weight, by each program
+    assert sum(counts["read"].values()) == 3 * size + 2 * partial + 4 * 96 * 4  # the weight, by each program
 
 
 @pytest.mark.launcher
 @pytest.mark.skipif(not INTERPRETED, reason="relies on memory committed where it is touched")
-@pytest.mark.parametrize("make", ["tokens", "pixels"])
+@pytest.mark.parametrize("make", ["tokens", "pixels", "one_sample"])
 def test_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch, make: str) -> None:
-    n = 2**31 // (64 * 8192) + 1
-    x = torch.empty(n, 8192, 64, dtype=torch.float16) if make == "tokens" else torch.empty(
-        n, 64, 8192, dtype=torch.float16).transpose(1, 2)
+    """`one_sample`: a tile of its own goes that far."""
+    n, rows = (1, 2**25 + 64) if make == "one_sample" else (2**31 // (64 * 8192) + 1, 8192)
+    x = torch.empty(n, rows, 64, dtype=torch.float16) if make == "tokens" else torch.empty(
+        n, 64, rows, dtype=torch.float16).transpose(1, 2)
     assert x.numel() > 2**31
     last = x[-1, -64:]
     last.copy_(randn(64, 64))
@@ -470,7 +512,7 @@ def test_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch, make: str) -> Non
         y, _ = ln.launch_layer_norm(x, weight, bias, None, None, None, None, EPS)
     want, _ = plain(last[-8:], [weight, bias, None, None], None, None)
     torch.testing.assert_close(y[-1, -8:], want)
-    monkeypatch.setattr(ln, "SPLITS", n * 8192 // 32)  # a tile for each, so that the last has the last one
+    monkeypatch.setattr(ln, "SPLITS", n * rows // 32)  # a tile for each, so that the last has the last one
     with last_programs():
         dx, *_ = ln.launch_layer_norm_backward(
             x, None, x, weight, None, None, None, None, EPS, x.dtype, x.dtype, False)
@@ -488,6 +530,11 @@ def planted_backward(module: ModuleType) -> None:
     check_backward(module, tokens((2, 70, 12)), parameters(12, "wb", torch.float32), tokens((2, 70, 12), 1), [1, 0])
 
 
+def planted_pixels(module: ModuleType) -> None:
+    module.SPLITS = 6
+    check_backward(module, pixels((2, 12, 3, 5)), parameters(12, "wb", torch.float32), pixels((2, 12, 3, 5), 1))
+
+
 def planted_in_place(module: ModuleType) -> None:
     check_in_place(module, tokens, True, [1, 0, 0, 1], [1])
 
@@ -499,8 +546,10 @@ def planted_in_place(module: ModuleType) -> None:
     (planted_forward, "use_second = tl.load(bank + unit // units_per_bank) != 0", "use_second = tl.load(bank) != 0"),
     (planted_forward, "centred = tl.where(mask, v - (tl.sum(v, 1) / D)[:, None], 0.0)",
      "centred = v - (tl.sum(v, 1) / D)[:, None]"),
-    (planted_forward, "mask = (row < rows)[:, None] & channel_mask[None, :]\n    v = tl.load(x",
-     "mask = (row < rows)[:, None] & (channel < CHANNELS)[None, :]\n    v = tl.load(x"),
+    (planted_forward, "mask = (first + row < rows)[:, None] & channel_mask[None, :]\n    at = _at(x",
+     "mask = (first + row < rows)[:, None] & (channel < CHANNELS)[None, :]\n    at = _at(x"),
+    (planted_pixels, "at = _at(dy, unit, first, row, channel, dy_unit, dy_row, dy_channel, FAR)",
+     "at = _at(dy, unit, first, row, channel, dx_unit, dx_row, dx_channel, FAR)"),
     (planted_forward, "v = rounded.to(tl.float32)", "v = v"),
     (planted_in_place, "active + unit // units_per_flag", "active"),
     (planted_backward, "tl.where(tile < units_per_part * tiles, rows, 0)",
@@ -508,8 +557,8 @@ def planted_in_place(module: ModuleType) -> None:
     (planted_backward, "tl.where(of_second, 0.0, v)", "v"),
     (planted_backward, "- z * (tl.sum(g * z, 1) / D)[:, None]", ""),
     (planted_backward, "unit = part * units_per_part + tile // tiles", "unit = tile // tiles"),
-    (planted_backward, "g += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)", "g = g"),
-], ids=range(11))
+    (planted_backward, "g += tl.load(at, mask=mask, other=0.0).to(tl.float32)", "g = g"),
+], ids=range(12))
 def test_planted_mistakes(few_splits: None, tmp_path: Path, check: Callable, right: str, wrong: str) -> None:
     check(ln)
     assert_caught(check, plant(ln, tmp_path, (right, wrong)))
@@ -544,9 +593,10 @@ def test_reference(make: Callable, case: str, dtype: torch.dtype) -> None:
                                     allow_unused=True)
         references.append((expected, found))
     (eager, eager_grads), (exact, exact_grads) = references
-    for a, e, f in zip(outputs, eager, exact):
+    for a, e, f, strides in zip(outputs, eager, exact, (output_strides(x), x.stride())):
         assert_accurate("output", a, e, f)
-        assert a.stride() == x.stride()
+        assert a.stride() == strides
+    assert actual[0].stride() == x.stride()
     for a, e, f in zip(actual, eager_grads, exact_grads):
         if e is not None:
             assert_accurate("gradient", a, e, f, atol=4e-6)
@@ -562,6 +612,42 @@ def test_gradcheck() -> None:
         return layer_norm(x, (weight, weight2), (bias, bias2), residual=residual, bank=int32([1, 0]))
 
     assert torch.autograd.gradcheck(function, (x, residual, *params))
+
+
+@pytest.mark.parametrize("values", [1, 2])
+def test_bank_may_change_before_backward(values: int) -> None:
+    """Self-distillation: the super-net, then the base net, then one backward for both."""
+    params = [p.requires_grad_() for p in parameters(5, "wb", torch.float32)]
+    x, bank = randn(4, 3, 5), torch.zeros(values, dtype=torch.int32)
+    total = 0
+    for which in (0, 1):
+        bank.fill_(which)
+        total = total + layer_norm(x, tuple(params[0::2]), tuple(params[1::2]), bank=bank).square().sum()
+    expected = sum(plain(x, params, None, [which])[0].square().sum() for which in (0, 1))
+    torch.testing.assert_close(torch.autograd.grad(total, params), torch.autograd.grad(expected, params))
+
+
+def test_no_second_derivative() -> None:
+    x = tokens((2, 3, 4)).requires_grad_()
+    dx, = torch.autograd.grad(layer_norm(x, torch.ones(4), None).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="adn::layer_norm_backward has no second derivative"):
+        dx.sum().backward()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bank", [None, [], [1]], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 4)], ids=str)
+def test_empty_op(shape: tuple[int, ...], bank: list[int] | None) -> None:
+    if bank == [] and shape[0] != 0:
+        bank = [0] * shape[0]
+    x, params = tokens(shape).requires_grad_(), parameters(4, "wb", torch.float32)
+    params = [p.requires_grad_() for p in params[:2 if bank is None else 4]]
+    weight, bias = params if bank is None else (tuple(params[0::2]), tuple(params[1::2]))
+    y, total = layer_norm(x, weight, bias, residual=x * 2, bank=int32(bank))
+    assert y.shape == total.shape == shape
+    (y.sum() + total.sum()).backward()
+    assert x.grad.shape == shape
+    assert all(p.grad.tolist() == [0] * 4 for p in params)
 
 
 def test_gradient_of_the_sum_alone() -> None:
@@ -593,6 +679,11 @@ def test_in_place_op(make: Callable) -> None:
     assert torch.equal(held[1::2], stream[1::2])
     layer_norm_(out, x, params[0], params[1])
     assert torch.equal(out, layer_norm(x, params[0], params[1]))
+    buffer = torch.zeros(*x.shape[:-1], 24)
+    buffer[..., :12] = x
+    layer_norm_(buffer[..., 12:], buffer[..., :12], params[0], params[1])
+    assert torch.equal(buffer[..., :12], x)
+    assert torch.equal(buffer[..., 12:], out)
 
 
 def test_two_steps() -> None:
@@ -623,13 +714,13 @@ def op_args(make: Callable, residual: bool, bank: list[int] | None, grad: bool =
 @pytest.mark.parametrize(("residual", "bank"), [(False, None), (True, [1, 0])])
 def test_opcheck(make: Callable, residual: bool, bank: list[int] | None) -> None:
     args = op_args(make, residual, bank)
-    torch.library.opcheck(torch.ops.adn.layer_norm, args)
+    torch.library.opcheck(ln.layer_norm_op, args)
     x, weight, bias, weight2, bias2, r, bank_values, eps = (
         t.detach() if isinstance(t, Tensor) else t for t in args)
     dy = torch.randn_like(x)
-    torch.library.opcheck(torch.ops.adn.layer_norm_backward, (
+    torch.library.opcheck(ln.layer_norm_backward_op, (
         dy, r, x, weight, bias, weight2, bias2, bank_values, eps, x.dtype, torch.float64, True))
-    torch.library.opcheck(torch.ops.adn.layer_norm_, (
+    torch.library.opcheck(ln.layer_norm_inplace_op, (
         torch.zeros_like(x), r, x, weight, bias, weight2, bias2, bank_values, int32([1, 0, 0, 1]), eps))
 
 
@@ -694,7 +785,7 @@ def test_fake_gpu(make: Callable) -> None:
 
 
 def backward_of(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> list[Tensor]:
-    return torch.ops.adn.layer_norm_backward(dy, None, x, weight, bias, None, None, None, EPS, x.dtype, x.dtype, True)
+    return ln.layer_norm_backward_op(dy, None, x, weight, bias, None, None, None, EPS, x.dtype, x.dtype, True)
 
 
 @pytest.mark.parametrize("make", [tokens, pixels])
@@ -718,7 +809,10 @@ BAD = {
     "residual_device": (lambda x, w: layer_norm(x, w, w, residual=x.to("meta")), "residual is .* on meta"),
     "pair": (lambda x, w: layer_norm(x, (w, w), w), "no `bank` is given"),
     "no_pair": (lambda x, w: layer_norm(x, w, (w, w), bank=int32([1])), "pass weight as a pair"),
-    "half_pair": (lambda x, w: layer_norm(x, (w, None), (w, w), bank=int32([1])), "weight of one bank is None"),
+    "half_pair": (lambda x, w: layer_norm(x, (w, None), (w, w), bank=int32([1])), "pass weight as a pair"),
+    "number": (lambda x, w: layer_norm(x, 1.0, None), "weight is a float; pass a tensor of shape"),
+    "eps": (lambda x, w: layer_norm(x, w, w, eps=-1.0), "eps=-1.0; pass a number that is not negative"),
+    "slices": (lambda x, w: layer_norm_((b := torch.zeros(2, 3, 8))[..., :4], b[..., 3:7], w, w), "x shares memory"),
     "bank_type": (lambda x, w: layer_norm(x, (w, w), (w, w), bank=torch.tensor([1])), "bank is torch.int64"),
     "bank_parts": (lambda x, w: layer_norm(x, (w, w), (w, w), bank=int32([1, 0, 1])), "as many equal parts"),
     "active_shape": (lambda x, w: layer_norm_(x.clone(), x, w, w, active=int32([1, 0, 1])), "one per sample"),

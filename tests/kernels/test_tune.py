@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,14 @@ import torch
 from aot import fake_cuda, record
 
 from adn_kernels import launch, tune
+from adn_kernels.conv import conv, conv_
 from adn_kernels.launch import tuned
 from adn_kernels.tune import Case, Override, Table
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import tuned_layers  # noqa: E402
 
 CPU = torch.device("cpu")
 HEADER = {"device": "made up", "torch": "2", "triton": "3", "driver": "1", "date": "today", "command": "tune"}
@@ -38,7 +46,7 @@ class Toy:
                 raise RuntimeError("out of resources")
             return torch.full((3,), 1.0 if block >= 32 else 2.0)
 
-        return Case(op, lambda: call)
+        return Case(op, f"size {size}", lambda: call)
 
     def time(self, call: Callable[[], Any]) -> float:
         """Fastest at a block of 512, eight warps; a block of 16 would be fastest of all but computes something else."""
@@ -140,7 +148,7 @@ def test_a_question_of_several_layers(folder: Path) -> None:
             asked.append((scale, tuned("shared", CPU, {"BLOCK": 4}, channels=8)["BLOCK"]))
             return torch.ones(1)
 
-        return Case("toy", lambda: call)
+        return Case("toy", "layer", lambda: call)
 
     def time(call: Callable[[], Any]) -> float:
         call()
@@ -152,14 +160,37 @@ def test_a_question_of_several_layers(folder: Path) -> None:
     assert (row["time_us"], row["default_us"]) == (100.0, 200.0)
 
 
-def test_failing_default_is_an_error(folder: Path) -> None:
-    def call() -> None:
+def test_what_fails_is_skipped(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Out of memory for the tensors of a layer, a default that does not compile: the rest is measured all the same."""
+    toy, resumed = Toy(), Toy()
+
+    def no_memory() -> None:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    def broken() -> None:
         tuned("broken", CPU, {"BLOCK": 4}, size=1)
         if launch.override.trial:
             raise RuntimeError("no kernel image")
 
-    with pytest.raises(RuntimeError, match="no kernel image"):
-        tune.tune([Case("toy", lambda: call)], table(folder), lambda call: 1.0)
+    given = [Case("toy", "large", no_memory), Case("toy", "broken", lambda: broken), toy.case()]
+    tune.tune(given, table(folder), toy.time)
+    assert tuned("first", CPU, {}, size=5)["BLOCK"] == 512
+    assert tuned("broken", CPU, {}, size=1) == {}
+    said = capsys.readouterr().out
+    assert "skipped toy of large: OutOfMemoryError: tried to allocate" in said
+    assert "skipped broken of {'size': 1}: RuntimeError: no kernel image" in said
+    tune.tune([*given[:2], resumed.case(size=7)], table(folder), resumed.time)
+    assert tuned("first", CPU, {}, size=7)["BLOCK"] == 512
+
+
+def test_a_lost_device_is_an_error(folder: Path) -> None:
+    def call() -> None:
+        tuned("broken", CPU, {"BLOCK": 4}, size=1)
+        if launch.override.trial:
+            raise torch.AcceleratorError("an illegal memory access was encountered", 700)
+
+    with pytest.raises(torch.AcceleratorError):
+        tune.tune([Case("toy", "layer", lambda: call)], table(folder), lambda call: 1.0)
     assert not folder.exists()
 
 
@@ -174,7 +205,7 @@ def test_backend_of_the_dispatcher(folder: Path) -> None:
             raise ValueError("cuDNN fuses no silu, only relu")
         return torch.ones(1)
 
-    tune.tune([Case("conv", lambda: call)], table(folder), lambda call: times[call.keywords["backend"]])
+    tune.tune([Case("conv", "layer", lambda: call)], table(folder), lambda call: times[call.keywords["backend"]])
     (row,) = json.loads(next(folder.iterdir()).read_text())["rows"]
     assert (row["kernel"], row["config"]) == ("conv", {"backend": "unfused"})
 
@@ -222,10 +253,37 @@ def test_cases_ask(op: str) -> None:
             assert config.keys() == question.default.keys()
 
 
-def test_layers_of_the_networks() -> None:
-    convs = list(tune.resnet50())
-    assert len(convs) == 53
-    assert sum(c.residual for c in convs) == 16
-    assert len(list(tune.mobilenet_v2())) == 52
-    weights = sum(c.channels * c.inputs // c.groups * c.kernel ** 2 for c in convs)
-    assert weights == 25_557_032 - 2048 * 1000 - 1000 - 2 * 26_560  # timm's, without head and norms
+def test_dispatcher_is_asked_with_and_without_cudnn() -> None:
+    """What blocks ask: folded and with norms, in place or not; none of these keys is one the tuner never writes."""
+    found = {}
+    with torch.no_grad(), Override() as override, fake_cuda():
+        record(lambda: found.update(tune.questions(override, tune.cases(["conv"], (8,), ["resnet50"]))))
+        first = next(c for c in tune.layers(["resnet50"]) if c.kernel == 3)
+        x, weight, scale, shift, _ = tune._operands(first, 8, "cuda")
+        shape = {"stride": first.stride, "padding": 1, "activation": first.activation}
+        override.asked.clear()
+        two = torch.empty(2, first.channels, device="cuda")
+        bank = torch.empty(8, dtype=torch.int32, device="cuda")
+        record(lambda: [
+            conv(x, weight, None, shift, **shape), conv(x, weight, scale, shift, **shape),
+            conv(x, weight, two, two, bank=bank, **shape),
+            conv_(torch.empty_like(x), x, weight, scale, shift, **shape)])
+    of_dispatcher = {key for key, (kernel, *_) in override.asked.items() if kernel == "conv"}
+    assert len(of_dispatcher) == 2
+    assert of_dispatcher <= set(found)
+
+
+def test_layers() -> None:
+    """`bench/tuned_layers.py` wrote them, of the networks as they are."""
+    assert tune.LAYERS.read_text() == tuned_layers.text()
+    assert list(json.loads(tune.LAYERS.read_text())) == list(tune.NETWORKS)
+    convs = [layer for layer in tune.layers(tune.NETWORKS) if isinstance(layer, tune.Conv)]
+    assert {c.op for c in convs} == {"conv1x1", "conv3x3", "depthwise", None}
+    assert all(c.groups == 1 or c.op == "depthwise" or c.inputs > c.groups for c in convs)
+
+
+def test_is_packaged() -> None:
+    """Layers and tables are read from the installed package."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["adn_kernels"]
+    for path in (tune.LAYERS, launch.TABLES / "sm_90.json"):
+        assert any(path.relative_to(tune.LAYERS.parent).match(pattern) for pattern in declared)
