@@ -307,18 +307,21 @@ def _size(flags: Tensor | None) -> int:
 def _config(kernel: str, x: Tensor, layout: Rows, **key: int) -> dict[str, int]:
     channels = next_power_of_2(x.shape[-1])
     adjacent, backward = layout.channel == 1, kernel == "layer_norm_backward"
+    wide = adjacent or (isinstance(layout.channel, int) and layout.channel % 16 == 0)  # loads of 16 bytes
     if adjacent:
         rows = min(64, max(2048 // channels, min(4, 4096 // channels), 1))
-    else:  # at least a sector of 32 bytes at a time, as far as registers reach
-        budget = 16384 if not backward else 4096
-        rows = min(32, max(32 // x.element_size(), 4096 // channels), budget // channels)
-    # Backward holds more tiles, so fewer elements of each per thread.
-    each = 1024 if not backward else 256 if channels > 2048 else 512
-    warps = channels // 256 if backward and adjacent else rows * channels // each
+    else:  # at least a sector of 32 bytes at a time, in backward a load of 16, as far as registers reach
+        piece, reach = (32, 16384) if not backward else (16, 8192 if wide and channels <= 1024 else 4096)
+        rows = min(32, max(piece // x.element_size(), 4096 // channels), reach // channels)
+    if not backward:
+        warps = rows * channels // 1024
+    elif adjacent:
+        warps = channels // 256  # side by side: sums over rows need no exchange between them
+    else:  # the addresses of narrow loads take many registers, which 8 warps have and 16 have not
+        warps = rows * channels // (256 if wide or channels > 2048 else 512)
     default = {"ROWS": rows, "num_warps": min(16, max(4, warps))}
     if backward:
         # Loads of the next tile wait in shared memory, of which some GPUs have 64 KB; narrow ones in registers.
-        wide = isinstance(layout.channel, int) and layout.channel % 16 == 0
         most = 16384 if adjacent else 8192 if wide else 0
         default["num_stages"] = 2 if rows * channels * x.element_size() <= most else 1
     return tuned(kernel, x.device, default, channels=x.shape[-1], dtype=str(x.dtype).removeprefix("torch."),

@@ -70,13 +70,13 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
 @pytest.fixture
 def ieee() -> Iterator[None]:
     """float32 products in float32: whether convolutions take TF32 would else be cuDNN's choice, case by case."""
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
-        backend.fp32_precision = "ieee"
+        backend.allow_tf32 = False
     yield
-    for backend, precision in zip(backends, before):
-        backend.fp32_precision = precision
+    for backend, allowed in zip(backends, before):
+        backend.allow_tf32 = allowed
 
 
 @pytest.fixture(scope="session")

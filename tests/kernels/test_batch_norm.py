@@ -60,12 +60,13 @@ class Case:
 
 
 def make(
-    n: int = 4, c: int = 13, h: int = 5, w: int = 6, *, layout: int = 1, dtype: torch.dtype = torch.float32,
+    n: int = 4, c: int | None = None, h: int = 5, w: int = 6, *, layout: int = 1, dtype: torch.dtype = torch.float32,
     activation: str = "silu", residual: bool | torch.dtype = False, groups: int = 1, bank: list[int] | None = None,
     parameters: torch.dtype = torch.float32, running: torch.dtype = torch.float32, seed: int = 0,
 ) -> Case:
     """Random values; every channel has a mean and a spread of its own."""
     torch.manual_seed(seed)
+    c = c or (5, 13)[layout % 2]  # in NCHW every channel is a program
 
     def values(dtype: torch.dtype) -> Tensor:
         return layouts((torch.randn(n, c, h, w) * (torch.rand(c, 1, 1) + 0.5) + torch.randn(c, 1, 1)).to(dtype))[layout]
@@ -209,11 +210,11 @@ def test_shapes(shape: tuple[int, ...], layout: int) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize(("shape", "layout"), [
-    ((2, 130, 1, 3), 0), ((40, 3, 9, 40), 1), ((6, 3, 48, 48), 0), ((2, 2, 80, 90), 0), ((150, 2, 3, 9), 0),
-    ((700, 3, 1, 1), 0), ((40, 19, 1, 1), 0), ((2, 530, 1, 2), 1), ((9, 130, 8, 8), 1),
+@pytest.mark.parametrize(("shape", "layout", "splits"), [
+    ((2, 40, 1, 3), 0, 6), ((40, 3, 9, 40), 1, 264), ((6, 3, 48, 48), 0, 264), ((2, 2, 80, 90), 0, 6),
+    ((150, 2, 3, 9), 0, 264), ((700, 3, 1, 1), 0, 264), ((40, 19, 1, 1), 0, 6), ((2, 530, 1, 2), 1, 6),
+    ((9, 130, 8, 8), 1, 24),
 ])
-@pytest.mark.parametrize("splits", [6, 264])
 def test_many_rows_or_channels(
     shape: tuple[int, ...], layout: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,13 +226,13 @@ def test_many_rows_or_channels(
 @pytest.mark.parametrize("bank", [None, [0, 1], [1, 0], [0, 0], [7, -1]], ids=str)
 @pytest.mark.parametrize("residual", [False, True])
 def test_groups_and_banks(bank: list[int] | None, residual: bool, layout: int) -> None:
-    check(make(6, 11, 4, 5, layout=layout, groups=2, bank=bank, residual=residual, activation="hardswish"))
+    check(make(6, None, 4, 5, layout=layout, groups=2, bank=bank, residual=residual, activation="hardswish"))
 
 
 @pytest.mark.launcher
 @pytest.mark.parametrize(("groups", "bank"), [(1, [1]), (3, [1, 0, 1]), (6, None)])
 def test_other_numbers_of_groups(groups: int, bank: list[int] | None, layout: int) -> None:
-    check(make(6, 11, 3, 3, layout=layout, groups=groups, bank=bank, dtype=torch.float16))
+    check(make(6, None, 3, 3, layout=layout, groups=groups, bank=bank, dtype=torch.float16))
 
 
 @pytest.mark.launcher
@@ -272,8 +273,8 @@ def test_mixed_types(
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish"])
+@pytest.mark.parametrize(("activation", "bad"), [
+    ("relu", float("nan")), ("relu6", float("nan")), ("hardswish", float("nan")), ("relu", float("inf"))])
 def test_nan_stays_in_its_channel_and_group(activation: str, bad: float, layout: int) -> None:
     case = make(groups=2, bank=[0, 1], layout=layout, activation=activation)
     case.x[0, 3, 2, 2] = bad
@@ -304,10 +305,10 @@ def test_outlier_first(layout: int) -> None:
 
 @pytest.mark.launcher
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_shape(data: st.DataObject) -> None:
     groups = data.draw(st.integers(1, 3), "groups")
-    n, c, h, w = (data.draw(st.integers(1, most), name) for name, most in zip("nchw", (4, 20, 9, 13)))
+    n, c, h, w = (data.draw(st.integers(1, most), name) for name, most in zip("nchw", (4, 11, 9, 13)))
     n = max(n, 2 if h * w == 1 else 1) * groups
     bank = data.draw(st.none() | st.lists(st.integers(0, 1), min_size=groups, max_size=groups), "bank")
     case = make(
@@ -326,7 +327,7 @@ def test_empty_batch(layout: int) -> None:
     case = make(2, layout=layout, groups=2, bank=[0, 1], residual=True)
     case = replace(case, x=case.x[:0], residual=case.residual[:0], dy=case.dy[:0])
     found = launched(case)
-    assert found["y"].shape == found["dx"].shape == (0, 13, 5, 6)
+    assert found["y"].shape == found["dx"].shape == case.x.shape
     for b, (_, _, mean, var) in enumerate(case.banks):
         assert_close([found[f"running mean {b}"].cpu(), found[f"running var {b}"].cpu()], [mean, var], rtol=0, atol=0)
         assert not found[f"dweight {b}"].any()
@@ -339,7 +340,7 @@ def test_empty_batch(layout: int) -> None:
 @pytest.mark.parametrize("residual", [False, True])
 def test_processes(sizes: tuple[int, ...], residual: bool, layout: int) -> None:
     """The launchers between which processes communicate, on parts of a batch in place of processes."""
-    case = make(6, 11, 4, 5, layout=layout, residual=residual)
+    case = make(6, None, 4, 5, layout=layout, residual=residual)
     with Guards() as guards:
         xs, residuals, dys = (
             [None] * len(sizes) if t is None else [guards.place(part) for part in t.split(sizes)]
@@ -384,7 +385,7 @@ def test_one_value_over_all_processes(bank: list[int] | None) -> None:
 
 @pytest.mark.launcher
 def test_deterministic(layout: int) -> None:
-    case = make(8, 17, 9, 9, layout=layout, dtype=torch.float16, groups=2, residual=True)
+    case = make(8, None, 9, 9, layout=layout, dtype=torch.float16, groups=2, residual=True)
     first, second = launched(case), launched(case)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -397,8 +398,8 @@ def test_deterministic(layout: int) -> None:
 def test_passes_over_the_tensor(residual: bool, layout: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """3 forward (4), 5 backward (7). Moments or sums of the parts and the vectors of the channels come on top: up to a
     quarter of a pass here, less the larger the tensor."""
-    monkeypatch.setattr(module, "SPLITS", 16)
-    case = make(8, 16, 32, 32, layout=layout, residual=residual, activation="relu")
+    monkeypatch.setattr(module, "SPLITS", 8)
+    case = make(8, 8, 24, 24, layout=layout, residual=residual, activation="relu")
     stats = module.batch_norm_reference(case.x, case.residual, case.parameters, None, 1, "relu", 0.1, EPS)[1]
     size = case.x.numel() * 4
     with traffic() as counts:
@@ -574,15 +575,20 @@ MISTAKES = [
 @pytest.mark.skipif(DEVICE == "cuda", reason="mistakes may read anywhere")
 @pytest.mark.parametrize(("layout", "right", "wrong"), MISTAKES, indirect=["layout"])
 def test_mistakes_are_noticed(layout: int, right: str, wrong: str, tmp_path: Path) -> None:
+    assert_caught(lambda of: check_for_mistakes(layout, of), plant(module, tmp_path, (right, wrong)))
+
+
+@pytest.mark.launcher
+def test_no_mistakes(layout: int) -> None:
+    """What finds the mistakes passes without them."""
+    check_for_mistakes(layout, module)
+
+
+def check_for_mistakes(layout: int, of: ModuleType) -> None:
     # In NCHW a program has several blocks of a plane, and samples that do not fill its tile.
-    shape = (22, 3, 23, 23) if layout == 0 else (6, 19, 4, 5)
-
-    def checks(of: ModuleType) -> None:
-        of.FEW, of.SPLITS = module.FEW, module.SPLITS
-        check(make(*shape, layout=layout, groups=2, bank=[0, 1], residual=True), of)
-
-    checks(module)
-    assert_caught(checks, plant(module, tmp_path, (right, wrong)))
+    shape = (22, 2, 23, 23) if layout == 0 else (6, 19, 4, 5)
+    of.FEW, of.SPLITS = module.FEW, module.SPLITS
+    check(make(*shape, layout=layout, groups=2, bank=[0, 1], residual=True), of)
 
 
 # On the CPU.
@@ -947,7 +953,7 @@ BAD = [
     ({"x": torch.ones(4, 13, 5, 6, dtype=torch.int32)}, "x is torch.int32; pass a floating type"),
     ({"groups": 3}, "a batch of 4 cannot be split into 3 equal groups"),
     ({"groups": 0}, "into 0 equal groups"),
-    ({"weight": torch.ones(12)}, r"weight is torch.float32 of shape \(12,\) .* pass contiguous floats of shape \(13,\)"),
+    ({"weight": torch.ones(12)}, r"weight is torch.float32 of shape \(12,\) .*; pass contiguous floats of"),
     ({"bias": torch.ones(13, dtype=torch.int64)}, "bias is torch.int64"),
     ({"weight": torch.ones(26)[::2]}, r"weight is .* and strides \(2,\); pass contiguous floats"),
     ({"eps": -1.0}, "eps=-1.0; pass a number that is not negative"),

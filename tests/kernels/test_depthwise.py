@@ -57,7 +57,7 @@ class Case:
 
 
 def make(
-    n: int = 2, c: int = 13, h: int = 5, w: int = 6, k: int = 3, *, stride: int = 1, padding: int | None = None,
+    n: int = 2, c: int = 13, h: int = 5, w: int = 3, k: int = 3, *, stride: int = 1, padding: int | None = None,
     layout: int = 1, dtype: torch.dtype = torch.float32, activation: str = "silu", residual: bool = False,
     bank: list[int] | None = None, seed: int = 0,
 ) -> Case:
@@ -122,7 +122,9 @@ def check(case: Case, of: ModuleType = module) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("k", [3, 5, 7])
 def test_kernel(k: int, stride: int, layout: int, dtype: torch.dtype) -> None:
-    check(make(k=k, stride=stride, layout=layout, dtype=dtype))
+    # Few programs, for each takes the interpreter long: two blocks along the axis held in registers
+    h, w = (5, 3) if layout % 2 else (3, 5)
+    check(make(2 if k == 3 else 1, h=h, w=w, k=k, stride=stride, layout=layout, dtype=dtype))
 
 
 @pytest.mark.launcher
@@ -135,8 +137,8 @@ def test_epilogue(activation: str, bank: list[int] | None) -> None:
 @pytest.mark.launcher
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", [
-    (1, 1, 1, 1), (2, 3, 1, 1), (1, 16, 1, 7), (3, 17, 7, 1), (1, 1, 3, 31), (2, 24, 8, 7), (1, 97, 5, 3),
-    (1, 8, 33, 2), (1, 136, 4, 4),
+    (1, 1, 1, 1), (2, 3, 1, 1), (1, 16, 1, 7), (3, 17, 7, 1), (1, 1, 3, 17), (2, 24, 4, 7), (1, 97, 5, 3),
+    (1, 8, 17, 2), (1, 136, 4, 4),
 ], ids=str)
 def test_odd_shapes(sizes: tuple[int, int, int, int], layout: int) -> None:
     check(make(*sizes, layout=layout, residual=True))
@@ -145,8 +147,8 @@ def test_odd_shapes(sizes: tuple[int, int, int, int], layout: int) -> None:
 @pytest.mark.launcher
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    n=st.integers(1, 2), c=st.integers(1, 20), h=st.integers(1, 9), w=st.integers(1, 9), k=st.sampled_from([3, 5, 7]),
-    stride=st.sampled_from([1, 2]), padding=st.integers(3, 5), layout=st.sampled_from(LAYOUTS), residual=st.booleans(),
+    n=st.integers(1, 2), c=st.integers(1, 20), h=st.integers(1, 6), w=st.integers(1, 6), k=st.sampled_from([3, 5, 7]),
+    stride=st.sampled_from([1, 2]), padding=st.integers(3, 4), layout=st.sampled_from(LAYOUTS), residual=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_any_shape(n: int, c: int, h: int, w: int, k: int, stride: int, padding: int, layout: int, residual: bool,
@@ -157,7 +159,7 @@ def test_any_shape(n: int, c: int, h: int, w: int, k: int, stride: int, padding:
 @pytest.mark.launcher
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_padding(layout: int) -> None:
-    check(make(k=5, padding=0, layout=layout))
+    check(make(h=6, w=7, k=5, padding=0, layout=layout))
 
 
 @pytest.mark.launcher
@@ -196,7 +198,7 @@ def test_residual_of_another_dtype() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_pass(activation: str) -> None:
     case = make(activation=activation, residual=True)
-    case.x[0, 2, 4, 4] = float("nan")
+    case.x[0, 2, 4, 2] = float("nan")
     case.x[1, 3, 0, 0] = float("inf")
     case.residual[0, 5, 1, 1] = float("nan")
     torch.testing.assert_close(launched(case).cpu(), plain(case), equal_nan=True)
@@ -247,7 +249,7 @@ def test_output_of_another_dtype_and_layout() -> None:
 
 @pytest.mark.launcher
 def test_empty_batch() -> None:
-    assert launched(make(0)).shape == (0, 13, 5, 6)
+    assert launched(make(0)).shape == (0, 13, 5, 3)
 
 
 @pytest.mark.launcher
@@ -309,9 +311,21 @@ def test_beyond_2_31_elements(layout: int) -> None:
     [("a * STRIDE + (i - PADDING)", "a + (i - PADDING)")],
 ], ids=lambda changes: changes[0][0].strip())
 def test_mistakes_are_noticed(changes: list[tuple[str, str]], tmp_path: Path) -> None:
-    case = make(2, 5, 5, 5, stride=2, bank=[0, 1], residual=True)
-    check(case)
-    assert_caught(lambda of: check(case, of), plant(module, tmp_path, *changes))
+    assert_caught(check_some, plant(module, tmp_path, *changes))
+
+
+def check_some(of: ModuleType = module) -> None:
+    check(make(2, 5, 5, 5, stride=2, bank=[0, 1], residual=True), of)
+
+
+def check_some_in_place(of: ModuleType = module) -> None:
+    check_inplace(make(2), True, [1, 0], of)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("check", [check_some, check_some_in_place])
+def test_without_mistakes(check: Callable[[], None]) -> None:
+    check()
 
 
 @pytest.mark.launcher
@@ -321,8 +335,7 @@ def test_mistakes_are_noticed(changes: list[tuple[str, str]], tmp_path: Path) ->
     ("tl.load(active + n * active_n) == 0", "tl.load(active) == 0"),
 ], ids=["ignored", "of the first sample"])
 def test_bypass_mistakes_are_noticed(change: tuple[str, str], tmp_path: Path) -> None:
-    check_inplace(make(2), True, [1, 0])
-    assert_caught(lambda of: check_inplace(make(2), True, [1, 0], of), plant(module, tmp_path, change))
+    assert_caught(check_some_in_place, plant(module, tmp_path, change))
 
 
 # The op, on the CPU

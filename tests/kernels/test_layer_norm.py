@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+from aot import compile_launch, fake_cuda, record
 from harness import (
     DEVICE,
     DTYPES,
@@ -869,7 +873,8 @@ def _aot_backward(
     shape: tuple[int, ...], as_pixels: bool = False, residual: bool = False, banks: bool = False
 ) -> Callable[[torch.dtype, str], tuple[int, int]]:
     def launch(dtype: torch.dtype, activation: str) -> tuple[int, int]:
-        x, dy, ds = (_aot_tensor(shape, as_pixels, dtype) for _ in range(3))
+        x, ds = (_aot_tensor(shape, as_pixels, dtype) for _ in range(2))
+        dy = _aot_tensor(shape, False, dtype)
         params = [torch.empty(shape[-1], device="cuda") if i < 2 or banks else None for i in range(4)]
         bank = torch.empty(2, dtype=torch.int32, device="cuda") if banks else None
         ln.launch_layer_norm_backward(dy, ds if residual else None, x, *params, bank, EPS, dtype, dtype, True)
@@ -898,3 +903,20 @@ AOT = {
     "convnext_96_backward": _aot_backward((64, 56, 56, 96), as_pixels=True, residual=True, banks=True),
     "convnext_768_backward": _aot_backward((64, 28, 28, 768), as_pixels=True, residual=True, banks=True),
 }
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [
+    (384, torch.bfloat16), (768, torch.bfloat16), (768, torch.float32), (2048, torch.float16), (4096, torch.bfloat16),
+], ids=str)
+def test_sums_stay_within_a_warp(channels: int, dtype: torch.dtype) -> None:
+    """Where backward adds up the rows of each tile, all warps lie along a row: none waits for another to add."""
+    with fake_cuda():
+        kernel, *_ = record(_aot_backward((64, 197, channels), residual=True, banks=True), dtype, "identity")
+    binaries, compile = [], triton.compile
+    with mock.patch.object(triton, "compile", lambda *a, **k: binaries.append(compile(*a, **k)) or binaries[-1]):
+        found = compile_launch(kernel, "sm_90")
+    assert not found["spills"]
+    warps = set(re.findall(r"warpsPerCTA = \[(\d+), (\d+)\]", binaries[0].asm["ttgir"]))
+    assert kernel.args["SUM_ROWS"] == (channels >= 768)
+    if kernel.args["SUM_ROWS"]:
+        assert warps == {("1", str(kernel.options["num_warps"]))}
