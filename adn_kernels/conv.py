@@ -3,8 +3,8 @@
 Which, is a table of measured choices per shape (kernel "conv" of `launch.tuned`). Where nothing was measured:
 
 - 3x3 ReLU convolutions on folded weights (`fold`): cuDNN.
-- 1x1, 3x3 and depthwise convolutions otherwise: Triton. It alone leaves out work on a device's flag: with `active` it is
-  taken whatever was measured.
+- 1x1, 3x3 and depthwise convolutions otherwise: Triton. It alone leaves out work on a device's flag, so with `active`
+  it is taken whatever was measured.
 - Anything else, as grouped convolutions: separate ops.
 """
 
