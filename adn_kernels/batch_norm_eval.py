@@ -264,7 +264,10 @@ def _samples(x: Tensor, strides: Sequence[tuple[int, int, int]], per_sample: boo
 
 
 def _tile(channels: int, pixels: int, adjacent_channels: bool, num_warps: int) -> dict[str, int]:
-    """2048 elements: one 16-byte load of a half-precision tensor for each of 256 threads, or two for each of 128."""
+    """2048 elements: one 16-byte load of a half-precision tensor for each of 256 threads, or two for each of 128.
+
+    Of float32 it is two for each of 256: four for each of 128 would not fit their registers on every architecture.
+    """
     if adjacent_channels:
         bc = min(next_power_of_2(channels), 64)
         return {"BP": 2048 // bc, "BC": bc, "num_warps": num_warps}
@@ -303,8 +306,8 @@ def launch_batch_norm_eval(
     per_sample = PER_SAMPLE in (flags_kind(bank), flags_kind(active))
     samples, pixels = _samples(x, strides if residual is not None else strides[:2], per_sample)
     adjacent = strides[0][1] == 1
-    config = tuned("batch_norm_eval", x.device, _tile(channels, pixels, adjacent, num_warps=4), channels=channels,
-                   channels_last=int(adjacent), dtype=str(x.dtype))
+    config = tuned("batch_norm_eval", x.device, _tile(channels, pixels, adjacent, num_warps=2 * x.element_size()),
+                   channels=channels, channels_last=int(adjacent), dtype=str(x.dtype))
     bp, channel_blocks = config["BP"], cdiv(channels, config["BC"])
     splits, tiles = _split(samples, pixels, channel_blocks, bp, sums=False)
     launch(
@@ -347,7 +350,7 @@ def launch_batch_norm_eval_backward(
     sums = train_weight or train_bias
     adjacent = strides[0][1] == 1
     # Long loops of few programs where there are sums: those need loads in flight, others have many programs instead.
-    default = _tile(channels, pixels, adjacent, num_warps=8 if sums else 4) | {"STAGES": 3 if sums else 1}
+    default = _tile(channels, pixels, adjacent, 8 if sums else 2 * x_dtype.itemsize) | {"STAGES": 3 if sums else 1}
     config = tuned("batch_norm_eval_backward", dy.device, default, channels=channels, channels_last=int(adjacent),
                    sums=int(sums), dtype=str(x_dtype))
     bp, channel_blocks = config["BP"], cdiv(channels, config["BC"])
