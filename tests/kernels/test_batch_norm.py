@@ -213,7 +213,7 @@ def test_shapes(shape: tuple[int, ...], layout: int) -> None:
 @pytest.mark.parametrize(("shape", "layout", "splits"), [
     ((2, 40, 1, 3), 0, 6), ((40, 3, 9, 40), 1, 264), ((6, 3, 48, 48), 0, 264), ((2, 2, 80, 90), 0, 6),
     ((150, 2, 3, 9), 0, 264), ((700, 3, 1, 1), 0, 264), ((40, 19, 1, 1), 0, 6), ((2, 530, 1, 2), 1, 6),
-    ((9, 130, 8, 8), 1, 24),
+    ((9, 130, 8, 8), 1, 24), ((3, 4096, 1, 1), 1, 6),
 ])
 def test_many_rows_or_channels(
     shape: tuple[int, ...], layout: int, splits: int, monkeypatch: pytest.MonkeyPatch

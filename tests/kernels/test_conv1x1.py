@@ -50,6 +50,20 @@ def check(case: Conv, module: ModuleType = module, config: dict | None = None) -
     assert_accurate("conv1x1", launch(case, module, config), on_device.torch(), case.double().torch())
 
 
+@launcher
+@pytest.mark.parametrize(("k", "c"), [(4096, 24), (24, 4096)])
+def test_4096_channels(k: int, c: int) -> None:
+    check(conv_case(1, k, 2, 1, c, 1, dtype=torch.float16, activation="relu", residual=True))
+
+
+@launcher
+def test_tf32() -> None:
+    """Ten bits of mantissa, if torch is set so (in the interpreter all of them)."""
+    case = conv_case(2, 300, 4, 4, 40, 1)
+    torch.backends.cudnn.allow_tf32 = True  # what the fixture of all tests undoes
+    torch.testing.assert_close(launch(case).cpu().double(), case.double().torch(), rtol=2**-8, atol=2**-8)
+
+
 # N, K, H, W, C: ones, primes, just below, at and above tiles, an SE block's 1x1 map
 SHAPES = [
     (1, 1, 1, 1, 1), (2, 3, 5, 7, 2), (3, 17, 4, 4, 31), (2, 64, 7, 7, 33), (5, 15, 1, 1, 16), (1, 65, 3, 11, 130),

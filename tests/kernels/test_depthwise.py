@@ -135,6 +135,11 @@ def test_epilogue(activation: str, bank: list[int] | None) -> None:
 
 
 @pytest.mark.launcher
+def test_4096_channels() -> None:
+    check(make(1, 4096, 2, 1, dtype=torch.float16, residual=True))
+
+
+@pytest.mark.launcher
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", [
     (1, 1, 1, 1), (2, 3, 1, 1), (1, 16, 1, 7), (3, 17, 7, 1), (1, 1, 3, 17), (2, 24, 4, 7), (1, 97, 5, 3),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 from harness import layouts
+from torch._prims_common import suggest_memory_format
 from torch.testing import assert_close
 
 from adn_kernels import launch
@@ -20,6 +21,7 @@ from adn_kernels.launch import (
     check_no_alias,
     dot_precision,
     layout_of,
+    memory_format,
     next_power_of_2,
     on_gpu,
     tuned,
@@ -42,6 +44,7 @@ def read(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 def test_layout(sizes: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     for i, x in enumerate(layouts(torch.randn(sizes))):
+        assert memory_format(x) == suggest_memory_format(x)
         layout = layout_of(x)
         assert_close(read(x, layout), x, rtol=0, atol=0)
         if min(sizes) > 1:
