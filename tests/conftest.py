@@ -79,6 +79,13 @@ def ieee() -> Iterator[None]:
         backend.allow_tf32 = allowed
 
 
+@pytest.fixture(autouse=True)
+def exact_products_of_kernels(request: pytest.FixtureRequest) -> None:
+    """What error a kernel is allowed depends on that of eager PyTorch."""
+    if request.path.parent.name == "kernels":
+        request.getfixturevalue("ieee")
+
+
 @pytest.fixture(scope="session")
 def seeded() -> ModuleType:
     """The module that regenerates the weights and inputs of the golden fixtures from their names."""
