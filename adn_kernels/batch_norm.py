@@ -704,7 +704,9 @@ def _walk(name: str, rows: _Rows) -> tuple[tuple[int, int], int, dict[str, int]]
     if isinstance(rows.rows * rows.columns, int):
         walk = min(walk, next_power_of_2(rows.rows * cdiv(rows.columns, width) * rows.groups // (4 * SPLITS)))
         walk = max(height, min(walk, next_power_of_2(rows.rows)))
-    config = dict(rows.tuned(name, {"BM": height, "BN": width, "rows": walk, "num_warps": 4}))
+    # 16 bytes twice for each tensor in a thread; more of float32 would not fit the registers of every architecture.
+    warps = 2 * rows.dtype.itemsize
+    config = dict(rows.tuned(name, {"BM": height, "BN": width, "rows": walk, "num_warps": warps}))
     walk = config.pop("rows")
     config["PLANES"] = isinstance(rows.inner, int) and rows.inner >= config["BN"]
     return (cdiv(rows.columns, config["BN"]) * cdiv(rows.rows, walk), rows.groups), walk, config
