@@ -8,7 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +43,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if of_launcher if interpreted else (on_gpu or not of_launcher):
             chosen.append(item)
     items[:] = chosen
+
+
+BROKEN = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, pytest.TestReport]:
+    if call.excinfo is not None and isinstance(call.excinfo.value, torch.AcceleratorError):
+        item.config.stash[BROKEN] = True
+    return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """After a CUDA error all that follows in the process may fail: of several, another takes over the other tests."""
+    if item.config.stash.get(BROKEN, False) and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
