@@ -712,10 +712,10 @@ def _walk(name: str, rows: _Rows) -> tuple[tuple[int, int], int, dict[str, int]]
     return (cdiv(rows.columns, config["BN"]) * cdiv(rows.rows, walk), rows.groups), walk, config
 
 
-def _few_config(rows: _Rows) -> dict[str, int]:
-    """The grid is one of blocks of 16 channels, which are at least 32 bytes of each row."""
+def _few_config(rows: _Rows, warps: int) -> dict[str, int]:
+    """The grid is one of blocks of 16 channels, which are at least 32 bytes of each row; `warps` for many rows."""
     height, width = next_power_of_2(rows.rows), _power_of_2(rows.channels, 16)
-    return {"BM": height, "BC": width, "num_warps": 4 if height * width <= 2048 else 8}
+    return {"BM": height, "BC": width, "num_warps": 4 if height * width <= 2048 else warps}
 
 
 def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
@@ -815,7 +815,7 @@ def launch_batch_norm(
     y, stats, *running = _outputs(x, residual, parameters, bank, rows)
     strides = rows.strides(x, residual, y)
     vec = _vector(rows.channels, *strides)
-    config = _few_config(rows)
+    config = _few_config(rows, 8)
     launch(_few_kernel, (cdiv(rows.channels, config["BC"]),), x, residual, y, stats, *parameters, *running, bank,
            rows.rows, groups, rows.channels // vec, *(s // vec for s in strides), momentum, eps, VEC=vec,
            ACTIVATION=activation, **config)
@@ -881,7 +881,7 @@ def launch_batch_norm_backward(
     dweight, dbias = _empty_per_bank(rows, weight, two_banks), _empty_per_bank(rows, bias, two_banks)
     strides = rows.strides(dy, x, residual, dx, dz)
     vec = _vector(c, *strides)
-    config = _few_config(rows)
+    config = _few_config(rows, 16)
     launch(_backward_few_kernel, (cdiv(c, config["BC"]),), dy, x, residual, dx, dz, stats,
            None if weight is None else dweight, None if bias is None else dbias, rows.rows, groups, c // vec,
            *(s // vec for s in strides), TWO_BANKS=two_banks, VEC=vec, ACTIVATION=activation, **config)
