@@ -130,8 +130,9 @@ def _config(
     else:
         block_a = min(64, max(8, next_power_of_2(a))) if isinstance(a, int) else 32
         block_c = elements // block_a
-    # 7 divides the maps of 224 x 224 images. With stride 2 neighbours share less than they cost in registers.
-    block_b = 3 if stride == 2 else 7 if isinstance(b, int) and b % 7 == 0 else 4
+    # 7 divides the maps of 224 x 224 images. With stride 2 neighbours share less than they cost in registers; and so do
+    # the addresses of channels that 16 does not divide.
+    block_b = 3 if stride == 2 else 7 if isinstance(b, int) and b % 7 == 0 and channels % 16 == 0 else 4
     if all(isinstance(size, int) for size in (n, a, b)):
         programs = n * cdiv(a, block_a) * cdiv(b, block_b) * cdiv(channels, block_c)
         # Few, as at batch 1: more, smaller ones to occupy the GPU.

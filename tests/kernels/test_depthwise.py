@@ -320,7 +320,7 @@ def test_mistakes_are_noticed(changes: list[tuple[str, str]], tmp_path: Path) ->
 
 
 def check_some(of: ModuleType = module) -> None:
-    check(make(2, 5, 5, 5, stride=2, bank=[0, 1], residual=True), of)
+    check(make(2, 5, 7, 7, stride=2, bank=[0, 1], residual=True), of)
 
 
 def check_some_in_place(of: ModuleType = module) -> None:
