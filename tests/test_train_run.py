@@ -269,7 +269,9 @@ def test_ctrl_c(images: Path, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert f"adn train --out {out} --resume" in errors
-    assert "Traceback" not in errors
+    # Python itself shows, and drops, an interrupt that comes while a worker is forked; the engine has noted it.
+    shown = re.sub(r"Exception ignored in.*?\nKeyboardInterrupt: ?\n", "", errors, flags=re.DOTALL)
+    assert "Traceback" not in shown, errors
     done = last(out)["epoch"]
     assert 1 <= done < 200
     assert main(["train", "--out", str(out), "--resume", "--epochs", str(done + 1), "--workers", "0"]) == 0
