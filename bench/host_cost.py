@@ -118,6 +118,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu needs none")
     set_up()
     x = torch.randn(16, device=args.device)
     add, = microseconds([lambda: x + x], args)

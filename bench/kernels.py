@@ -407,6 +407,8 @@ def main() -> int:
     mode.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.summary:
+        if not args.summary.is_file():
+            parser.error(f"there is no file {args.summary}; --csv writes one")
         print(summary(read_rows(args.summary)))
         return 0
     dtype = getattr(torch, args.dtype)
