@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import timm.layers
 import torch
@@ -53,12 +53,8 @@ class Traced:
     graph: fx.Graph
     calls: dict[str, tuple[fx.Node, fx.Node]]
 
-    def module(self, node: fx.Node) -> nn.Module | None:
-        """The module a node calls, None if it calls none."""
-        return self.root.get_submodule(node.target) if node.op == "call_module" else None
 
-
-class CannotTrace(RuntimeError):
+class CannotTrace(ValueError):
     """The forward of a module depends on values, or does something else that has no place in a graph."""
 
 
@@ -108,17 +104,24 @@ def trace(module: nn.Module, watched: Collection[str] = ()) -> Traced:
         raise CannotTrace(f"{original_class(module).__name__}: {error}") from error
     for node in graph.find_nodes(op="placeholder")[1:]:
         # Those with a value of their own: torch.fx leaves a check of it behind.
-        for user in list(node.users):
-            graph.erase_node(user)
-        graph.erase_node(node)
+        _erase_with_users(graph, node)
     return Traced(module, graph, tracer.calls)
 
 
-def activation_of(traced: Traced, node: fx.Node) -> str | None:
-    """The name in `adn_kernels.ops.ACTIVATIONS` of the activation that a node computes; None if it computes none."""
-    module = traced.module(node)
-    if module is not None:
-        return activation_of_module(module)
+def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_with_users(graph, user)
+    graph.erase_node(node)
+
+
+def activation_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    """The name in `adn_kernels.ops.ACTIVATIONS` of the activation that a node computes; None if it computes none.
+
+    Args:
+        modules: by the names that nodes call them by.
+    """
+    if node.op == "call_module":
+        return activation_of_module(modules[node.target])
     if node.op == "call_function" and len(node.args) == 1:
         if node.target is F.gelu and node.kwargs.get("approximate", "none") != "none":
             return None
