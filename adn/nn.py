@@ -90,6 +90,28 @@ class ShapeChecked(Swapped):
         return y
 
 
+class Rerouted(Swapped):
+    """A module whose forward may be taken by another route through its children, see `adn.runtime.accelerate`.
+
+    The route is laid for the module as it is: a copy gets its own, and setting an attribute afterwards closes it.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._adn_route.is_open(self, args, kwargs):
+            return self._adn_route.take(self, *args)
+        return super().forward(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Of a norm everything is read at each call.
+        if name not in ("training", "__class__") and not is_norm(self):
+            self._adn_route.close()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._adn_route.lay(self)
+
+
 class CountOnce(Swapped):
     """Batch norm whose statistics move once per training forward, also under gradient checkpointing.
 
@@ -109,7 +131,7 @@ class CountOnce(Swapped):
             self.num_batches_tracked, self.momentum = counter, momentum
 
 
-_BEHAVIOURS = (SkipNorm, Bypass, ShapeChecked, CountOnce)
+_BEHAVIOURS = (Bypass, ShapeChecked, Rerouted, SkipNorm, CountOnce)
 
 
 @functools.cache
@@ -153,7 +175,8 @@ def swap(module: nn.Module, behaviour: type, switch: Switch | None = None) -> No
 def unswap(module: nn.Module) -> None:
     """Give a module its own class back."""
     module.__class__ = original_class(module)
-    module.__dict__.pop("_adn_switch", None)
+    for name in ("_adn_switch", "_adn_route"):
+        module.__dict__.pop(name, None)
 
 
 def is_norm(module: nn.Module) -> bool:
