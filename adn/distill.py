@@ -7,15 +7,17 @@ the super-net, and all other depths come for free.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .state import Stage, at_depth, stages
+from .nn import halves
+from .state import Stage, at_depth, stages, super_and_base
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -68,6 +70,13 @@ class SelfDistillation(nn.Module):
     For many GPUs wrap this module, not the net, in DistributedDataParallel: its forward uses every parameter, so no
     search for unused ones is needed. `backward` is the way with a lower peak of memory.
 
+    `single_pass=True` runs both nets in one forward of the net, with a doubled batch from where they part: what comes
+    before runs once, every shared layer is launched once, gradients come from one backward. Losses, gradients and
+    running statistics are those of two passes, to rounding. Two things differ: activations of both nets are held at
+    once, and where the net draws random numbers (dropout), both nets' are drawn together, and before they part drawn
+    once for both. Stochastic depth of essential blocks acts on the super-net alone, as ever. A module of one's own that
+    mixes the samples of a batch, and is no norm of torch or timm, needs two passes.
+
     Args:
         net: a converted net whose output is logits (B, classes).
         criterion: loss of (logits, targets); targets are whatever it takes, indices (B,) or mixed rows (B, classes).
@@ -78,6 +87,7 @@ class SelfDistillation(nn.Module):
         features: stages (names, or indices into `adn.stages(net)`) whose pooled outputs are compared too, or "all".
         variant: "neurips" (the above); "eq8", the earlier paper's Eq. 8: all stages and all classes; "labels", its
             ablation without distillation: both nets learn from the labels.
+        single_pass: run super-net and base-net in one forward; see above.
 
     Returns (of a call):
         A dict of scalars: `loss`; its summands `super` and `base`, weighted; every term by name, unweighted: `task`,
@@ -96,6 +106,7 @@ class SelfDistillation(nn.Module):
         top_classes: int | None = 500,
         features: Sequence[str | int] | str = (),
         variant: str = "neurips",
+        single_pass: bool = False,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
@@ -116,17 +127,31 @@ class SelfDistillation(nn.Module):
         self.temperature = temperature
         self.top_classes = top_classes
         self.variant = variant
+        self.single_pass = single_pass
         self.features = _chosen(stages(net), features)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Both passes: x (B, ...), y as the criterion takes it. The depth is what it was, afterwards."""
-        terms, logits, taps = self._super_pass(x, y)
-        terms |= self._base_pass(x, y, logits, taps)
+        """Both passes: x (B, ...), y as the criterion takes it. The depth is what it was, afterwards.
+
+        Raises:
+            RuntimeError: with `single_pass`, if tensors in the net do not have the samples in their first dimension, or
+                a batch norm was added after conversion.
+        """
+        if self.single_pass:
+            of_super, of_base = self._run_both(x)
+            terms = self._super_terms(of_super, y)
+        else:
+            of_super = self._run(x, "super")
+            terms = self._super_terms(of_super, y)
+            of_base = self._run(x, "base")
+        terms |= self._base_terms(of_base, y, of_super)
         terms["loss"] = terms["super"] + terms["base"]
         return terms
 
     def backward(self, x: torch.Tensor, y: torch.Tensor, scaler: Any = None) -> dict[str, torch.Tensor]:
         """Both passes, each with its backward at once: the same gradients, the memory of one pass.
+
+        With `single_pass` there is one backward, that of the sum.
 
         Adds to `.grad`; the caller zeroes and steps. Autocast, if any, is the caller's context.
 
@@ -140,6 +165,11 @@ class SelfDistillation(nn.Module):
             ValueError: if the net is in DistributedDataParallel without `find_unused_parameters` (each pass leaves
                 some parameters out).
         """
+        scale = scaler.scale if scaler is not None else lambda loss: loss
+        if self.single_pass:
+            terms = self(x, y)
+            scale(terms["loss"]).backward()
+            return {name: value.detach() for name, value in terms.items()}
         quiet = contextlib.nullcontext()
         if isinstance(self.net, DistributedDataParallel):
             if not self.net.find_unused_parameters:
@@ -148,11 +178,12 @@ class SelfDistillation(nn.Module):
                     "or wrap SelfDistillation itself in DistributedDataParallel and call it instead"
                 )
             quiet = self.net.no_sync()
-        scale = scaler.scale if scaler is not None else lambda loss: loss
         with quiet:
-            terms, logits, taps = self._super_pass(x, y)
+            of_super = self._run(x, "super")
+            terms = self._super_terms(of_super, y)
             scale(terms["super"]).backward()
-        terms |= self._base_pass(x, y, logits.detach(), taps)
+        of_super = _Output(of_super.logits.detach(), [feature.detach() for feature in of_super.features])
+        terms |= self._base_terms(self._run(x, "base"), y, of_super)
         scale(terms["base"]).backward()
         terms["loss"] = terms["super"] + terms["base"]
         return {name: value.detach() for name, value in terms.items()}
@@ -160,26 +191,48 @@ class SelfDistillation(nn.Module):
     def extra_repr(self) -> str:
         names = [stage.name for stage in self.features]
         return (f"variant={self.variant!r}, alpha={self.alpha}, temperature={self.temperature}, "
-                f"top_classes={self.top_classes}, features={names}")
+                f"top_classes={self.top_classes}, features={names}, single_pass={self.single_pass}")
 
-    def _super_pass(self, x: torch.Tensor, y: torch.Tensor) -> tuple[dict, torch.Tensor, list[torch.Tensor]]:
-        with at_depth(self.net, "super"), _tap(self.features) as taps:
-            logits = _as_logits(self.net(x))
-        task = self.criterion(logits, y)
-        terms = {"task": task, "super": self.alpha * task, "super_logits": logits.detach()}
-        return terms, logits, [tap.detach() for tap in taps]
+    def _run(self, x: torch.Tensor, depth: str) -> _Output:
+        with at_depth(self.net, depth):
+            pools = [(stage.last_block, functools.partial(pool_features, channel_dim=stage.plan.channel_dim))
+                     for stage in self.features]
+            with _tap(pools) as features:
+                return _Output(_as_logits(self.net(x)), features)
 
-    def _base_pass(self, x: torch.Tensor, y: torch.Tensor, teacher: torch.Tensor, teacher_taps: list[torch.Tensor]
-                   ) -> dict:
-        with at_depth(self.net, "base"), _tap(self.features) as taps:
-            logits = _as_logits(self.net(x))
+    def _run_both(self, x: torch.Tensor) -> tuple[_Output, _Output]:
+        """Of the super-net and of the base-net, from one forward."""
+        samples = x.shape[0]
+        pools = []
+        for stage in self.features:
+            pool = functools.partial(pool_features, channel_dim=stage.plan.channel_dim)
+            # A refinement block sees the super-net's half only; the base-net's leaves the stage before it.
+            pools.append((stage.refinement[-1], pool))
+            pools.append((stage.essential[-1], lambda output, pool=pool: pool(halves(output, samples)[1])))
+        with super_and_base(self.net, samples), _tap(pools) as features:
+            logits, base_logits = halves(_as_logits(self.net(x)), samples)
+        return _Output(logits, features[0::2]), _Output(base_logits, features[1::2])
+
+    def _super_terms(self, of_super: _Output, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        task = self.criterion(of_super.logits, y)
+        return {"task": task, "super": self.alpha * task, "super_logits": of_super.logits.detach()}
+
+    def _base_terms(self, of_base: _Output, y: torch.Tensor, of_super: _Output) -> dict[str, torch.Tensor]:
+        logits = of_base.logits
         if self.variant == "labels":
             terms = {"task_base": self.criterion(logits, y)}
         else:
-            terms = {"kl_logits": distillation_kl(teacher, logits, self.temperature, self.top_classes)}
-            for stage, a, b in zip(self.features, teacher_taps, taps, strict=True):
+            terms = {"kl_logits": distillation_kl(of_super.logits, logits, self.temperature, self.top_classes)}
+            for stage, a, b in zip(self.features, of_super.features, of_base.features, strict=True):
                 terms[f"kl_{stage.name}"] = distillation_kl(a, b, self.temperature)
         return {**terms, "base": (1 - self.alpha) * sum(terms.values()), "base_logits": logits.detach()}
+
+
+class _Output(NamedTuple):
+    """Of one net: logits (B, classes), and pooled features of the chosen stages."""
+
+    logits: torch.Tensor
+    features: list[torch.Tensor]
 
 
 def _as_logits(output: Any) -> torch.Tensor:
@@ -208,21 +261,19 @@ def _chosen(known: list[Stage], wanted: Sequence[str | int] | str) -> list[Stage
 
 
 @contextlib.contextmanager
-def _tap(chosen: Iterable[Stage]) -> Iterator[list[torch.Tensor]]:
-    """Collect the pooled outputs of stages, at the depth that is set, from the forward inside the block."""
-    taps: list[torch.Tensor] = []
+def _tap(pools: Sequence[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]]) -> Iterator[list[torch.Tensor]]:
+    """Collect what these functions make of the outputs of these blocks, from the forward inside the block."""
+    taps: list[torch.Tensor] = [None] * len(pools)
     with_grad = torch.is_grad_enabled()
 
-    def tap(output: torch.Tensor, channel_dim: int) -> None:
+    def tap(i: int, output: torch.Tensor) -> None:
         if with_grad and not torch.is_grad_enabled():
             raise RuntimeError("the stage's features have no gradient inside a reentrant checkpoint: checkpoint with "
                                "use_reentrant=False, or leave `features` empty")
-        taps.append(pool_features(output, channel_dim))
+        taps[i] = pools[i][1](output)
 
-    handles = [
-        stage.last_block.register_forward_hook(lambda _m, _a, output, dim=stage.plan.channel_dim: tap(output, dim))
-        for stage in chosen
-    ]
+    handles = [block.register_forward_hook(lambda _m, _a, output, i=i: tap(i, output))
+               for i, (block, _) in enumerate(pools)]
     try:
         yield taps
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import timm.layers
@@ -18,7 +19,7 @@ import torchvision
 from torch import nn
 from torch.fx import Proxy
 
-from .switch import Switch, recomputing
+from .switch import Both, Switch, recomputing
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 FROZEN_NORMS = (torchvision.ops.FrozenBatchNorm2d, timm.layers.FrozenBatchNormAct2d)
@@ -36,6 +37,7 @@ NORMS = (
     timm.layers.FilterResponseNormTlu2d,
     *FROZEN_NORMS,
 )
+EVO_BATCH_NORMS = tuple(getattr(timm.layers, f"EvoNorm2d{kind}") for kind in ("B0", "B1", "B2"))
 DROP_PATHS = (timm.layers.DropPath, torchvision.ops.StochasticDepth)
 
 
@@ -54,8 +56,12 @@ class SkipNorm(Swapped):
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._adn_switch.bypassed():
+        skip = self._adn_switch.bypassed()
+        if skip:
             return self._modules["skip"](x, *args, **kwargs)
+        if isinstance(skip, Both):
+            a, b = halves(x, skip.samples)
+            return torch.cat([super().forward(a, *args, **kwargs), self._modules["skip"](b, *args, **kwargs)])
         return super().forward(x, *args, **kwargs)
 
 
@@ -67,12 +73,33 @@ class Bypass(Swapped):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._adn_switch.bypassed():
-            x = args[0] if args else kwargs[_input_name(original_class(self))]
+        skip = self._adn_switch.bypassed()
+        if skip:
+            x = _input(self, args, kwargs)
             # While torch.fx traces, the module is always called, so that it stays in the graph as a leaf and goes on
             # following its switch there.
             if not isinstance(x, Proxy):
                 return x
+        elif isinstance(skip, Both):
+            a, b = halves(_input(self, args, kwargs), skip.samples)
+            args, kwargs = _with_input(self, a, args, kwargs)
+            return torch.cat([super().__call__(*args, **kwargs), b])
+        return super().__call__(*args, **kwargs)
+
+
+class Fork(Swapped):
+    """The block at whose entry super-net and base-net part, where one forward runs both: doubles the batch.
+
+    Put on the first block that differs between the two: inside it, its shortcut has to be doubled too. A switched norm
+    that comes before all blocks doubles the batch itself.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        samples = self._adn_switch.both()
+        if samples:
+            a, b = halves(_input(self, args, kwargs), samples)
+            if a is b:
+                args, kwargs = _with_input(self, torch.cat([a, b]), args, kwargs)
         return super().__call__(*args, **kwargs)
 
 
@@ -88,6 +115,37 @@ class ShapeChecked(Swapped):
                 "block that keeps the shape can be bypassed. Move it into the essential path of the plan"
             )
         return y
+
+
+class SharedNorm(Swapped):
+    """A norm that both nets run and that has one set, whose statistics are those of the batch.
+
+    Where one forward runs both nets, each half of the batch has its own statistics, and the running ones move as two
+    forwards would move them: by the super-net, then by the base-net; before the two part, twice by the same batch.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        samples = self._adn_switch.both()
+        if not samples or not (self.training or getattr(self, "running_mean", x) is None):
+            return super().forward(x, *args, **kwargs)
+        a, b = halves(x, samples)
+        if a is not b:
+            return torch.cat([super().forward(a, *args, **kwargs), super().forward(b, *args, **kwargs)])
+        if not self.training or recomputing():
+            return super().forward(x, *args, **kwargs)
+        counter = getattr(self, "num_batches_tracked", None)
+        if counter is None or not isinstance(self, BATCH_NORMS):
+            with torch.no_grad():
+                super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)
+        # Twice by the same batch, at once.
+        momentum = self.momentum
+        self.momentum = 2 / (float(counter) + 2) if momentum is None else 1 - (1 - momentum) ** 2
+        counter.add_(1)
+        try:
+            return super().forward(x, *args, **kwargs)
+        finally:
+            self.momentum = momentum
 
 
 class Rerouted(Swapped):
@@ -131,7 +189,7 @@ class CountOnce(Swapped):
             self.num_batches_tracked, self.momentum = counter, momentum
 
 
-_BEHAVIOURS = (Bypass, ShapeChecked, Rerouted, SkipNorm, CountOnce)
+_BEHAVIOURS = (Bypass, Fork, ShapeChecked, Rerouted, SkipNorm, SharedNorm, CountOnce)
 
 
 @functools.cache
@@ -146,6 +204,50 @@ def _subclass(mixins: tuple[type, ...], base: type) -> type:
 def _input_name(cls: type) -> str:
     """What a module class calls the input of its forward."""
     return list(inspect.signature(cls.forward).parameters)[1]
+
+
+def _input(module: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs[_input_name(original_class(module))]
+
+
+def _with_input(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The same arguments with another input."""
+    return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, _input_name(original_class(module)): x})
+
+
+def halves(x: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the super-net and what the base-net has of a tensor, in a forward that runs both (`Switch.both`).
+
+    Args:
+        x: (samples, ...) before the two part: then it belongs to both, and the results are x itself; else
+            (2 * samples, ...), the super-net's first.
+
+    Raises:
+        RuntimeError: if the first dimension is neither.
+    """
+    if x.shape[0] == samples:
+        return x, x
+    if x.shape[0] == 2 * samples:
+        return x.chunk(2)
+    raise RuntimeError(f"super-net and base-net of {samples} samples run at once, but a norm or block got a tensor "
+                       f"{tuple(x.shape)}, whose first dimension is not theirs; use SelfDistillation with "
+                       "single_pass=False")
+
+
+def shared_norms(module: nn.Module) -> Iterator[nn.Module]:
+    """The norms in a module that super-net and base-net share and that use statistics of the batch."""
+    for child in module._modules.values():
+        if child is None or isinstance(child, (SkipNorm, Bypass)):
+            continue  # those in there belong to one of the two
+        if _uses_batch(child):
+            yield child
+        yield from shared_norms(child)
+
+
+def _uses_batch(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return module.track_running_stats
+    return isinstance(module, (*BATCH_NORMS, *EVO_BATCH_NORMS))
 
 
 def _rebuild(mixins: tuple[type, ...], base: type) -> nn.Module:

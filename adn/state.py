@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from .depth import Depth
-from .nn import original_class
+from .nn import SharedNorm, original_class, shared_norms
 from .plan import Plan, StagePlan
-from .switch import Switch
+from .switch import Both, Switch
 
 DepthLike = Depth | str | Iterable[bool | int]
 
@@ -128,7 +128,7 @@ def set_depth(net: nn.Module, depth: DepthLike) -> None:
 
 def get_depth(net: nn.Module) -> Depth:
     """The depth the net runs at."""
-    return Depth([switch.skip for switch in state_of(net).switches])
+    return Depth([bool(switch.skip) for switch in state_of(net).switches])
 
 
 @contextlib.contextmanager
@@ -140,6 +140,49 @@ def at_depth(net: nn.Module, depth: DepthLike) -> Iterator[nn.Module]:
         yield net
     finally:
         set_depth(net, before)
+
+
+@contextlib.contextmanager
+def super_and_base(net: nn.Module, samples: int) -> Iterator[nn.Module]:
+    """Forwards inside the block run the super-net and the base-net at once; at the former depth after it.
+
+    Whatever comes before the first switched norm or block runs once; from there on tensors hold the super-net's
+    samples, then the base-net's: (samples, ...) gives (2 * samples, ...). Statistics move as in a forward of the
+    super-net followed by one of the base-net.
+
+    Args:
+        samples: size of the batch that these forwards get.
+
+    Raises:
+        RuntimeError: if other code has replaced modules that follow the depth, or added a batch norm, which would mix
+            the samples of the two.
+    """
+    inner, state = unwrap(net), state_of(net)
+    state.check_intact()
+    _check_shared(inner)
+    before = get_depth(net)
+    both = Both(samples)
+    for switch in state.switches:
+        switch.set(both)
+    try:
+        yield net
+    finally:
+        set_depth(net, before)
+
+
+def _check_shared(net: nn.Module) -> None:
+    for norm in shared_norms(net):
+        if not isinstance(norm, SharedNorm):
+            name = next(name for name, module in net.named_modules() if module is norm)
+            raise RuntimeError(
+                f"{type(norm).__name__} {name!r} was put into the net after conversion, so it would mix the statistics "
+                "of super-net and base-net: put it there before adn.convert, or use SelfDistillation with "
+                "single_pass=False"
+            )
+
+
+# As `recomputing`: a compiled forward asks once, when it is compiled.
+_check_shared._dynamo_marked_constant = True
 
 
 def depths(net: nn.Module) -> list[Depth]:

@@ -1,4 +1,4 @@
-"""The run-time state of a stage: is its refinement path bypassed?
+"""The run-time state of a stage: is its refinement path bypassed, or does one forward do both?
 
 Changing it writes Python attributes and nothing else: no allocation on a device, no compilation, no
 synchronisation.
@@ -14,6 +14,7 @@ refused, since its nodes are made during backward.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import sys
 import threading
 
@@ -41,19 +42,33 @@ def recomputing() -> bool:
 recomputing._dynamo_marked_constant = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """State of every switch while one forward runs the super-net and the base-net.
+
+    From where they part, tensors hold `samples` samples of the super-net, then as many of the base-net. False as the
+    state of a refinement path: it does run, on the first half.
+    """
+
+    samples: int
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class Switch:
     """Shared by everything in one stage that depends on the stage's flag."""
 
     __slots__ = ("_numbers", "_states", "_thread", "skip")
 
-    def __init__(self, skip: bool = False) -> None:
+    def __init__(self, skip: bool | Both = False) -> None:
         self.skip = skip
         self._forget()
 
     def _forget(self) -> None:
         self._numbers, self._states, self._thread = [-1], [self.skip], threading.get_ident()
 
-    def set(self, skip: bool) -> None:
+    def set(self, skip: bool | Both) -> None:
         if self._thread != threading.get_ident():
             self._forget()  # another thread counts from its own start
         if skip == self.skip:
@@ -64,11 +79,16 @@ class Switch:
         if len(self._numbers) > _REMEMBERED_CHANGES:
             del self._numbers[: _REMEMBERED_CHANGES // 2], self._states[: _REMEMBERED_CHANGES // 2]
 
-    def bypassed(self) -> bool:
+    def bypassed(self) -> bool | Both:
         """Is the refinement path bypassed in the forward that is running?"""
         return self._at_forward() if recomputing() else self.skip
 
-    def _at_forward(self) -> bool:
+    def both(self) -> int:
+        """How many samples each net has in a forward that runs super-net and base-net at once; 0 in any other."""
+        state = self.bypassed()
+        return state.samples if isinstance(state, Both) else 0
+
+    def _at_forward(self) -> bool | Both:
         node = _autograd_node()
         if node is None:
             return self.skip
