@@ -152,14 +152,13 @@ def _attach(
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and module.track_running_stats:
             swap(module, CountOnce)
-    # All switches agree where these look at one.
     for module in shared_norms(model):
-        swap(module, SharedNorm, state.switches[0])
+        swap(module, SharedNorm, state.shared)
     switched = [name for stage in plan.flagged for name in (*stage.norms, *stage.drop_paths)]
     blocks = (block for stage in plan for block in stage.blocks)
     first = next((block for block in blocks if any(name.startswith(f"{block}.") for name in switched)), None)
     if first is not None:
-        place(first, Fork, state.switches[0])
+        place(first, Fork, state.shared)
     # Not through __setattr__: the state holds modules that must not become children of the net.
     model.__dict__["_adn"] = state
     model.register_load_state_dict_pre_hook(_fill_twins)

@@ -33,6 +33,7 @@ class State:
             place does not change if somebody wraps a block.
         origin: what `create_model` was called with, so that `load` can call it again; None if unknown.
         class_names: the labels of the classes, where known.
+        shared: for what has no flag but differs while super-net and base-net run at once; no depth changes it.
     """
 
     plan: Plan
@@ -41,6 +42,7 @@ class State:
     placed: dict[str, tuple[nn.Module, str, nn.Module]]
     origin: dict[str, Any] | None = None
     class_names: list[str] | None = None
+    shared: Switch = dataclasses.field(default_factory=Switch)
 
     def check_intact(self) -> None:
         """Raise RuntimeError if other code has replaced a module that follows the depth.
@@ -162,11 +164,12 @@ def super_and_base(net: nn.Module, samples: int) -> Iterator[nn.Module]:
     _check_shared(inner)
     before = get_depth(net)
     both = Both(samples)
-    for switch in state.switches:
+    for switch in (state.shared, *state.switches):
         switch.set(both)
     try:
         yield net
     finally:
+        state.shared.set(False)
         set_depth(net, before)
 
 
