@@ -31,7 +31,7 @@ def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = Fa
     inner, state = unwrap(net), state_of(net)
     depth = get_depth(net) if depth is None else Depth.parse(depth, (state.full, state.base))
     model = copy.deepcopy(inner)
-    _unwrap_blocks(model)
+    unwrap_blocks(model)
     state, twins = detach(model)
     for stage, bypassed in zip(state.plan.flagged, depth, strict=True):
         if bypassed:
@@ -51,7 +51,7 @@ def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = Fa
     return model
 
 
-def _unwrap_blocks(model: nn.Module) -> None:
+def unwrap_blocks(model: nn.Module) -> None:
     """Blocks that torch.compile wraps would go on calling what they were compiled from."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

@@ -34,7 +34,7 @@ def fold_norm(
 ) -> tuple[Tensor, Tensor]:
     """An eval-mode batch norm as scale and shift: `w / sqrt(var + eps)` and `b + (conv_bias - mean) * scale`.
 
-    All arguments and both results are (C,); computed in float64, returned in float32.
+    All arguments and both results are (C,); computed in float64, returned in float32 (statistics in float64: so too).
     """
     scale = torch.rsqrt(running_var.double() + eps)
     if weight is not None:
@@ -43,7 +43,8 @@ def fold_norm(
     shift = -mean * scale
     if bias is not None:
         shift = shift + bias.double()
-    return scale.float(), shift.float()
+    dtype = torch.promote_types(running_var.dtype, torch.float32)
+    return scale.to(dtype), shift.to(dtype)
 
 
 def flags_kind(flags: Tensor | None) -> int:

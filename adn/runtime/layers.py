@@ -1,0 +1,163 @@
+"""The layers of a deploy form: a convolution or a norm with all that follows it, as one call.
+
+Each reads the parameters of the modules it stands for (`refresh`) and keeps them folded. In evaluation mode only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from adn_kernels import ops
+from adn_kernels.activation import act_reference
+
+from ..nn import BATCH_NORMS, FROZEN_NORMS
+from .graph import activation_of_module, nothing_in_eval
+
+LAYER_NORMS = (nn.LayerNorm, timm.layers.LayerNorm)
+
+# (attribute, scalars, algorithm) of an activation for oneDNN.
+_ONEDNN: dict[str, tuple[str, list, str]] = {
+    "identity": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "hardswish": ("hardswish", [], ""),
+}
+_AFTER_ADDITION = ("identity", "relu")  # what oneDNN's convolution applies after it has added something
+
+
+def split_norm(module: nn.Module) -> str | None:
+    """The activation that a batch norm with fixed statistics ends with ("identity" if with none); None for any other
+    module, and for a norm whose activation no op has."""
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm3d) or not isinstance(module, BATCH_NORMS + FROZEN_NORMS):
+        return None
+    if module.running_mean is None or module.running_var is None:
+        return None
+    if isinstance(module, timm.layers.BatchNormAct2d | timm.layers.FrozenBatchNormAct2d):
+        return activation_of_module(module.act) if nothing_in_eval(module.drop) else None
+    known = (nn.BatchNorm2d, nn.SyncBatchNorm, torchvision.ops.FrozenBatchNorm2d)
+    return "identity" if type(module) in known else None
+
+
+def is_plain_conv(module: nn.Module | None) -> bool:
+    """A convolution that computes `F.conv2d` of zero-padded input, as opposed to a subclass that does more."""
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+class Layer(nn.Module):
+    """Base: what it holds is computed from other modules, which are not its children."""
+
+    def refresh(self) -> None:
+        """Read the parameters again, into the memory that holds them already."""
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        """Set a buffer; in place if there is one, as a captured graph would go on reading its memory."""
+        held = self._buffers.get(name)
+        if held is None or held.shape != value.shape or held.dtype != value.dtype or held.device != value.device:
+            self.register_buffer(name, value)
+        else:
+            held.copy_(value)
+
+
+def _folded_norm(norm: nn.Module, conv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return ops.fold_norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, conv_bias)
+
+
+class ConvNormAct(Layer):
+    """`act(norm(conv(x)) + residual)`, the norm folded into the convolution's weight and bias."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.place = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.__dict__["source"] = conv, norm
+        self.packed: dict[str, Any] = {}
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        conv, norm = self.source
+        weight, bias = ops.fold(conv.weight, *_folded_norm(norm, conv.bias))
+        self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
+        self._keep("bias", bias)
+        self.packed = {}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.is_cuda:
+            return self._on_gpu(x, residual)
+        if not x.is_cpu or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+            return self._plain(x, residual)
+        return self._on_cpu(x, residual)
+
+    def _on_gpu(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        (stride, other_stride), (padding, other_padding), dilation, groups = self.place
+        if stride != other_stride or padding != other_padding or dilation != (1, 1):
+            return self._plain(x, residual)
+        return ops.conv(x, self.weight, None, self.bias, residual=residual, activation=self.activation, stride=stride,
+                        padding=padding, groups=groups)
+
+    def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias, *self.place)
+        return act_reference(y if residual is None else y.add_(residual), self.activation)
+
+    def _on_cpu(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        stride, padding, dilation, groups = self.place
+        weight = self.packed.get("weight")
+        if weight is None:
+            # The layout oneDNN wants; without it every call would bring the weight into it.
+            weight = self.packed["weight"] = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, padding, stride, dilation, groups, list(x.shape))
+        args = x, weight, self.bias, padding, stride, dilation, groups
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(*args, *_ONEDNN[self.activation])
+        inside = self.activation if self.activation in _AFTER_ADDITION else "identity"
+        attribute = None if inside == "identity" else inside
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, *args[1:], "add", None, attribute, [], "")
+        return y if inside == self.activation else act_reference(y, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, stride={self.place[0]}, groups={self.place[3]}, {self.activation}"
+
+
+class NormAct(Layer):
+    """`act(norm(x) + residual)`, a batch norm with fixed statistics that no convolution precedes."""
+
+    def __init__(self, norm: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.__dict__["source"] = norm
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        norm = self.source
+        if x.is_cuda:
+            return ops.batch_norm_eval(x, norm.weight, norm.bias, norm.running_mean, norm.running_var,
+                                       residual=residual, activation=self.activation, eps=norm.eps)
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        return act_reference(y if residual is None else y.add_(residual), self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.source.num_features}, {self.activation}"
+
+
+class AddLayerNorm(Layer):
+    """`s = a + b; norm(s), s`."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.__dict__["source"] = norm
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.source
+        if a.is_cuda:
+            return ops.layer_norm(a, norm.weight, norm.bias, residual=b, eps=norm.eps)
+        total = a + b
+        return F.layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps), total
