@@ -155,7 +155,7 @@ class Rerouted(Swapped):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._adn_route.is_open(self, args, kwargs):
+        if self._adn_route.is_open(args, kwargs):
             return self._adn_route.take(self, *args)
         return super().forward(*args, **kwargs)
 
