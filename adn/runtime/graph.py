@@ -91,17 +91,21 @@ def trace(module: nn.Module, watched: Collection[str] = ()) -> Traced:
         CannotTrace: it says why.
     """
     tracer = _Tracer(watched)
-    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    own, swapped = original_class(module), type(module)
+    parameters = list(inspect.signature(own.forward).parameters.values())[2:]
     # Without a default they would be placeholders, and the code would run as if they were given.
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     given = {p.name: p.default for p in parameters if p.kind not in kinds}
     required = [name for name, default in given.items() if default is inspect.Parameter.empty]
     if required:
-        raise CannotTrace(f"{original_class(module).__name__} takes more than one argument: {', '.join(required)}")
+        raise CannotTrace(f"{own.__name__} takes more than one argument: {', '.join(required)}")
+    module.__class__ = own  # how it is called is not what it computes
     try:
         graph = tracer.trace(module, concrete_args=given)
     except Exception as error:
-        raise CannotTrace(f"{original_class(module).__name__}: {error}") from error
+        raise CannotTrace(f"{own.__name__}: {error}") from error
+    finally:
+        module.__class__ = swapped
     for node in graph.find_nodes(op="placeholder")[1:]:
         # Those with a value of their own: torch.fx leaves a check of it behind.
         _erase_with_users(graph, node)
