@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import os
 import platform
 import random
@@ -116,6 +117,7 @@ def profile(
     x: torch.Tensor,
     *,
     depths: Iterable[DepthLike] | None = None,
+    run: Callable[..., Any] | None = None,
     rounds: int = 50,
     warmup: int = 5,
     accuracy: Iterable[Row] | Mapping[Any, float] | None = None,
@@ -131,6 +133,7 @@ def profile(
         net: a converted net, also compiled.
         x: a batch, (B, 3, H, W), on the net's device and of its dtype.
         depths: which; None = every depth of the net.
+        run: what is timed, called as `run(x, depth=depth)`, such as an `adn.Engine` of the net; None = the net itself.
         rounds: timed forwards per depth.
         warmup: forwards per depth before that.
         accuracy: top-1 in percent by depth, or what `adn.evaluate` returned; must cover all depths.
@@ -155,7 +158,7 @@ def profile(
         raise ValueError(f"no accuracy given for {', '.join(missing)}; evaluate these depths or leave them out")
     macs = count_macs(net, x[:1], chosen)
     params = [count_parameters(net, depth) for depth in chosen]
-    times = _measure(net, x, chosen, rounds, warmup, progress)
+    times = _measure(net, x, chosen, run, rounds, warmup, progress)
     p50, p99 = np.percentile(times, [50, 99], axis=1)
     points = [Point(*values, top1.get(values[0]))
               for values in zip(chosen, macs, params, p50.tolist(), p99.tolist(), strict=True)]
@@ -273,8 +276,8 @@ def _visible_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _measure(net: nn.Module, x: torch.Tensor, depths: list[Depth], rounds: int, warmup: int, progress: bool
-             ) -> np.ndarray:
+def _measure(net: nn.Module, x: torch.Tensor, depths: list[Depth], run: Callable[..., Any] | None, rounds: int,
+             warmup: int, progress: bool) -> np.ndarray:
     """Milliseconds, (depths, rounds)."""
     times = np.empty((len(depths), rounds))
     clock = _cuda_ms if x.is_cuda else _host_ms
@@ -284,24 +287,24 @@ def _measure(net: nn.Module, x: torch.Tensor, depths: list[Depth], rounds: int, 
         for step in range(-warmup, rounds):
             for i in shuffle(range(len(depths)), len(depths)):
                 set_depth(net, depths[i])
-                ms = clock(net, x)
+                ms = clock(net if run is None else functools.partial(run, depth=depths[i]), x)
                 if step >= 0:
                     times[i, step] = ms
             bar.update()
     return times
 
 
-def _host_ms(net: nn.Module, x: torch.Tensor) -> float:
+def _host_ms(run: Callable[..., Any], x: torch.Tensor) -> float:
     start = time.perf_counter()
-    net(x)
+    run(x)
     return (time.perf_counter() - start) * 1e3
 
 
-def _cuda_ms(net: nn.Module, x: torch.Tensor) -> float:
+def _cuda_ms(run: Callable[..., Any], x: torch.Tensor) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(x.device)
     start.record(torch.cuda.current_stream(x.device))
-    net(x)
+    run(x)
     end.record(torch.cuda.current_stream(x.device))
     end.synchronize()
     return start.elapsed_time(end)

@@ -1,0 +1,440 @@
+"""Inference with a depth per call: a CUDA graph for each depth, captured when it is first asked for."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..depth import Depth
+from ..evaluate import read_depths
+from ..nn import BATCH_NORMS
+from ..profile import Profile, device_name, fit_budget, profile
+from ..state import DepthLike, get_depth, set_depth, state_of, unwrap
+from ..state import depths as all_depths
+from .cuda_graphs import CudaGraphs, Graph
+from .staged import Form, Place, Segment, map_tensors, staged, zeros
+from .watch import Watch
+
+_ATTEMPTS = 3  # at a call whose net has changed; one that changes with every forward is no static program
+
+
+class Engine:
+    """Runs a net for inference at a depth chosen per call.
+
+        engine = adn.Engine(net.eval().cuda(), batch_sizes=(1, 8, 64))
+        logits = engine(x, depth="TTFF")
+
+    On a GPU every depth is captured in a CUDA graph, at every batch size, when it is first asked for: the call after
+    that copies `x` to where the graph reads it, launches the graph, and copies the result out. Graphs share one pool
+    of memory, so that all of them together need little more than the largest. The least recently used are dropped
+    beyond `max_graphs`. A net with more depths than that, whose forward comes in segments (`Staged`), is captured
+    segment by segment, one launch each, with its features copied between them. On another device the same class runs
+    the net itself; all that is said below holds there too.
+
+    **Input.** One tensor (B, ...), on the net's device, without gradient. The shape of an image and the dtype are
+    those of the first call; `warm` declares others. Depths and batch sizes are captured as they come; another shape,
+    dtype or device is an error, not a capture that takes a second and stays unnoticed.
+
+    **Batch sizes.** `batch_sizes` are all the net ever sees: a smaller batch is padded with zeros to the next of them
+    and the result cut, a larger one is run in parts. This takes the samples of a batch not to depend on each other,
+    as they do not in evaluation mode, and every tensor of the output to have the batch first. None: every batch size
+    that comes is run, and captured, as it is.
+
+    **Output.** Whatever the net returns: tensors in tuples, lists, dicts. They are the caller's own, in memory
+    nothing else writes. `copy_output=False` saves that copy: on a GPU the result is then the memory the graph writes,
+    and **the next call, at whatever depth and from whatever thread, overwrites it**; read or copy it before.
+
+    **Weights** are read in place: what an optimizer or `load_state_dict` writes counts at the next call. Where
+    parameters, buffers or modules were replaced or moved (`net.half()`, `load_state_dict(assign=True)`), graphs are
+    dropped and captured anew. What a forward does beyond that was captured: after a change of its code, hooks or
+    settings call `reset()`. A net in training mode is refused.
+
+    **Threads** may share an engine: calls run one after the other, each at its depth. Depth is state of a net, so
+    leave the net itself alone meanwhile. CUDA streams may differ from call to call; what a call returns is ready on
+    the stream it was made on.
+
+    Args:
+        net: a converted net in evaluation mode, also compiled or fused.
+        batch_sizes: see above.
+        max_graphs: how many graphs are kept at once.
+        copy_output: see above.
+        profile: what depths cost, for `set_budget`; or let `Engine.profile` measure it.
+
+    Raises:
+        ValueError: if the net is not any-depth, or a setting makes no sense.
+
+    Attributes:
+        net: the net.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        batch_sizes: Iterable[int] | None = None,
+        max_graphs: int = 64,
+        copy_output: bool = True,
+        profile: Profile | None = None,
+    ) -> None:
+        self._depth = get_depth(net)
+        self._sizes = _read_sizes(batch_sizes)
+        if max_graphs < 1:
+            raise ValueError(f"max_graphs={max_graphs}; pass at least 1")
+        self.net = net
+        self._max_graphs = max_graphs
+        self._copy_output = copy_output
+        self._profile = profile
+        self._lock = threading.RLock()
+        self._counts = Counter(dict.fromkeys(("calls", "captures", "launches", "dropped", "invalidations"), 0))
+        self._captured: OrderedDict[tuple, Graph] = OrderedDict()
+        self._places: dict[Form, Place] = {}
+        self._graphs: CudaGraphs | None = None
+        self._lent: list[tuple] = []
+        self._look_at_net()
+
+    # ---------------------------------------------------------------------------------------------------- what it runs
+
+    def __call__(self, x: Tensor, depth: DepthLike | None = None) -> Any:
+        """What the net computes of a batch.
+
+        Args:
+            x: (B, ...).
+            depth: of this call only; None = the one that `set_depth` or `set_budget` chose.
+
+        Returns:
+            As the net; made in inference mode, so not for autograd.
+
+        Raises:
+            ValueError: on an input or a depth that is not accepted; it says what is.
+            RuntimeError: if the net is in training mode, autocast is on, the forward cannot be captured, or the
+                current CUDA stream is being captured and this depth has not been before.
+        """
+        with self._lock, torch.inference_mode():
+            depth = self._depth if depth is None else self._read_depth(depth)
+            self._check(x)
+            self._check_kind(x)
+            self._counts["calls"] += 1
+            if self._sizes is None or len(x) <= self._sizes[-1]:
+                result = self._run(x, depth, self._copy_output)
+            else:
+                parts = [self._run(part, depth, copy=True) for part in x.split(self._sizes[-1])]
+                result = tree_map(lambda *leaves: torch.cat(leaves) if torch.is_tensor(leaves[0]) else leaves[0],
+                                  *parts)
+            self._kinds.add(_kind(x))
+            return result
+
+    @property
+    def depth(self) -> Depth:
+        """What calls without a depth run at."""
+        return self._depth
+
+    def set_depth(self, depth: DepthLike) -> None:
+        """Run calls without a depth at `depth` from now on; that of the net itself does not count.
+
+        Raises:
+            ValueError: on a depth the net does not have.
+        """
+        self._depth = self._read_depth(depth)
+
+    def set_budget(self, ms: float, percentile: int = 50) -> Depth:
+        """Run calls without a depth at the deepest depth that takes at most `ms` milliseconds from now on.
+
+        By the profile the engine was given or has measured, at the batch size of that.
+
+        Args:
+            percentile: which of the measured times must fit, 50 or 99.
+
+        Returns:
+            The depth.
+
+        Raises:
+            ValueError: if none fits; it names the fastest.
+            RuntimeError: without a profile.
+        """
+        if self._profile is None:
+            raise RuntimeError("what depths cost is not known: call engine.profile(x), or pass profile= to the engine")
+        self.set_depth(fit_budget(self._profile, ms=ms, percentile=percentile))
+        return self._depth
+
+    def profile(self, x: Tensor, *, depths: Iterable[DepthLike] | None = None, **settings: Any) -> Profile:
+        """Measure calls of this engine with `x` at every depth, or at `depths`, and keep it for `set_budget`.
+
+        Args:
+            settings: those of `adn.profile`.
+
+        Raises:
+            ValueError: as `adn.profile` and `warm`.
+        """
+        with self._lock, torch.inference_mode():
+            chosen = self._read_depths(depths)
+            self._check(x)
+            self._warm([x] if self._sizes is None else list(x.split(self._sizes[-1])), chosen)
+            self._profile = profile(self.net, x, depths=chosen, run=self, **settings)
+            return self._profile
+
+    def warm(self, x: Tensor | Sequence[int], *, depths: Iterable[DepthLike] | None = None) -> None:
+        """Capture ahead, so that no call has to; also declares another shape or dtype of input.
+
+        Args:
+            x: a batch as will come; or its shape, (B, ...), of the dtype of the net. With `batch_sizes`, all of these
+                are captured, else B.
+            depths: which; None = every depth of the net.
+
+        Raises:
+            ValueError: if that would be more graphs than are kept, or the net cannot take `x`.
+        """
+        with self._lock, torch.inference_mode():
+            chosen = self._read_depths(depths)
+            if not torch.is_tensor(x):
+                if self._watch.changed():
+                    self._invalidate()
+                x = torch.zeros(tuple(x), device=self._device, dtype=self._dtype)
+            self._check(x)
+            self._warm([x] if self._sizes is None else [zeros((n, *x.shape[1:]), x) for n in self._sizes], chosen)
+
+    def reset(self) -> None:
+        """Drop all graphs and forget the shapes of inputs; what comes next is captured anew."""
+        with self._lock:
+            self._drop(list(self._captured))
+            self._places.clear()
+            self._look_at_net()
+
+    # -------------------------------------------------------------------------------------------------- what it tells
+
+    def memory(self) -> dict[str, int]:
+        """`graphs`: how many are kept. `pool_bytes`: device memory the pool of all graphs has taken; the driver's own
+        for a graph's nodes is not counted. `buffer_bytes`: inputs, and features between segments."""
+        with self._lock:
+            return {
+                "graphs": len(self._captured),
+                "pool_bytes": self._graphs.pool_bytes() if self._graphs is not None else 0,
+                "buffer_bytes": sum(t.nbytes for place in self._places.values() for t in place.tensors()),
+            }
+
+    def info(self) -> dict[str, Any]:
+        """How it runs, what it accepts, and what it has done so far."""
+        with self._lock:
+            how = "the net itself" if self._graphs is None else (
+                "a CUDA graph per segment" if self._staged else "a CUDA graph per depth")
+            return {
+                "net": type(self._inner).__name__,
+                "depth": str(self._depth),
+                "device": device_name(self._device),
+                "runs": how,
+                "inputs": self._accepted(),
+                **self._counts,
+                **self.memory(),
+            }
+
+    def __repr__(self) -> str:
+        rows = [f"{key.replace('_', ' '):15}{value}" for key, value in self.info().items()]
+        return "\n".join(["Engine", *rows])
+
+    # ------------------------------------------------------------------------------------------------- checks of a call
+
+    def _check(self, x: Tensor) -> None:
+        if not torch.is_tensor(x):
+            raise ValueError(f"{type(x).__name__} is no tensor; {self._accepted()}")
+        if x.requires_grad:
+            raise ValueError("an engine computes no gradients: pass x.detach(), or call the net itself")
+        if x.ndim < 1 or not len(x):
+            raise ValueError("a batch of 0 images; pass at least 1")
+        if self._inner.training or any(map(operator.attrgetter("training"), self._batch_norms)):
+            raise RuntimeError("the net is in training mode: call net.eval() first")
+        if torch.is_autocast_enabled(self._device.type):
+            raise RuntimeError("under autocast every call would cast every weight: convert the net once instead, "
+                               "net.to(torch.bfloat16)")
+        if x.device != self._device and self._watch.changed():
+            self._invalidate()
+        if x.device != self._device:
+            raise ValueError(f"a batch on {x.device}; {self._accepted()}")
+
+    def _check_kind(self, x: Tensor) -> None:
+        if self._kinds and _kind(x) not in self._kinds and self._watch.changed():
+            self._invalidate()
+        if self._kinds and _kind(x) not in self._kinds:
+            raise ValueError(f"a batch {tuple(x.shape)} of {x.dtype}; {self._accepted()}. engine.warm(x) declares "
+                             "another shape or dtype")
+
+    def _accepted(self) -> str:
+        kinds = [f"(B, {', '.join(map(str, shape))}) of {dtype}" for shape, dtype in self._kinds]
+        sizes = "" if self._sizes is None else f", run at batch sizes {', '.join(map(str, self._sizes))}"
+        return f"accepted: {' or '.join(kinds) or 'batches (B, ...)'} on {self._device}{sizes}"
+
+    def _read_depth(self, depth: DepthLike) -> Depth:
+        state = state_of(self.net)
+        return Depth.parse(depth, (state.full, state.base))
+
+    def _read_depths(self, depths: Iterable[DepthLike] | None) -> list[Depth]:
+        return all_depths(self.net) if depths is None else read_depths(self.net, depths)
+
+    # ---------------------------------------------------------------------------------------------------- one forward
+
+    def _warm(self, batches: Sequence[Tensor], depths: Sequence[Depth]) -> None:
+        keys = {key for x in batches for depth in depths for key, _ in self._pieces(self._form(x), depth)}
+        if self._graphs is not None and len(keys) > self._max_graphs:
+            raise ValueError(f"{len(depths)} depths take {len(keys)} graphs at these batch sizes, and only "
+                             f"{self._max_graphs} are kept: choose fewer depths, or a larger max_graphs")
+        for x, depth in itertools.product(batches, depths):
+            self._run(x, depth, copy=False)
+            self._kinds.add(_kind(x))
+
+    def _form(self, x: Tensor) -> Form:
+        """What a batch is run as, padded."""
+        n = len(x)
+        size = n if self._sizes is None else next(size for size in self._sizes if size >= n)
+        return Form((size, *x.shape[1:]), x.dtype)
+
+    def _run(self, x: Tensor, depth: Depth, copy: bool) -> Any:
+        form, n = self._form(x), len(x)
+        size = form.shape[0]
+        if self._graphs is None:
+            if size > n:
+                x = torch.cat([x, x.new_zeros(size - n, *x.shape[1:])])
+            set_depth(self.net, depth)
+            result, copy = self.net(x), False
+        else:
+            result = self._replay(x, form, depth)
+        return map_tensors(functools.partial(_own, n=n, size=size, copy=copy), result)
+
+    def _replay(self, x: Tensor, form: Form, depth: Depth) -> Any:
+        for _ in range(_ATTEMPTS):
+            capturing = self._graphs.capturing()
+            if capturing:
+                self._check_captured(form, depth)
+            graphs = self._graphs_of(form, depth, x)
+            place = self._places[form]
+            self._graphs.follow(place.tensors)
+            place.fill(x)
+            for graph in graphs:
+                graph.replay()
+            self._counts["launches"] += len(graphs)
+            if capturing:
+                # They are part of the user's graph now and must stay as long.
+                self._lent.append((graphs, place, self._watch))
+                return place.result(graphs)
+            # While the device works. The graphs' memory is held: nothing worse than an outdated result can come of it.
+            if not self._net_changed():
+                return place.result(graphs)
+        raise RuntimeError("the net replaces parameters, buffers or modules whenever it runs, so it cannot be captured")
+
+    def _net_changed(self) -> bool:
+        refresh = getattr(self._inner, "refresh_if_changed", None)
+        with torch.inference_mode(False):
+            refreshed = refresh is not None and refresh()
+        if self._watch.changed():
+            self._invalidate()
+            return True
+        return refreshed
+
+    def _check_captured(self, form: Form, depth: Depth) -> None:
+        missing = any(key not in self._captured for key, _ in self._pieces(form, depth))
+        if missing or self._watch.changed():
+            raise RuntimeError(f"depth {depth} at batch size {form.shape[0]} has not been captured, and cannot be "
+                               "while the current stream is being captured: call engine.warm(x) before")
+
+    def _graphs_of(self, form: Form, depth: Depth, x: Tensor) -> list[Graph]:
+        pieces = dict(self._pieces(form, depth))
+        if not pieces.keys() <= self._captured.keys():
+            self._capture(form, x, pieces)
+        for key in pieces:
+            self._captured.move_to_end(key)
+        return [self._captured[key] for key in pieces]
+
+    def _pieces(self, form: Form, depth: Depth) -> Iterator[tuple[tuple, Callable[[], Any]]]:
+        """What a forward is captured as: for each graph, its key and what runs in it."""
+        if self._staged is None:
+            yield (form, depth), functools.partial(self._run_net, form, depth)
+            return
+        for i, segment in enumerate(self._staged.segments):
+            bypassed = segment.flag is not None and depth[segment.flag]
+            yield (form, i, bypassed), functools.partial(self._run_segment, form, segment, bypassed)
+
+    def _run_net(self, form: Form, depth: Depth) -> Any:
+        set_depth(self.net, depth)
+        return map_tensors(lambda tensor: tensor, self.net(self._places[form].x))
+
+    def _run_segment(self, form: Form, segment: Segment, bypassed: bool) -> None:
+        self._places[form].leave(segment.gives, segment.run(bypassed, *self._places[form].take(segment.takes)))
+
+    def _capture(self, form: Form, x: Tensor, pieces: dict[tuple, Callable[[], Any]]) -> None:
+        if form not in self._places:
+            self._places[form] = Place(zeros(form.shape, x), self._staged)
+        try:
+            for key in pieces.keys() & self._captured.keys():
+                self._captured.move_to_end(key)  # not these to make room
+            for key, run in pieces.items():
+                if key not in self._captured:
+                    self._drop(list(self._captured)[: max(0, len(self._captured) + 1 - self._max_graphs)])
+                    self._captured[key] = self._graphs.capture(run)
+                    self._counts["captures"] += 1
+        finally:
+            self._forget_unused_places()
+
+    # ----------------------------------------------------------------------------------------- when the net has changed
+
+    def _look_at_net(self) -> None:
+        net = self._inner = unwrap(self.net)
+        self._watch = Watch(net)
+        self._batch_norms = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
+        first = next(itertools.chain(net.parameters(), net.buffers()))
+        device = torch.device(first.device)
+        if self._graphs is None or self._device != device:
+            self._graphs = graphs_on(device)
+        self._device = device
+        self._dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        self._kinds: set[tuple[torch.Size, torch.dtype]] = set()
+        self._staged = staged(net, self._max_graphs)
+
+    def _invalidate(self) -> None:
+        kinds, before = self._kinds, (self._device, self._dtype)
+        self.reset()
+        if before == (self._device, self._dtype):
+            self._kinds = kinds
+        self._counts["invalidations"] += 1
+
+    def _drop(self, keys: Sequence[tuple]) -> None:
+        if keys:
+            lent = {graph for graphs, *_ in self._lent for graph in graphs}
+            self._graphs.drop([graph for graph in map(self._captured.pop, keys) if graph not in lent])
+            self._counts["dropped"] += len(keys)
+
+    def _forget_unused_places(self) -> None:
+        used = {key[0] for key in self._captured}
+        self._places = {form: place for form, place in self._places.items() if form in used}
+
+
+def graphs_on(device: torch.device) -> CudaGraphs | None:
+    """What captures on a device; None where nothing can."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
+def _kind(x: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return x.shape[1:], x.dtype
+
+
+def _own(tensor: Tensor, *, n: int, size: int, copy: bool) -> Tensor:
+    if n < size:
+        if tensor.ndim < 1 or len(tensor) != size:
+            raise ValueError(f"the net returns a tensor {tuple(tensor.shape)} for a batch of {size}: one without the "
+                             f"batch in front cannot be cut to {n}. Leave batch_sizes out")
+        tensor = tensor[:n]
+    return tensor.clone() if copy else tensor
+
+
+def _read_sizes(sizes: Iterable[int] | None) -> tuple[int, ...] | None:
+    if sizes is None:
+        return None
+    chosen = tuple(sorted(set(sizes)))
+    if not chosen or any(not isinstance(size, int) or size < 1 for size in chosen):
+        raise ValueError(f"batch_sizes={sizes!r}; pass positive integers, or None to run every batch as it comes")
+    return chosen

@@ -1,0 +1,116 @@
+"""A forward whole, or in segments; and the memory around it that stays where it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..state import state_of
+from .cuda_graphs import Graph
+
+_CONSTANTS = (bool, int, float, str, type(None))
+
+
+class Segment(Protocol):
+    """A part of a forward that depends on one flag at most."""
+
+    flag: int | None
+    takes: Sequence[str]
+    gives: Sequence[str]
+
+    def run(self, bypassed: bool, *inputs: Any) -> Sequence[Any]:
+        """The values named by `gives`, of those named by `takes`."""
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A net whose forward comes in segments: `take` the input, run the segments one after the other on values by name,
+    `give` the output. The input has the name of what the first segment takes first."""
+
+    segments: Sequence[Segment]
+
+    def take(self, x: Tensor) -> Tensor:
+        """The input in the layout that the segments want; not a copy if it has it."""
+
+    def give(self, values: Mapping[str, Any]) -> Any:
+        """What the forward returns."""
+
+
+def staged(net: nn.Module, max_graphs: int) -> Staged | None:
+    """The net if it is to be captured segment by segment: where it can be, and graphs of its segments can be kept but
+    not those of all depths. Else None."""
+    depths = math.prod(2 if isinstance(entry, bool) else entry for entry in state_of(net).full)
+    if depths <= max_graphs or not isinstance(net, Staged):
+        return None
+    return net if sum(1 + (segment.flag is not None) for segment in net.segments) <= max_graphs else None
+
+
+class Form(NamedTuple):
+    """What the net is run with: the shape of a whole batch, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Place:
+    """Where graphs find the input of one form, and where a segment leaves what others take: outside the pool."""
+
+    def __init__(self, x: Tensor, net: Staged | None) -> None:
+        self.x = x = x if net is None else net.take(x)
+        self._filled = 0
+        self._net = net
+        self._values: dict[str, Any] = {} if net is None else {net.segments[0].takes[0]: x}
+
+    def fill(self, x: Tensor) -> None:
+        self.x[: len(x)].copy_(x)
+        if self._filled > len(x):
+            self.x[len(x) : self._filled].zero_()
+        self._filled = len(x)
+
+    def take(self, names: Iterable[str]) -> list[Any]:
+        return [self._values[name] for name in names]
+
+    def leave(self, names: Iterable[str], values: Iterable[Any]) -> None:
+        for name, value in zip(names, values, strict=True):
+            if name not in self._values:
+                # A run of warm-up, not yet the capture.
+                self._values[name] = map_tensors(torch.empty_like, value)
+            tree_map(lambda to, source: to.copy_(source) if torch.is_tensor(to) else to, self._values[name], value)
+
+    def result(self, graphs: Sequence[Graph]) -> Any:
+        return graphs[-1].outputs if self._net is None else self._net.give(self._values)
+
+    def tensors(self) -> list[Tensor]:
+        """The input, and all that segments leave."""
+        leaves = tree_leaves(self._values)
+        return [self.x, *(leaf for leaf in leaves if torch.is_tensor(leaf) and leaf is not self.x)]
+
+
+def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """In the type and memory layout of an image batch `like`."""
+    channels_last = (like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
+                     and not like.is_contiguous())
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device,
+                       memory_format=torch.channels_last if channels_last else torch.contiguous_format).zero_()
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Of every tensor of an output; others that may be in it stay.
+
+    Raises:
+        TypeError: on what could hold tensors unseen.
+    """
+    def leaf(value: Any) -> Any:
+        if torch.is_tensor(value):
+            return function(value)
+        if isinstance(value, _CONSTANTS):
+            return value
+        raise TypeError(f"the net returns a {type(value).__name__}, in which an engine does not see the tensors: "
+                        "return tensors, tuples, lists or dicts, or register it with torch.utils._pytree")
+
+    return leaf(tree) if torch.is_tensor(tree) else tree_map(leaf, tree)
