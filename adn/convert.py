@@ -26,6 +26,7 @@ from .nn import (
     twin_of,
     unswap,
 )
+from .paths import install
 from .plan import Plan, StagePlan
 from .state import State, is_converted, state_of, unwrap
 from .switch import Switch
@@ -159,6 +160,7 @@ def _attach(
     first = next((block for block in blocks if any(name.startswith(f"{block}.") for name in switched)), None)
     if first is not None:
         place(first, Fork, state.shared)
+    install(model, plan)
     # Not through __setattr__: the state holds modules that must not become children of the net.
     model.__dict__["_adn"] = state
     model.register_load_state_dict_pre_hook(_fill_twins)

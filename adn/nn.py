@@ -42,7 +42,15 @@ DROP_PATHS = (timm.layers.DropPath, torchvision.ops.StochasticDepth)
 
 
 class Swapped:
-    """Base of the behaviours: rebuilds the generated class when a module is copied or unpickled."""
+    """Base of the behaviours: rebuilds the generated class when a module is copied or unpickled.
+
+    Attributes:
+        fx_leaf: torch.fx must not look inside: the flag read there would be frozen into the graph.
+        per_module: each module gets a class of its own, with `members` of it.
+    """
+
+    fx_leaf = True
+    per_module = False
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return _rebuild, (behaviours(self), original_class(self)), self.__getstate__()
@@ -189,15 +197,27 @@ class CountOnce(Swapped):
             self.num_batches_tracked, self.momentum = counter, momentum
 
 
-_BEHAVIOURS = (Bypass, Fork, ShapeChecked, Rerouted, SkipNorm, SharedNorm, CountOnce)
+# In the order in which they are called; `adn.paths` puts its own before these.
+BEHAVIOURS: list[type[Swapped]] = [Bypass, Fork, ShapeChecked, Rerouted, SkipNorm, SharedNorm, CountOnce]
+
+
+def _subclass(mixins: tuple[type, ...], base: type) -> type:
+    members = [mixin.members(base) for mixin in mixins if mixin.per_module]
+    return _new_subclass(mixins, base, members[0]) if members else _shared_subclass(mixins, base)
 
 
 @functools.cache
-def _subclass(mixins: tuple[type, ...], base: type) -> type:
-    cls = type("".join(m.__name__ for m in mixins) + base.__name__, (*mixins, base), {"__module__": __name__})
-    # torch.fx must not look inside: the flag read there would be frozen into the graph.
-    timm.layers.register_notrace_module(cls)
+def _shared_subclass(mixins: tuple[type, ...], base: type) -> type:
+    cls = _new_subclass(mixins, base, {})
+    if any(mixin.fx_leaf for mixin in mixins):
+        timm.layers.register_notrace_module(cls)
     return cls
+
+
+def _new_subclass(mixins: tuple[type, ...], base: type, members: dict[str, Any]) -> type:
+    # One of its own counts as the module's class to whoever prints it.
+    name = "".join(mixin.__name__ for mixin in mixins if not mixin.per_module) + base.__name__
+    return type(name, (*mixins, base), {"__module__": __name__, **members})
 
 
 @functools.cache
@@ -257,7 +277,7 @@ def _rebuild(mixins: tuple[type, ...], base: type) -> nn.Module:
 
 def behaviours(module: nn.Module) -> tuple[type, ...]:
     """The behaviours swapped into a module, () for a plain one."""
-    return tuple(b for b in _BEHAVIOURS if isinstance(module, b))
+    return tuple(b for b in BEHAVIOURS if isinstance(module, b))
 
 
 def original_class(module: nn.Module) -> type:
@@ -269,7 +289,7 @@ def original_class(module: nn.Module) -> type:
 def swap(module: nn.Module, behaviour: type, switch: Switch | None = None) -> None:
     """Add a behaviour to a module in place. `switch` is what `SkipNorm` and `Bypass` follow."""
     wanted = {*behaviours(module), behaviour}
-    module.__class__ = _subclass(tuple(b for b in _BEHAVIOURS if b in wanted), original_class(module))
+    module.__class__ = _subclass(tuple(b for b in BEHAVIOURS if b in wanted), original_class(module))
     if switch is not None:
         module.__dict__["_adn_switch"] = switch
 
@@ -277,8 +297,8 @@ def swap(module: nn.Module, behaviour: type, switch: Switch | None = None) -> No
 def unswap(module: nn.Module) -> None:
     """Give a module its own class back."""
     module.__class__ = original_class(module)
-    for name in ("_adn_switch", "_adn_route"):
-        module.__dict__.pop(name, None)
+    for name in [name for name in vars(module) if name.startswith("_adn_")]:
+        del module.__dict__[name]
 
 
 def is_norm(module: nn.Module) -> bool:

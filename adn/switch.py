@@ -57,12 +57,18 @@ class Both:
 
 
 class Switch:
-    """Shared by everything in one stage that depends on the stage's flag."""
+    """Shared by everything in one stage that depends on the stage's flag.
 
-    __slots__ = ("_numbers", "_states", "_thread", "skip")
+    Attributes:
+        skip: what is set.
+        samples: of `Both`, else 0. By itself, so that compiled code which asks nothing else does not depend on `skip`.
+    """
+
+    __slots__ = ("_numbers", "_states", "_thread", "samples", "skip")
 
     def __init__(self, skip: bool | Both = False) -> None:
         self.skip = skip
+        self.samples = _samples(skip)
         self._forget()
 
     def _forget(self) -> None:
@@ -74,6 +80,7 @@ class Switch:
         if skip == self.skip:
             return
         self.skip = skip
+        self.samples = _samples(skip)
         self._numbers.append(_next_sequence_number())
         self._states.append(skip)
         if len(self._numbers) > _REMEMBERED_CHANGES:
@@ -85,8 +92,7 @@ class Switch:
 
     def both(self) -> int:
         """How many samples each net has in a forward that runs super-net and base-net at once; 0 in any other."""
-        state = self.bypassed()
-        return state.samples if isinstance(state, Both) else 0
+        return _samples(self._at_forward()) if recomputing() else self.samples
 
     def _at_forward(self) -> bool | Both:
         node = _autograd_node()
@@ -103,6 +109,10 @@ class Switch:
 
     def __reduce__(self) -> tuple:
         return Switch, (self.skip,)
+
+
+def _samples(state: bool | Both) -> int:
+    return state.samples if isinstance(state, Both) else 0
 
 
 def _refuse_checkpoint_in_reentrant_checkpoint() -> None:

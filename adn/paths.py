@@ -1,0 +1,324 @@
+"""Where a net is cut so that compilers never meet a flag: every path of every stage is code of its own.
+
+torch.compile keeps what it compiled per code object, guarded by what that code read, at most 8 times; then it runs the
+code uncompiled, silently. Flags read inside compiled code would make a variant per depth. Here they are read between
+compiled regions, in frames that Dynamo leaves alone, and each region runs at one state of its flags only:
+
+- `Paths`, a container that calls its children one after the other, runs them in segments, each through a function of
+  its own for each state of the flags in it: for a stage, the full path and the base path.
+- `Region`, for what a forward calls by itself (blocks in a loop of the model's own, norms between stages that follow
+  a flag), does the same for one module.
+- `OwnCode`, for the modules around those, gives a module its own copy of its class's functions, so that neither the
+  stages of a net nor several nets of one class use up one limit together.
+
+Without a compiler these are a few Python calls. While torch.fx traces, and while gradient checkpointing recomputes,
+modules run as they always did: blocks and norms know their own switch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import timm.models.regnet
+import torch
+from torch import fx, nn
+from torch._dynamo.decorators import skip as _not_traced
+from torch._dynamo.eval_frame import skip_code
+
+from . import nn as adn_nn
+from .nn import Bypass, SkipNorm, Swapped, _input, original_class, swap
+from .plan import Plan
+from .switch import Both, Switch, recomputing
+
+Compiler = Callable[[Callable], Callable]
+
+_numbers = itertools.count()
+
+
+def own_code(function: types.FunctionType) -> types.FunctionType:
+    """The same function with another code object, whose name no other has: Dynamo keeps by the object what it compiled
+    and by file, line and name which sizes it has seen change."""
+    code = function.__code__
+    number = next(_numbers)
+    code = code.replace(co_name=f"{code.co_name}_{number}", co_qualname=f"{code.co_qualname}_{number}")
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__,
+                             function.__closure__)
+    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__qualname__", "__module__"):
+        setattr(own, name, getattr(function, name))
+    own.__dict__.update(function.__dict__)
+    return own
+
+
+def _unseen(function: types.FunctionType) -> types.FunctionType:
+    """Dynamo does not compile this function where it is called from Python; called by what it traces, it traces it."""
+    skip_code(function.__code__)
+    return function
+
+
+# A bypassed block that is called outside of regions.
+for _function in (recomputing, Switch.bypassed, Bypass.__call__, _input):
+    _unseen(_function)
+
+
+# ---------------------------------------------------------------------------------------------- templates of regions
+
+
+def path(blocks: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def region(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return super(Region, module).__call__(*args, **kwargs)
+
+
+TEMPLATES = (path, region)
+
+
+# -------------------------------------------------------------------------------------------------------- behaviours
+
+
+class _Dispatch(Swapped):
+    """Base of those that choose a region by the state of flags. Regions are not copied with the module."""
+
+    fx_leaf = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("_adn_regions", "_adn_compiler"):
+            state.pop(name, None)
+        return state
+
+    def compile_regions(self, compiler: Compiler | None) -> None:
+        """Hand every region to `compiler` from now on; None: to none."""
+        self.__dict__.pop("_adn_regions", None)
+        self.__dict__["_adn_compiler"] = compiler
+
+
+class Paths(_Dispatch):
+    """A container that calls its children one after the other, in segments; see above."""
+
+    @_not_traced
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not isinstance(x, torch.Tensor) or recomputing() or vars(self).get("grad_checkpointing"):
+            return super().forward(x, *args, **kwargs)
+        for part in _parts(self):
+            x = part(x)
+        return x
+
+
+class Region(_Dispatch):
+    """A module called by a forward that is not ours, compiled by itself; see above."""
+
+    @_not_traced
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if recomputing() or (isinstance(self, Bypass) and self._adn_switch.skip is True):
+            return super().__call__(*args, **kwargs)
+        regions = vars(self).get("_adn_regions")
+        if regions is None:
+            regions = _lay_regions(self)
+        state = regions.state()
+        run = regions.get(state)
+        if run is None:
+            run = regions[state] = regions.lay(region)
+        y = run(self, args, kwargs)
+        _hand_out(self, y)
+        return y
+
+
+class StageEnd(Swapped):
+    """The last refinement block: whoever wants the stage's output gets it here, whether or not the block runs.
+
+    Compiled code does not look: the region's caller hands the output out.
+    """
+
+    fx_leaf = False
+
+    @_unseen
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().__call__(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _hand_out(self, y)
+        return y
+
+
+class OwnCode(Swapped):
+    """A module with its own copy of the functions of its class."""
+
+    fx_leaf = False
+    per_module = True
+
+    @staticmethod
+    def members(base: type) -> dict[str, types.FunctionType]:
+        return {
+            name: own_code(function)
+            for cls in reversed(base.__mro__)
+            if issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.nn.")
+            for name, function in vars(cls).items()
+            if isinstance(function, types.FunctionType) and not name.startswith("__")
+            and not hasattr(function, "_torchdynamo_disable")
+        }
+
+
+adn_nn.BEHAVIOURS[:0] = [Paths, Region, StageEnd, OwnCode]
+
+
+class _Regions(dict):
+    """The compiled regions of one piece of a net, by the state of the switches that it reads."""
+
+    def __init__(self, switches: Sequence[Switch], compiler: Compiler | None) -> None:
+        super().__init__()
+        self.switches = switches
+        self.compiler = compiler
+
+    @_unseen
+    def state(self) -> tuple:
+        state = []
+        for switch in self.switches:
+            skip = switch.skip
+            # Of a forward that runs both nets only the fact: how many samples each has is a size like others.
+            state.append(skip if skip is True or skip is False else Both)
+        return tuple(state)
+
+    @torch.compiler.disable
+    def lay(self, template: types.FunctionType) -> Callable:
+        function = own_code(template)
+        return function if self.compiler is None else self.compiler(function)
+
+
+class _Segment:
+    """A run of children that read the same switches, and its regions."""
+
+    def __init__(self, blocks: list[nn.Module], switches: Sequence[Switch], compiler: Compiler | None) -> None:
+        self.blocks = blocks
+        self.regions = _Regions(switches, compiler)
+        self.end = _stage_end(blocks[-1])
+
+    @_unseen
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        state = self.regions.state()
+        run = self.regions.get(state)
+        if run is None:
+            run = self.regions[state] = self.lay()
+        x = run(x)
+        if self.end is not None:
+            _hand_out(self.end, x)
+        return x
+
+    @torch.compiler.disable
+    def lay(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The path at the present state of the switches."""
+        blocks = [b for b in self.blocks if not (isinstance(b, Bypass) and b._adn_switch.skip is True)]
+        return partial(self.regions.lay(path), blocks) if blocks else _identity
+
+
+@_unseen
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@_unseen
+def _parts(container: Paths) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    children = list(container._modules.values())
+    known = vars(container).get("_adn_regions")
+    # Somebody may have wrapped a block, or taken one away.
+    if known is None or known[0] != children:
+        known = container.__dict__["_adn_regions"] = children, _cut(children, vars(container).get("_adn_compiler"))
+    return known[1]
+
+
+@torch.compiler.disable
+def _cut(children: Sequence[nn.Module], compiler: Compiler | None) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """Children in segments. A segment ends with its stage, and where the next child reads other switches; what
+    dispatches by itself stays alone."""
+    runs: list[tuple[list[nn.Module], list[Switch] | None]] = []
+    for child in children:
+        alone = any(isinstance(module, (_Dispatch, OwnCode)) for module in child.modules())
+        switches = None if alone else _switches(child)
+        if runs and not alone and runs[-1][1] == switches and _stage_end(runs[-1][0][-1]) is None:
+            runs[-1][0].append(child)
+        else:
+            runs.append(([child], switches))
+    return [run[0] if switches is None else _Segment(run, switches, compiler) for run, switches in runs]
+
+
+@torch.compiler.disable
+def _lay_regions(module: Region) -> _Regions:
+    regions = module.__dict__["_adn_regions"] = _Regions(_switches(module), vars(module).get("_adn_compiler"))
+    return regions
+
+
+def _switches(module: nn.Module) -> list[Switch]:
+    """Whose flags modules in this one follow."""
+    return list(dict.fromkeys(m._adn_switch for m in module.modules() if isinstance(m, (SkipNorm, Bypass))))
+
+
+def _stage_end(block: nn.Module) -> nn.Module | None:
+    """The last block of a stage, if this is it or a wrapper around it."""
+    return next((part for part in block.modules() if isinstance(part, StageEnd)), None)
+
+
+# --------------------------------------------------------------------------------------------- outputs of the stages
+
+
+@_unseen
+def _hand_out(block: nn.Module, output: torch.Tensor) -> None:
+    listener = vars(block).get("_adn_listener")
+    if listener is not None:
+        listener(output)
+
+
+@contextlib.contextmanager
+def listening(block: nn.Module, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """While inside, the output of the stage that ends with `block`, its last refinement block, goes to `listener`, at
+    every depth: once a forward."""
+    last: torch.Tensor | None = None
+
+    def once(output: torch.Tensor) -> None:
+        nonlocal last
+        # A block that is not compiled hands out, and then so does who called it.
+        if output is not last:
+            last = output
+            listener(output)
+
+    block.__dict__["_adn_listener"] = torch.compiler.disable(once)
+    try:
+        yield
+    finally:
+        del block.__dict__["_adn_listener"]
+
+
+# ----------------------------------------------------------------------------------------------------------- install
+
+
+def install(model: nn.Module, plan: Plan) -> None:
+    """Cut a model, whose blocks and norms follow their switches already, so that no compiled code meets a flag."""
+    for stage in plan.flagged:
+        swap(model.get_submodule(stage.blocks[-1]), StageEnd)
+    blocks = {model.get_submodule(block) for stage in plan for block in stage.blocks}
+    _install(model, {module for module in model.modules() if not blocks.isdisjoint(list(module.modules())[1:])})
+
+
+def _install(module: nn.Module, around: set[nn.Module]) -> None:
+    in_turn = _calls_children_in_turn(module)
+    if in_turn:
+        swap(module, Paths)
+    elif original_class(module).forward is not nn.Module.forward and not isinstance(module, fx.GraphModule):
+        swap(module, OwnCode)
+    for child in module.children():
+        if child in around:
+            _install(child, around)
+        elif not in_turn and _switches(child):
+            swap(child, Region)
+
+
+def _calls_children_in_turn(module: nn.Module) -> bool:
+    cls = original_class(module)
+    return cls is timm.models.regnet.RegStage or (
+        isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward)
