@@ -6,6 +6,8 @@ need no care. What no op can do (a shape, strides, a cumulative average) runs as
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import timm.layers
 import torch
 import torch.distributed as dist
@@ -26,8 +28,8 @@ _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, torchvision.ops.FrozenBatchNor
 _LAYER_NORMS = (nn.LayerNorm, timm.layers.LayerNorm)
 _HALVES = (torch.float16, torch.bfloat16)
 
-# Norms that a forward has moved, each with its new running mean and variance.
-Moved = list[tuple[nn.Module, Tensor, Tensor]]
+# Norms that a forward has moved, each with its new running mean and variance and how often it moved.
+Moved = list[tuple[nn.Module, Tensor, Tensor, int]]
 
 
 def activation_in(norm: nn.Module) -> str | None:
@@ -64,23 +66,29 @@ def batch_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, activation: 
         activation: in `ops.ACTIVATIONS`; that of the norm itself, if it has one.
         moved: gets the norm, if its running statistics move; `write` moves them.
     """
-    live = _live(norm)
+    live = _live(norm, x)
     if live is None or not _computable(live, x):
         return _rest(_plain(norm, x), residual, "identity" if activation_in(norm) != "identity" else activation)
     rest = None
     if residual is not None and not _like(residual, x):
         rest, residual, activation = (residual, activation), None, "identity"
-    arguments = {"residual": residual, "activation": activation, "eps": live.eps}
-    if _fixed(live):
-        y = ops.batch_norm_eval(x, live.weight, live.bias, live.running_mean, live.running_var, **arguments)
+    first, second, groups = live
+    parameters = live.of("weight"), live.of("bias")
+    arguments = {"residual": residual, "activation": activation, "eps": first.eps}
+    if _fixed(first):
+        y = ops.batch_norm_eval(x, *parameters, first.running_mean, first.running_var, **arguments)
     else:
-        moves = live.training and live.track_running_stats
+        moves = first.training and first.track_running_stats
+        statistics = (live.of("running_mean"), live.of("running_var")) if moves else (None, None)
         y, mean, var = ops.batch_norm(
-            x, live.weight, live.bias, live.running_mean if moves else None, live.running_var if moves else None,
-            momentum=live.momentum or 0.0, process_group=_process_group(live), **arguments)
+            x, *parameters, *statistics, momentum=first.momentum or 0.0, groups=groups, bank=live.bank(x),
+            process_group=_process_group(first), **arguments)
         # A recomputed forward must not move them again (`adn.nn.CountOnce`).
         if moves and not recomputing():
-            moved.append((live, mean, var))
+            if second is None:
+                moved.append((first, mean, var, groups))
+            else:
+                moved += [(bank, mean[i], var[i], 1) for i, bank in enumerate((first, second))]
     return y if rest is None else _rest(y, *rest)
 
 
@@ -89,11 +97,12 @@ def write(moved: Moved) -> None:
     if not moved:
         return
     with torch.no_grad():
-        torch._foreach_copy_([old for norm, _, _ in moved for old in (norm.running_mean, norm.running_var)],
-                             [new for _, mean, var in moved for new in (mean, var)])
-        counters = [norm.num_batches_tracked for norm, _, _ in moved if norm.num_batches_tracked is not None]
-        if counters:
-            torch._foreach_add_(counters, 1)
+        torch._foreach_copy_([old for norm, *_ in moved for old in (norm.running_mean, norm.running_var)],
+                             [new for _, mean, var, _ in moved for new in (mean, var)])
+        counts = [(norm.num_batches_tracked, times) for norm, *_, times in moved]
+        counts = [(counter, times) for counter, times in counts if counter is not None]
+        if counts:
+            torch._foreach_add_(*map(list, zip(*counts)))
 
 
 def sum_and_layer_norm(norm: nn.Module, a: Tensor, b: Tensor, shape: tuple | None = None) -> tuple[Tensor, Tensor]:
@@ -104,14 +113,15 @@ def sum_and_layer_norm(norm: nn.Module, a: Tensor, b: Tensor, shape: tuple | Non
         a, b: (..., D), or what can be reshaped to it.
         shape: what the sum is reshaped to before the norm, as the arguments of `reshape`.
     """
-    live = _live(norm)
     if a.shape == b.shape:
         if shape is not None:
             a, b = a.reshape(*shape), b.reshape(*shape)
-        if live is not None and _summable(a, b):
+        live = _live(norm, a)
+        if live is not None and _alike(live) and _summable(a, b):
             if not a.is_contiguous():
                 a, b = b, a  # the sum gets the strides of the first
-            return ops.layer_norm(a, live.weight, live.bias, residual=b, eps=live.eps)
+            return ops.layer_norm(
+                a, live.of("weight"), live.of("bias"), residual=b, eps=live.first.eps, bank=live.bank(a))
         shape = None
     total = a + b
     if shape is not None:
@@ -119,13 +129,45 @@ def sum_and_layer_norm(norm: nn.Module, a: Tensor, b: Tensor, shape: tuple | Non
     return _plain(norm, total), total
 
 
-def _live(norm: nn.Module) -> nn.Module | None:
-    """The bank that sees the input, None if there is not one only."""
+class _Live(NamedTuple):
+    """What of a norm sees an input: one bank; or, in a forward that runs both nets, for each half of the input one.
+
+    Attributes:
+        first, second: the banks; no second if both halves take the first.
+        groups: how many parts of the input have statistics of their own.
+    """
+
+    first: nn.Module
+    second: nn.Module | None = None
+    groups: int = 1
+
+    def of(self, name: str) -> Tensor | tuple[Tensor | None, Tensor | None] | None:
+        """A parameter or buffer, as the ops take it."""
+        value = getattr(self.first, name)
+        return value if self.second is None else (value, getattr(self.second, name))
+
+    def bank(self, x: Tensor) -> Tensor | None:
+        """Which bank each half takes, on the device of x."""
+        return None if self.second is None else torch.arange(2, dtype=torch.int32, device=x.device)
+
+
+def _live(norm: nn.Module, x: Tensor) -> _Live | None:
+    """None if the norm has more to do than an op: to double the batch, or to move statistics twice by one batch."""
     switch = norm.__dict__.get("_adn_switch")
-    skip = False if switch is None else switch.bypassed()
-    if skip is True:
-        return norm._modules["skip"] if isinstance(norm, SkipNorm) else norm
-    return norm if skip is False else None
+    if switch is None:
+        return _Live(norm)
+    samples, skips = switch.both(), isinstance(norm, SkipNorm)
+    if not samples:
+        return _Live(norm._modules["skip"] if skips and switch.bypassed() else norm)
+    if x.shape[0] != 2 * samples:
+        return None
+    return _Live(norm, norm._modules["skip"] if skips else None, groups=2)
+
+
+def _alike(live: _Live) -> bool:
+    names = ("eps", "momentum", "training")
+    first, second, _ = live
+    return second is None or all(getattr(first, name, None) == getattr(second, name, None) for name in names)
 
 
 def _plain(norm: nn.Module, x: Tensor) -> Tensor:
@@ -142,15 +184,16 @@ def _fixed(norm: nn.Module) -> bool:
     return isinstance(norm, FROZEN_NORMS) or not (norm.training or norm.running_mean is None)
 
 
-def _computable(norm: nn.Module, x: Tensor) -> bool:
+def _computable(live: _Live, x: Tensor) -> bool:
+    first = live.first
     if x.ndim != 4 or not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return False
-    if _fixed(norm):
-        return True
-    if norm.momentum is None and norm.training and norm.track_running_stats:
+    if _fixed(first):
+        return live.second is None
+    if first.momentum is None and first.training and first.track_running_stats:
         return False  # a cumulative average: its weight is on the device
     # torch refuses to synchronise on a CPU, and says so.
-    return x.is_cuda or not _synchronised(norm)
+    return _alike(live) and (x.is_cuda or not _synchronised(first))
 
 
 def _like(residual: Tensor, x: Tensor) -> bool:
