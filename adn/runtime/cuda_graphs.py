@@ -70,7 +70,7 @@ class CudaGraphs:
             buffers: says what it reads and writes outside the pool.
         """
         stream = torch.cuda.current_stream(self.device)
-        if stream == self._latest or self.capturing():
+        if stream == self._latest:
             return
         stream.wait_stream(self._latest)
         self._latest = stream

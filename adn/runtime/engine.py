@@ -60,7 +60,8 @@ class Engine:
 
     **Threads** may share an engine: calls run one after the other, each at its depth. Depth is state of a net, so
     leave the net itself alone meanwhile. CUDA streams may differ from call to call; what a call returns is ready on
-    the stream it was made on.
+    the stream it was made on. Called while that stream is being captured, a depth that has been warmed up goes into
+    the caller's graph as the net itself would.
 
     Args:
         net: a converted net in evaluation mode, also compiled or fused.
@@ -86,6 +87,7 @@ class Engine:
         profile: Profile | None = None,
     ) -> None:
         self._depth = get_depth(net)
+        self._depths: dict[str, Depth] = {}  # as they were written
         self._sizes = _read_sizes(batch_sizes)
         if max_graphs < 1:
             raise ValueError(f"max_graphs={max_graphs}; pass at least 1")
@@ -98,7 +100,6 @@ class Engine:
         self._captured: OrderedDict[tuple, Graph] = OrderedDict()
         self._places: dict[Form, Place] = {}
         self._graphs: CudaGraphs | None = None
-        self._lent: list[tuple] = []
         self._look_at_net()
 
     # ---------------------------------------------------------------------------------------------------- what it runs
@@ -124,9 +125,9 @@ class Engine:
             self._check_kind(x)
             self._counts["calls"] += 1
             if self._sizes is None or len(x) <= self._sizes[-1]:
-                result = self._run(x, depth, self._copy_output)
+                result = self._run(x, depth, copy=self._copy_output)
             else:
-                parts = [self._run(part, depth, copy=True) for part in x.split(self._sizes[-1])]
+                parts = [self._run(part, depth, copy=True, is_part=True) for part in x.split(self._sizes[-1])]
                 result = tree_map(lambda *leaves: torch.cat(leaves) if torch.is_tensor(leaves[0]) else leaves[0],
                                   *parts)
             self._kinds.add(_kind(x))
@@ -271,8 +272,14 @@ class Engine:
         return f"accepted: {' or '.join(kinds) or 'batches (B, ...)'} on {self._device}{sizes}"
 
     def _read_depth(self, depth: DepthLike) -> Depth:
+        known = self._depths.get(depth) if isinstance(depth, str) else None
+        if known is not None:
+            return known
         state = state_of(self.net)
-        return Depth.parse(depth, (state.full, state.base))
+        parsed = Depth.parse(depth, (state.full, state.base))
+        if isinstance(depth, str):
+            self._depths[depth] = parsed
+        return parsed
 
     def _read_depths(self, depths: Iterable[DepthLike] | None) -> list[Depth]:
         return all_depths(self.net) if depths is None else read_depths(self.net, depths)
@@ -294,37 +301,37 @@ class Engine:
         size = n if self._sizes is None else next(size for size in self._sizes if size >= n)
         return Form((size, *x.shape[1:]), x.dtype)
 
-    def _run(self, x: Tensor, depth: Depth, copy: bool) -> Any:
+    def _run(self, x: Tensor, depth: Depth, *, copy: bool, is_part: bool = False) -> Any:
         form, n = self._form(x), len(x)
         size = form.shape[0]
-        if self._graphs is None:
-            if size > n:
-                x = torch.cat([x, x.new_zeros(size - n, *x.shape[1:])])
-            set_depth(self.net, depth)
-            result, copy = self.net(x), False
-        else:
-            result = self._replay(x, form, depth)
-        return map_tensors(functools.partial(_own, n=n, size=size, copy=copy), result)
+        own = functools.partial(_own, n=n, size=size, per_sample=is_part or n < size)
+        if self._graphs is not None:
+            if not self._graphs.capturing():
+                return self._replay(x, form, depth, functools.partial(own, copy=copy))
+            # A graph cannot be launched into a capture: the net itself goes into the caller's graph. A forward that
+            # has never run cannot (it may compile, tune, or allocate what outlives the capture).
+            if any(key not in self._captured for key, _ in self._pieces(form, depth)):
+                raise RuntimeError(f"depth {depth} at batch size {size} has not been captured, and cannot be while the "
+                                   "current stream is being captured: call engine.warm(x) before")
+        if n < size:
+            x = torch.cat([x, x.new_zeros(size - n, *x.shape[1:])])
+        set_depth(self.net, depth)
+        return map_tensors(functools.partial(own, copy=False), self.net(x))
 
-    def _replay(self, x: Tensor, form: Form, depth: Depth) -> Any:
+    def _replay(self, x: Tensor, form: Form, depth: Depth, own: Callable[[Tensor], Tensor]) -> Any:
         for _ in range(_ATTEMPTS):
-            capturing = self._graphs.capturing()
-            if capturing:
-                self._check_captured(form, depth)
             graphs = self._graphs_of(form, depth, x)
             place = self._places[form]
             self._graphs.follow(place.tensors)
             place.fill(x)
             for graph in graphs:
                 graph.replay()
+            result = map_tensors(own, place.result(graphs))
             self._counts["launches"] += len(graphs)
-            if capturing:
-                # They are part of the user's graph now and must stay as long.
-                self._lent.append((graphs, place, self._watch))
-                return place.result(graphs)
-            # While the device works. The graphs' memory is held: nothing worse than an outdated result can come of it.
+            # While the device works: what the graphs read is held, so nothing worse than an outdated result comes of
+            # having launched them.
             if not self._net_changed():
-                return place.result(graphs)
+                return result
         raise RuntimeError("the net replaces parameters, buffers or modules whenever it runs, so it cannot be captured")
 
     def _net_changed(self) -> bool:
@@ -335,12 +342,6 @@ class Engine:
             self._invalidate()
             return True
         return refreshed
-
-    def _check_captured(self, form: Form, depth: Depth) -> None:
-        missing = any(key not in self._captured for key, _ in self._pieces(form, depth))
-        if missing or self._watch.changed():
-            raise RuntimeError(f"depth {depth} at batch size {form.shape[0]} has not been captured, and cannot be "
-                               "while the current stream is being captured: call engine.warm(x) before")
 
     def _graphs_of(self, form: Form, depth: Depth, x: Tensor) -> list[Graph]:
         pieces = dict(self._pieces(form, depth))
@@ -404,8 +405,7 @@ class Engine:
 
     def _drop(self, keys: Sequence[tuple]) -> None:
         if keys:
-            lent = {graph for graphs, *_ in self._lent for graph in graphs}
-            self._graphs.drop([graph for graph in map(self._captured.pop, keys) if graph not in lent])
+            self._graphs.drop([self._captured.pop(key) for key in keys])
             self._counts["dropped"] += len(keys)
 
     def _forget_unused_places(self) -> None:
@@ -422,11 +422,16 @@ def _kind(x: Tensor) -> tuple[torch.Size, torch.dtype]:
     return x.shape[1:], x.dtype
 
 
-def _own(tensor: Tensor, *, n: int, size: int, copy: bool) -> Tensor:
+def _own(tensor: Tensor, *, n: int, size: int, per_sample: bool, copy: bool) -> Tensor:
+    """What goes to the caller of one tensor that the net returned for a batch of `size`, of which `n` are the caller's.
+
+    Raises:
+        ValueError: if it must have the batch in front and does not.
+    """
+    if per_sample and (tensor.ndim < 1 or len(tensor) != size):
+        raise ValueError(f"the net returns a tensor {tuple(tensor.shape)} for a batch of {size}: without the batch in "
+                         "front it can neither be cut nor put together. Leave batch_sizes out")
     if n < size:
-        if tensor.ndim < 1 or len(tensor) != size:
-            raise ValueError(f"the net returns a tensor {tuple(tensor.shape)} for a batch of {size}: one without the "
-                             f"batch in front cannot be cut to {n}. Leave batch_sizes out")
         tensor = tensor[:n]
     return tensor.clone() if copy else tensor
 

@@ -187,9 +187,10 @@ def tiny(cls: type[Tiny] = Tiny) -> nn.Module:
     return net
 
 
-def images(*batches: int, size: int = 7) -> list[Tensor]:
+def images(*batches: int, size: int = 7, like: nn.Module | None = None) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(n, 3, size, size, generator=generator) for n in batches]
+    where = next(like.parameters()) if like is not None else torch.zeros(())
+    return [torch.randn(n, 3, size, size, generator=generator).to(where.device, where.dtype) for n in batches]
 
 
 def expected(net: nn.Module, x: Tensor, depth: Any, padded: int | None = None) -> Any:
@@ -197,6 +198,11 @@ def expected(net: nn.Module, x: Tensor, depth: Any, padded: int | None = None) -
         x = torch.cat([x, x.new_zeros(padded - len(x), *x.shape[1:])])
     with torch.inference_mode(), adn.at_depth(net, depth):
         return net(x.clone())
+
+
+def close(result: Tensor, right: Tensor) -> None:
+    """Not equal: segments have a layout of their own, a GPU more than one way to compute a convolution."""
+    torch.testing.assert_close(result, right, rtol=1e-4, atol=1e-4)
 
 
 def kinds() -> list[tuple[type[Tiny], int]]:
@@ -212,7 +218,7 @@ each_kind = pytest.mark.parametrize(("cls", "max_graphs"), kinds(), ids=lambda v
 def storm(engine: Engine, calls: int = 60, padded: Callable[[int], int | None] = lambda n: None) -> None:
     """Random depths and batches, results read only afterwards; every one must be that of the net."""
     net, pick = copy.deepcopy(engine.net), random.Random(0)
-    depths, batches = adn.depths(net), images(1, 2, 3)
+    depths, batches = adn.depths(net), images(1, 2, 3, like=net)
     wanted = {(depth, i): expected(net, x, depth, padded(len(x)))
               for depth in depths for i, x in enumerate(batches)}
     before = [x.clone() for x in batches]
@@ -222,7 +228,7 @@ def storm(engine: Engine, calls: int = 60, padded: Callable[[int], int | None] =
         results.append((depth, i, engine(batches[i], depth=depth)))
     for depth, i, result in results:
         n = len(batches[i])
-        torch.testing.assert_close(result, wanted[depth, i][:n])  # not equal: segments have a layout of their own
+        close(result, wanted[depth, i][:n])
     assert all(torch.equal(x, y) for x, y in zip(batches, before)), "inputs are the caller's"
 
 
@@ -276,7 +282,7 @@ def planted(mistake: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def fill_without_zeros(self: Place, x: Tensor) -> None:
         self.x[: len(x)].copy_(x)
 
-    def not_cut(tensor: Tensor, *, n: int, size: int, copy: bool) -> Tensor:
+    def not_cut(tensor: Tensor, **_: Any) -> Tensor:
         return tensor.clone()
 
     def replay_first(self: Engine, form, depth, x, original: Callable = Engine._graphs_of) -> list:
@@ -288,7 +294,7 @@ def planted(mistake: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             case "input not copied":
                 patch.setattr(Place, "fill", keep_first)
             case "output not copied":
-                patch.setattr(engine_module, "_own", lambda tensor, *, n, size, copy: tensor[:n])
+                patch.setattr(engine_module, "_own", lambda tensor, *, n, **_: tensor[:n])
             case "values left in the pool":
                 patch.setattr(Place, "leave", leave_in_pool)
             case "padding from the batch before":
@@ -678,19 +684,25 @@ def test_a_net_that_never_stays_the_same(graphs) -> None:
 
 def hammer(engine: Engine) -> None:
     net = copy.deepcopy(engine.net)
-    depths, batches = adn.depths(net), images(*[2] * 16)
+    depths, batches = adn.depths(net), images(*[2] * 16, like=net)
     wanted = [expected(net, x, depth) for x, depth in zip(batches, depths)]
     together = threading.Barrier(len(depths))
 
     def work(i: int) -> list[Tensor]:
         together.wait()
-        return [engine(batches[i], depth=depths[i]) for _ in range(4)]
+        if not batches[i].is_cuda:
+            return [engine(batches[i], depth=depths[i]) for _ in range(4)]
+        with torch.cuda.stream(torch.cuda.Stream()) as stream:
+            stream.wait_stream(torch.cuda.default_stream())
+            results = [engine(batches[i], depth=depths[i]) for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+            return results
 
     with ThreadPoolExecutor(len(depths)) as pool:
         results = list(pool.map(work, range(len(depths))))
     for of_thread, right in zip(results, wanted):
         for result in of_thread:
-            torch.testing.assert_close(result, right)
+            close(result, right)
 
 
 @each_kind
@@ -794,8 +806,10 @@ def test_refuses_outputs(monkeypatch: pytest.MonkeyPatch, captured: bool) -> Non
     with pytest.raises(TypeError, match="returns a Box"):
         Engine(tiny(Boxed))(x)
     assert Engine(tiny(Total))(x).shape == (5,)
-    with pytest.raises(ValueError, match="without the batch in front"):
-        Engine(tiny(Total), batch_sizes=(3,))(x)
+    for size in (1, 3):
+        with pytest.raises(ValueError, match="without the batch in front"):
+            Engine(tiny(Total), batch_sizes=(size,))(x)
+    assert Engine(tiny(Total), batch_sizes=(2,))(x).shape == (5,)
 
 
 def test_within_a_capture_of_the_user(graphs) -> None:
@@ -805,18 +819,11 @@ def test_within_a_capture_of_the_user(graphs) -> None:
     engine._graphs.user_captures = True
     with pytest.raises(RuntimeError, match=r"depth TTTT at batch size 2 has not been captured.*engine.warm\(x\)"):
         engine(x, depth="TTTT")
-    result = engine(x, depth="FFFF")
-    lent, = engine._graphs.graphs
-    engine._graphs.user_captures = False
-    assert torch.equal(result, expected(engine.net, x, "FFFF"))
-    for depth in ("TFFF", "TTFF", "TTTT"):
-        engine(x, depth=depth)
-    engine.reset()
-    assert lent.alive, "the user's graph runs it still"
+    launches = engine.info()["launches"]
+    assert torch.equal(engine(x, depth="FFFF"), expected(engine.net, x, "FFFF"))
     change(engine.net, "assign")
-    engine._graphs.user_captures = True
-    with pytest.raises(RuntimeError, match=r"engine.warm\(x\)"):
-        engine(x, depth="FFFF")
+    assert torch.equal(engine(x, depth="FFFF"), expected(engine.net, x, "FFFF"))
+    assert engine.info()["launches"] == launches, "no graph in a graph"
 
 
 def test_it_prints(graphs) -> None:
@@ -837,3 +844,187 @@ def test_models(graphs, name: str) -> None:
         assert torch.equal(engine(x, depth=depth), expected(net, x, depth))
     for depth in adn.depths(net):
         assert torch.equal(engine(-x, depth=depth), expected(net, -x, depth))
+
+
+# -------------------------------------------------------------------------------------------------------- on a GPU
+
+cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        pytest.mark.usefixtures("ieee")]
+
+
+def on_gpu(*decorators: pytest.MarkDecorator) -> Callable:
+    def mark(test: Callable) -> Callable:
+        return functools.reduce(lambda test, decorator: decorator(test), [*cuda, *decorators], test)
+
+    return mark
+
+
+def real(**settings: Any) -> Engine:
+    """Of a net whose convolutions are those of cuDNN, and whose last layer is one of cuBLAS."""
+    return Engine(adn.convert(build("resnet18", num_classes=500)).cuda(), **settings)
+
+
+@on_gpu(each_kind)
+def test_storm_on_a_gpu(cls: type[Tiny], max_graphs: int) -> None:
+    engine = Engine(tiny(cls).cuda(), max_graphs=max_graphs)
+    storm(engine, 200)
+    assert engine.info()["graphs"] <= max_graphs
+    assert engine.info()["dropped"] == max(0, engine.info()["captures"] - engine.info()["graphs"])
+
+
+@on_gpu(pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str))
+def test_every_depth_on_a_gpu(dtype: torch.dtype) -> None:
+    engine = real(batch_sizes=(1, 4))
+    net = engine.net.to(dtype)
+    x = torch.randn(3, 3, 64, 64, device="cuda", dtype=dtype)
+    results = [engine(sign * x, depth=depth) for depth in adn.depths(net) for sign in (1, -1)]
+    wanted = [expected(net, sign * x, depth, 4)[:3] for depth in adn.depths(net) for sign in (1, -1)]
+    assert not torch.allclose(wanted[0], wanted[-1], rtol=0.1)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    for result, right in zip(results, wanted):
+        torch.testing.assert_close(result, right, **tolerance)
+    assert engine.info()["captures"] == 16
+
+
+@on_gpu()
+def test_dropping_leaves_other_graphs_alone() -> None:
+    """Also what cuBLAS works in."""
+    engine = real(max_graphs=2)
+    x, = images(64, size=64, like=engine.net)
+    for _ in range(3):
+        for depth in ("FFFF", "TTTT", "FFFF", "TFFF", "FFFF", "TTFF", "FFFF"):
+            result = engine(x, depth=depth)
+            scratch = [torch.full((1 << 24,), torch.nan, device="cuda") for _ in range(4)]  # takes what is free
+            close(result, expected(engine.net, x, depth))
+            close(engine(x, depth="FFFF"), expected(engine.net, x, "FFFF"))
+            del scratch
+    assert engine.info()["dropped"] > 6
+
+
+@on_gpu()
+def test_one_launch_per_call() -> None:
+    engine = real()
+    x, = images(2, size=64, like=engine.net)
+    engine.warm(x)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for depth in adn.depths(engine.net):
+            engine(x, depth=depth)
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events()]
+    assert names.count("cudaGraphLaunch") == 16
+    # The input in, the output out.
+    assert sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpy")) for name in names) <= 2 * 16
+    assert not any("Synchronize" in name for name in names[: names.index("cudaGraphLaunch") + 1])
+
+
+@on_gpu()
+def test_no_synchronisation() -> None:
+    engine = real(batch_sizes=(2, 4))
+    x, = images(3, size=64, like=engine.net)
+    engine.warm(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [engine(x, depth=depth) for depth in adn.depths(engine.net)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(results) == 16
+
+
+@on_gpu()
+def test_memory_on_a_gpu() -> None:
+    engine = real()
+    x, = images(16, size=128, like=engine.net)
+    engine.warm(x, depths=["FFFF"])
+    one = engine.memory()["pool_bytes"]
+    engine.warm(x)
+    assert 0 < one <= engine.memory()["pool_bytes"] < 3 * one, "16 graphs share their memory"
+    engine = real(max_graphs=4)
+    pick, held = random.Random(0), []
+    for step in range(90):
+        engine(x, depth=pick.choice(adn.depths(engine.net)))
+        if step % 30 == 29:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            held.append(torch.cuda.memory_reserved())
+    assert engine.info()["dropped"] > 40
+    assert held[2] <= held[0] + (32 << 20)
+    engine.reset()
+    assert engine.memory() == {"graphs": 0, "pool_bytes": 0, "buffer_bytes": 0}
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held[0]
+
+
+@on_gpu(each_kind)
+def test_threads_on_a_gpu(cls: type[Tiny], max_graphs: int) -> None:
+    """Each with a stream of its own."""
+    hammer(Engine(tiny(cls).cuda(), max_graphs=max_graphs))
+
+
+@on_gpu(pytest.mark.parametrize("what", CHANGES))
+def test_change_of_the_net_on_a_gpu(what: str) -> None:
+    engine = Engine(tiny().cuda())
+    x, = images(2, like=engine.net)
+    engine.warm(x)
+    change(engine.net.cpu(), what)
+    engine.net.cuda()
+    x, = images(2, like=engine.net)
+    for depth in adn.depths(engine.net):
+        close(engine(x, depth=depth), expected(engine.net, x, depth))
+    assert engine.info()["invalidations"] == 1
+    with torch.no_grad():
+        engine.net.head.weight.mul_(2)
+    close(engine(x), expected(engine.net, x, "super"))
+    assert engine.info()["invalidations"] == 1
+
+
+@on_gpu()
+def test_moving_away_and_back() -> None:
+    engine = Engine(tiny().cuda())
+    for device in ("cuda", "cpu", "cuda"):
+        engine.net.to(device)
+        x, = images(2, like=engine.net)
+        close(engine(x, depth="TFTF"), expected(engine.net, x, "TFTF"))
+        with pytest.raises(ValueError, match=f"accepted: .* on {device}"):
+            engine(x.to("cpu" if device == "cuda" else "cuda"))
+
+
+@on_gpu()
+def test_within_a_capture_of_the_user_on_a_gpu() -> None:
+    engine = Engine(tiny().cuda())
+    x, = images(2, like=engine.net)
+    engine.warm(x, depths=["TFFF"])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = engine(x, depth="TFFF") * 2
+        with pytest.raises(RuntimeError, match=r"call engine.warm\(x\) before"):
+            engine(x, depth="TTTT")
+    engine.reset()
+    x.neg_()
+    graph.replay()
+    close(result, expected(engine.net, x, "TFFF") * 2)
+
+
+@on_gpu()
+def test_what_cannot_be_captured() -> None:
+    class Asks(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y if y.sum().item() > 0 else -y
+
+    x, = images(2, like=tiny().cuda())
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        Engine(tiny(Asks).cuda())(x)
+    assert torch.cuda.current_stream() == before
+    engine = Engine(tiny().cuda())
+    close(engine(x), expected(engine.net, x, "super"))
+
+
+@on_gpu()
+def test_profile_on_a_gpu() -> None:
+    engine = real()
+    result = engine.profile(images(8, size=64, like=engine.net)[0], rounds=5)
+    assert len(result) == 16
+    assert engine.set_budget(ms=1e6) == adn.Depth("FFFF")

@@ -1,0 +1,96 @@
+"""What it costs to change depth: an engine at a random depth on every call, against the same engine at a fixed depth.
+
+A latency is what the caller waits: from the call until the result is there. In every round each depth is called several
+times in both ways: among calls at all other depths in random order (storm), and in a row after one call that is not
+counted (fixed). Nothing is captured meanwhile, or the run fails.
+
+    python bench/switch_storm.py --csv bench/results/switch_storm_cpu.csv
+    python bench/switch_storm.py --device cuda --size 224 --dtype bfloat16 --rounds 200 --models resnet50 vit_base_patch16_224
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from common import columns, header, write_rows
+from tqdm import tqdm
+
+import adn
+from adn.evaluate import choose_depths
+from adn.runtime.engine import Engine
+
+IN_A_ROW = 5  # counted calls of a depth in a round, in either way
+
+
+def latency(engine: Engine, x: torch.Tensor, depth: adn.Depth) -> float:
+    """Milliseconds."""
+    start = time.perf_counter()
+    engine(x, depth=depth)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure(engine: Engine, x: torch.Tensor, depths: list[adn.Depth], rounds: int) -> dict[str, np.ndarray]:
+    """Milliseconds by "storm" and "fixed", (depths, calls)."""
+    times: dict[str, list[list[float]]] = {way: [[] for _ in depths] for way in ("storm", "fixed")}
+    order = random.Random(0)
+    for _ in tqdm(range(rounds), leave=False, disable=None):
+        for i in order.sample(range(len(depths)), len(depths)):
+            latency(engine, x, depths[i])
+            times["fixed"][i] += [latency(engine, x, depths[i]) for _ in range(IN_A_ROW)]
+        calls = [i for i in range(len(depths)) for _ in range(IN_A_ROW)]
+        order.shuffle(calls)
+        for i in calls:
+            times["storm"][i].append(latency(engine, x, depths[i]))
+    return {way: np.array(per_depth) for way, per_depth in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet18"])
+    parser.add_argument("--size", type=int, default=64, help="side of the images")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--depths", default="chain", help='"all", "chain", or depths with commas between them')
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for name in args.models:
+        dtype = getattr(torch, args.dtype)
+        net = adn.convert(timm.create_model(name)).eval().to(args.device, dtype, memory_format=torch.channels_last)
+        x = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device, dtype=dtype)
+        engine = Engine(net)
+        depths = choose_depths(net, args.depths)
+        engine.warm(x, depths=depths)
+        captured = engine.info()["captures"]
+        times = measure(engine, x, depths, args.rounds)
+        if engine.info()["captures"] != captured:
+            raise RuntimeError("a depth was captured while calls were timed")
+        print(engine)
+        for i, depth in enumerate(depths):
+            row = {"model": name, "dtype": args.dtype, "batch": args.batch_size, "size": args.size, "depth": str(depth),
+                   "calls": times["storm"].shape[1]}
+            for percentile in (50, 99):
+                storm, fixed = (np.percentile(times[way][i], percentile) for way in ("storm", "fixed"))
+                row |= {f"fixed_p{percentile}_ms": round(fixed, 4), f"storm_p{percentile}_ms": round(storm, 4),
+                        f"p{percentile}_ratio": round(storm / fixed, 4)}
+            rows.append(row)
+    print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
+    for percentile in (50, 99):
+        ratios = [row[f"p{percentile}_ratio"] for row in rows]
+        print(f"p{percentile}, storm / fixed: median {np.median(ratios):.4f}, highest {max(ratios):.4f}")
+    if args.csv:
+        write_rows(args.csv, rows, header(args.device))
+
+
+if __name__ == "__main__":
+    main()
