@@ -42,10 +42,14 @@ def worker(rank: int, folder: str, norm: str, mode: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     net = a_net(norm)
     x, y = (t[rank * 4 : rank * 4 + 4] for t in a_batch())
-    if mode == "one forward":
+    if mode in ("one forward", "one pass"):
         # No search for unused parameters: SelfDistillation's forward uses all of them.
-        wrapped = DDP(adn.SelfDistillation(net, features="all"), broadcast_buffers=False)
+        kd = adn.SelfDistillation(net, features="all", single_pass=mode == "one pass")
+        wrapped = DDP(kd, broadcast_buffers=False)
         train(net, lambda: wrapped(x, y)["loss"].backward())
+    elif mode == "one pass of a net in DDP":
+        kd = adn.SelfDistillation(DDP(net, broadcast_buffers=False), features="all", single_pass=True)
+        train(net, lambda: kd.backward(x, y))
     elif mode == "two backwards":
         kd = adn.SelfDistillation(DDP(net, broadcast_buffers=False, find_unused_parameters=True), features="all")
         train(net, lambda: kd.backward(x, y))
@@ -65,7 +69,7 @@ def spawn(folder: Path, norm: str, mode: str) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("mode", ["one forward", "two backwards"])
+@pytest.mark.parametrize("mode", ["one forward", "two backwards", "one pass of a net in DDP"])
 def test_layer_norm_equals_one_process(tmp_path: Path, mode: str) -> None:
     both = spawn(tmp_path, "layer", mode)
     net = a_net("layer")
@@ -76,7 +80,7 @@ def test_layer_norm_equals_one_process(tmp_path: Path, mode: str) -> None:
             torch.testing.assert_close(got[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("mode", ["one forward", "two backwards"])
+@pytest.mark.parametrize("mode", ["one forward", "two backwards", "one pass"])
 def test_batch_norm_equals_the_average_of_two_half_batches(tmp_path: Path, mode: str) -> None:
     both = spawn(tmp_path, "batch", mode)
     x, y = a_batch()

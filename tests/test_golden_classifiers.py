@@ -62,8 +62,9 @@ VARIANTS = ("plain", "fpn234", "fpn123", "options")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("single_pass", [False, True], ids=["two passes", "one pass"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_training_step(variant: str, dtype: torch.dtype, golden, seeded) -> None:
+def test_training_step(variant: str, single_pass: bool, dtype: torch.dtype, golden, seeded) -> None:
     """The reference computed in float64: there all must agree closely; in float32 within 10x its own deviation."""
     manifest, arrays = golden("resnet50_adn_step")
     config = manifest["configs"][variant]
@@ -76,20 +77,27 @@ def test_training_step(variant: str, dtype: torch.dtype, golden, seeded) -> None
 
     kd = adn.SelfDistillation(
         net, nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"]), alpha=config["alpha"],
-        temperature=config["temperature"], features=config["feature_layers"],
+        temperature=config["temperature"], features=config["feature_layers"], single_pass=single_pass,
     )
     parameters = dict(net.named_parameters())
     buffers = dict(net.named_buffers())
     first = {}
 
-    def keep_super(_module: nn.Module, _args: tuple) -> None:
-        # The base pass is the second forward; what is in .grad then is the first backward's alone.
-        if adn.get_depth(net) == adn.Depth("TTTT"):
-            first.update({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
+    def keep_super() -> None:
+        first.update({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
 
-    handle = net.register_forward_pre_hook(keep_super)
-    losses = kd.backward(x, y)
-    handle.remove()
+    if single_pass:
+        losses = kd(x, y)
+        losses["super"].backward(retain_graph=True)
+        keep_super()
+        losses["base"].backward()
+        losses = {name: value.detach() for name, value in losses.items()}
+    else:
+        # The base pass is the second forward; what is in .grad then is the first backward's alone.
+        handle = net.register_forward_pre_hook(
+            lambda *_: keep_super() if adn.get_depth(net) == adn.Depth("TTTT") else None)
+        losses = kd.backward(x, y)
+        handle.remove()
 
     def expect(key: str, got: object, deviation: str | None = None, atol: float = 0.0) -> None:
         """Relative agreement: 1e-6 in float64, else 10x the deviation of that name (1e-6 at least)."""
