@@ -162,6 +162,8 @@ class Rerouted(Swapped):
     The route is laid for the module as it is: a copy gets its own, and setting an attribute afterwards closes it.
     """
 
+    fx_leaf = False  # traced, it takes its own forward
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._adn_route.is_open(args, kwargs):
             return self._adn_route.take(self, *args)
