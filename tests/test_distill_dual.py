@@ -16,6 +16,8 @@ from torch import nn
 
 import adn
 from adn.nn import SharedNorm, halves
+from adn.runtime.accelerate import accelerate, use_kernels
+from adn_kernels import ops
 
 # Nets of every family, with stochastic depth where they have it.
 NETS = {
@@ -363,3 +365,29 @@ def test_norms_of_both() -> None:
     assert shared == ["bn1", "layer1.0.downsample.1", "layer2.0.downsample.1", "layer3.0.downsample.1",
                       "layer4.0.downsample.1"]
     assert not any(isinstance(module, SharedNorm) for module in adn.extract(net).modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "convnext_atto", "vit_tiny_patch16_224",
+                                  "swin_tiny_patch4_window7_224"])
+def test_accelerated(name: str) -> None:
+    two = a_net(name, **NETS[name])
+    one = accelerate(copy.deepcopy(two))
+    expected = train(two, False, features="all")
+    with use_kernels(True):
+        got = train(one, True, features="all")
+    for a, b in zip(expected, got, strict=True):
+        for key, value in a.items():
+            assert_close(key, b[key], value, 1e-8, 1e-10)
+    assert_same(two, one, 1e-8)
+
+
+def test_accelerated_norms_take_both_halves_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, bool]] = []
+    op = ops.batch_norm
+    monkeypatch.setattr(ops, "batch_norm", lambda x, *args, groups, bank, **kwargs: (
+        calls.append((groups, bank is not None)), op(x, *args, groups=groups, bank=bank, **kwargs))[1])
+    net = accelerate(a_net())
+    with use_kernels(True):
+        adn.SelfDistillation(net, single_pass=True)(*a_batch())
+    # Of each stage's two blocks, each with two norms; four shortcuts. The stem moves its statistics twice by itself.
+    assert sorted(calls) == sorted(4 * [(2, True)] * 2 + 4 * [(1, False)] * 2 + 4 * [(2, False)])
