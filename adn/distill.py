@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .nn import halves
+from .paths import listening
 from .state import Stage, at_depth, stages, super_and_base
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -195,23 +196,21 @@ class SelfDistillation(nn.Module):
 
     def _run(self, x: torch.Tensor, depth: str) -> _Output:
         with at_depth(self.net, depth):
-            pools = [(stage.last_block, functools.partial(pool_features, channel_dim=stage.plan.channel_dim))
-                     for stage in self.features]
-            with _tap(pools) as features:
+            pools = [functools.partial(pool_features, channel_dim=stage.plan.channel_dim) for stage in self.features]
+            with _tap(self.features, pools) as features:
                 return _Output(_as_logits(self.net(x)), features)
 
     def _run_both(self, x: torch.Tensor) -> tuple[_Output, _Output]:
         """Of the super-net and of the base-net, from one forward."""
         samples = x.shape[0]
-        pools = []
-        for stage in self.features:
-            pool = functools.partial(pool_features, channel_dim=stage.plan.channel_dim)
-            # A refinement block sees the super-net's half only; the base-net's leaves the stage before it.
-            pools.append((stage.refinement[-1], pool))
-            pools.append((stage.essential[-1], lambda output, pool=pool: pool(halves(output, samples)[1])))
-        with super_and_base(self.net, samples), _tap(pools) as features:
+
+        def pool_both(output: torch.Tensor, channel_dim: int) -> tuple[torch.Tensor, ...]:
+            return tuple(pool_features(half, channel_dim) for half in halves(output, samples))
+
+        pools = [functools.partial(pool_both, channel_dim=stage.plan.channel_dim) for stage in self.features]
+        with super_and_base(self.net, samples), _tap(self.features, pools) as features:
             logits, base_logits = halves(_as_logits(self.net(x)), samples)
-        return _Output(logits, features[0::2]), _Output(base_logits, features[1::2])
+        return _Output(logits, [a for a, _ in features]), _Output(base_logits, [b for _, b in features])
 
     def _super_terms(self, of_super: _Output, y: torch.Tensor) -> dict[str, torch.Tensor]:
         task = self.criterion(of_super.logits, y)
@@ -261,21 +260,23 @@ def _chosen(known: list[Stage], wanted: Sequence[str | int] | str) -> list[Stage
 
 
 @contextlib.contextmanager
-def _tap(pools: Sequence[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]]) -> Iterator[list[torch.Tensor]]:
-    """Collect what these functions make of the outputs of these blocks, from the forward inside the block."""
-    taps: list[torch.Tensor] = [None] * len(pools)
+def _tap(chosen: Sequence[Stage], pools: Sequence[Callable[[torch.Tensor], Any]]) -> Iterator[list[Any]]:
+    """Collect what these functions make of the outputs of these stages, from the forward inside the block."""
+    taps: list[Any] = [None] * len(chosen)
     with_grad = torch.is_grad_enabled()
 
     def tap(i: int, output: torch.Tensor) -> None:
         if with_grad and not torch.is_grad_enabled():
             raise RuntimeError("the stage's features have no gradient inside a reentrant checkpoint: checkpoint with "
                                "use_reentrant=False, or leave `features` empty")
-        taps[i] = pools[i][1](output)
+        taps[i] = pools[i](output)
 
-    handles = [block.register_forward_hook(lambda _m, _a, output, i=i: tap(i, output))
-               for i, (block, _) in enumerate(pools)]
-    try:
+    with contextlib.ExitStack() as stack:
+        for i, stage in enumerate(chosen):
+            stack.enter_context(listening(stage.refinement[-1], functools.partial(tap, i)))
         yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
+    for stage, features in zip(chosen, taps, strict=True):
+        if features is None:
+            raise RuntimeError(f"no output of stage {stage.name!r} was seen: torch.compile compiled a forward that calls "
+                               "its blocks one by one (gradient checkpointing?); compile without, or leave `features` "
+                               "empty")

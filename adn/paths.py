@@ -276,8 +276,8 @@ def _hand_out(block: nn.Module, output: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def listening(block: nn.Module, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """While inside, the output of the stage that ends with `block`, its last refinement block, goes to `listener`, at
-    every depth: once a forward."""
+    """While inside, the output of the stage that ends with `block`, its last refinement block (or a wrapper around
+    it), goes to `listener`, at every depth: once a forward."""
     last: torch.Tensor | None = None
 
     def once(output: torch.Tensor) -> None:
@@ -287,11 +287,12 @@ def listening(block: nn.Module, listener: Callable[[torch.Tensor], None]) -> Ite
             last = output
             listener(output)
 
-    block.__dict__["_adn_listener"] = torch.compiler.disable(once)
+    end = _stage_end(block)
+    end.__dict__["_adn_listener"] = torch.compiler.disable(once)
     try:
         yield
     finally:
-        del block.__dict__["_adn_listener"]
+        del end.__dict__["_adn_listener"]
 
 
 # ----------------------------------------------------------------------------------------------------------- install
