@@ -277,6 +277,6 @@ def _tap(chosen: Sequence[Stage], pools: Sequence[Callable[[torch.Tensor], Any]]
         yield taps
     for stage, features in zip(chosen, taps, strict=True):
         if features is None:
-            raise RuntimeError(f"no output of stage {stage.name!r} was seen: torch.compile compiled a forward that calls "
-                               "its blocks one by one (gradient checkpointing?); compile without, or leave `features` "
-                               "empty")
+            raise RuntimeError(f"no output of stage {stage.name!r} was seen: torch.compile compiled a forward that "
+                               "calls its blocks one by one (gradient checkpointing?); compile without, or leave "
+                               "`features` empty")
