@@ -159,7 +159,7 @@ class SharedNorm(Swapped):
 class Rerouted(Swapped):
     """A module whose forward may be taken by another route through its children, see `adn.runtime.accelerate`.
 
-    The route is laid for the module as it is: a copy gets its own, and setting an attribute afterwards closes it.
+    The route is laid for the module as it is: a copy gets its own, and changing an attribute afterwards closes it.
     """
 
     fx_leaf = False  # traced, it takes its own forward
@@ -170,9 +170,10 @@ class Rerouted(Swapped):
         return super().forward(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        former = getattr(self, name, value)
         super().__setattr__(name, value)
-        # Of a norm everything is read at each call.
-        if name not in ("training", "__class__") and not is_norm(self):
+        # Of a norm everything is read at each call. What was not there before, as Dynamo's marks, has no part in it.
+        if former is not value and name not in ("training", "__class__") and not is_norm(self):
             self._adn_route.close()
 
     def __setstate__(self, state: dict) -> None:
