@@ -14,7 +14,6 @@ refused, since its nodes are made during backward.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import sys
 import threading
 
@@ -42,7 +41,6 @@ def recomputing() -> bool:
 recomputing._dynamo_marked_constant = True
 
 
-@dataclasses.dataclass(frozen=True)
 class Both:
     """State of every switch while one forward runs the super-net and the base-net.
 
@@ -50,7 +48,15 @@ class Both:
     state of a refinement path: it does run, on the first half.
     """
 
-    samples: int
+    __slots__ = ("_sized",)
+
+    def __init__(self, samples: int) -> None:
+        # As the size of a tensor: torch.compile would take a number that it finds in a module for a constant.
+        self._sized = torch.empty(samples, 0, device="cpu")
+
+    @property
+    def samples(self) -> int:
+        return self._sized.shape[0]
 
     def __bool__(self) -> bool:
         return False
@@ -61,14 +67,15 @@ class Switch:
 
     Attributes:
         skip: what is set.
-        samples: of `Both`, else 0. By itself, so that compiled code which asks nothing else does not depend on `skip`.
+        one_forward: the same while it is `Both`, else None. By itself, so that compiled code which asks nothing else
+            does not depend on `skip`.
     """
 
-    __slots__ = ("_numbers", "_states", "_thread", "samples", "skip")
+    __slots__ = ("_numbers", "_states", "_thread", "one_forward", "skip")
 
     def __init__(self, skip: bool | Both = False) -> None:
         self.skip = skip
-        self.samples = _samples(skip)
+        self.one_forward = skip if isinstance(skip, Both) else None
         self._forget()
 
     def _forget(self) -> None:
@@ -80,7 +87,7 @@ class Switch:
         if skip == self.skip:
             return
         self.skip = skip
-        self.samples = _samples(skip)
+        self.one_forward = skip if isinstance(skip, Both) else None
         self._numbers.append(_next_sequence_number())
         self._states.append(skip)
         if len(self._numbers) > _REMEMBERED_CHANGES:
@@ -92,7 +99,8 @@ class Switch:
 
     def both(self) -> int:
         """How many samples each net has in a forward that runs super-net and base-net at once; 0 in any other."""
-        return _samples(self._at_forward()) if recomputing() else self.samples
+        state = self._at_forward() if recomputing() else self.one_forward
+        return state.samples if isinstance(state, Both) else 0
 
     def _at_forward(self) -> bool | Both:
         node = _autograd_node()
@@ -109,10 +117,6 @@ class Switch:
 
     def __reduce__(self) -> tuple:
         return Switch, (self.skip,)
-
-
-def _samples(state: bool | Both) -> int:
-    return state.samples if isinstance(state, Both) else 0
 
 
 def _refuse_checkpoint_in_reentrant_checkpoint() -> None:
