@@ -24,7 +24,8 @@ class Watch:
         self._slots = [slots for module in net.modules()
                        for slots in (module._parameters, module._buffers, module._modules) if slots]
         self._held = list(self._now())
-        self._tensors = [held for held in self._held if torch.is_tensor(held)]
+        # Others (sparse ones, packed by oneDNN) have no address, and cannot be given another.
+        self._tensors = [held for held in self._held if torch.is_tensor(held) and held.layout == torch.strided]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         # `parameter.data = ...` lets go of the memory, which a graph may still read: hold it until that is noticed.
         self._memory = [tensor.detach() for tensor in self._tensors]

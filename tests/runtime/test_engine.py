@@ -24,7 +24,8 @@ import adn
 from adn.profile import Point, Profile
 from adn.runtime import engine as engine_module
 from adn.runtime.engine import Engine
-from adn.runtime.staged import Place
+from adn.runtime.fuse import fuse
+from adn.runtime.staged import Place, Staged
 from adn.runtime.watch import Watch
 
 # ------------------------------------------------------------------------------------------------- graphs on a CPU
@@ -513,6 +514,8 @@ def test_graphs_of_segments_are_shared(graphs) -> None:
     engine.warm((2, 3, 7, 7))
     assert engine.memory()["graphs"] == engine.info()["captures"] == 2 * 4 + 2
     assert engine.memory()["buffer_bytes"] == 4 * 2 * (3 * 7 * 7 + 5 * 4 * 5 * 5 + 4 + 5)
+    place, = engine._places.values()
+    assert place.x.is_contiguous(memory_format=torch.channels_last), "as the segments want it"
     with pytest.raises(ValueError, match=r"20 graphs.*only 10"):
         Engine(tiny(TinyInSegments), max_graphs=10, batch_sizes=(1, 2)).warm((2, 3, 7, 7))
 
@@ -550,6 +553,10 @@ def test_warm(graphs) -> None:
     for x in (*images(2), *images(1, size=9)):
         assert torch.equal(engine(x), expected(engine.net, x, "super"))
     assert engine.info()["captures"] == 3
+    engine.net.double()
+    engine.warm((2, 3, 7, 7), depths=["super"])
+    assert engine(images(2)[0].double()).dtype == torch.float64
+    assert engine.info()["captures"] == 4
 
 
 # ------------------------------------------------------------------------------------------------ when the net changes
@@ -846,6 +853,35 @@ def test_models(graphs, name: str) -> None:
         assert torch.equal(engine(-x, depth=depth), expected(net, -x, depth))
 
 
+def follows_its_source(source: nn.Module, x: Tensor, **settings: Any) -> Engine:
+    net = fuse(source)
+    engine = Engine(net, **settings)
+    if engine._graphs is not None and not isinstance(net, Staged):
+        pytest.skip("the deploy form does not show its segments")
+    for scale in (1, 1.1):
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.mul_(scale)
+        for depth in adn.depths(net):
+            result = engine(x, depth=depth)
+            torch.testing.assert_close(result, expected(net, x, depth), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(result, expected(source, x, depth), rtol=1e-3, atol=1e-3)
+    assert engine.info()["invalidations"] == 0
+    return engine
+
+
+def test_fused_net() -> None:
+    follows_its_source(adn.convert(build("resnet18", num_classes=5)), torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("max_graphs", [15, 64], ids=["segments", "whole"])
+def test_graphs_of_a_fused_net(graphs, max_graphs: int) -> None:
+    """Of one whose weights are not packed by oneDNN: a recorded call would hold the old ones."""
+    source = adn.convert(build("vit_tiny_patch16_224", num_classes=5, img_size=32, depth=12, embed_dim=48))
+    engine = follows_its_source(source, torch.randn(2, 3, 32, 32), max_graphs=max_graphs)
+    assert ("per segment" in engine.info()["runs"]) == (max_graphs < 16)
+
+
 # -------------------------------------------------------------------------------------------------------- on a GPU
 
 cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -1028,3 +1064,9 @@ def test_profile_on_a_gpu() -> None:
     result = engine.profile(images(8, size=64, like=engine.net)[0], rounds=5)
     assert len(result) == 16
     assert engine.set_budget(ms=1e6) == adn.Depth("FFFF")
+
+
+@on_gpu(pytest.mark.parametrize("max_graphs", [15, 64], ids=["segments", "whole"]))
+def test_fused_net_on_a_gpu(max_graphs: int) -> None:
+    source = adn.convert(build("resnet18", num_classes=5)).cuda()
+    follows_its_source(source, torch.randn(2, 3, 64, 64, device="cuda"), max_graphs=max_graphs)
