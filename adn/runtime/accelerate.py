@@ -132,29 +132,23 @@ class Route:
     def close(self) -> None:
         """Never take it again."""
         self._rewritten: _Rewritten | None = None
+        self.is_intact: Callable[[], bool] = lambda: False
 
     def lay(self, module: nn.Module) -> bool:
         """Lay it anew, for the module as it is now; False if there is nothing to fuse, and then it is closed."""
+        self.close()
         try:
             self._rewritten = _rewrite(module)
         except CannotTrace:
-            self.close()
-        return self._rewritten is not None
+            return False
+        self.is_intact = _check(self._rewritten.replaced)
+        return True
 
     def is_open(self, args: tuple, kwargs: dict) -> bool:
         """May it be taken by a call of the module with these arguments?"""
         if self._rewritten is None or len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
             return False
         return (args[0].is_cuda if _enabled is None else _enabled) and self.is_intact()
-
-    def is_intact(self) -> bool:
-        """Are the modules that it replaces still those that were traced, and would none of them notice a call?"""
-        if self._rewritten is None or nn_module._has_any_global_hook():
-            return False
-        for parent, name, child in self._rewritten.replaced:
-            if parent._modules.get(name) is not child or _is_hooked(child):
-                return False
-        return True
 
     def take(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         moved: norms.Moved = []
@@ -164,6 +158,20 @@ class Route:
 
     def __reduce__(self) -> tuple:
         return Route, ()  # made for one module: `Rerouted` lays that of a copy
+
+
+def _check(replaced: list[tuple[nn.Module, str, nn.Module]]) -> Callable[[], bool]:
+    """A function that tells whether (parent, name, module) are still so, and nobody waits for the modules' calls."""
+
+    def is_intact() -> bool:
+        if nn_module._has_any_global_hook():
+            return False
+        return all(parent._modules.get(name) is child and not _is_hooked(child) for parent, name, child in replaced)
+
+    # What torch.compiler.assume_constant_result sets: to compiled code, hooks are what they were when it was compiled,
+    # as torch has it for all modules. Hundreds of guards for each block would be the alternative.
+    is_intact._dynamo_marked_constant = True
+    return is_intact
 
 
 def _is_hooked(module: nn.Module) -> bool:

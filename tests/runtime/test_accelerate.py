@@ -11,7 +11,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import build
+import torchvision
+from conftest import build, randomise
 from test_convert import stated_sample
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adn
 from adn.runtime.accelerate import accelerate, fusions, use_kernels
 
-# One or two nets of every family, cut down; with sizes of input that are odd where a net allows.
+# One or two nets of every family, cut down; with odd sizes of input where a net allows.
 MODELS = {
     "resnet18": {"layers": (2, 1, 2, 1)},
     "resnet50d": {"layers": (2, 2, 1, 1)},
@@ -27,30 +28,29 @@ MODELS = {
     "resnetv2_50": {"layers": (2, 2, 1, 1), "channels": (32, 64, 64, 64), "stem_chs": 8},
     "mobilenetv2_050": {},
     "tv_mobilenet_v3_small": {},
-    "vit_tiny_patch16_224": {"depth": 6, "embed_dim": 48},
-    "tv_vit_b_32": {"num_layers": 6, "num_heads": 2, "hidden_dim": 48, "mlp_dim": 96},
-    "swin_tiny_patch4_window7_224": {"depths": (2, 2, 2), "embed_dim": 24, "num_heads": (1, 2, 2)},
-    "convnext_atto": {"depths": (2, 2), "dims": (16, 24)},
+    "vit_tiny_patch16_224": {"depth": 6, "embed_dim": 48, "img_size": 64},
+    "tv_vit": {"image_size": 64, "patch_size": 16, "num_layers": 6, "num_heads": 2, "hidden_dim": 48, "mlp_dim": 96},
+    "swin_tiny_patch4_window7_224": {"depths": (2, 2, 2), "embed_dim": 24, "num_heads": (1, 2, 2), "img_size": 64},
+    "convnext_atto": {"depths": (2, 2, 2, 2), "dims": (16, 24, 32, 40)},
     "regnety_002": {},
     "tv_regnet_x_400mf": {},
 }
 
 
-def arguments(name: str) -> tuple[dict, int]:
+def converted(name: str) -> nn.Module:
     kwargs = {"num_classes": 10, **MODELS[name]}
-    if name == "tv_vit_b_32":
-        return kwargs | {"image_size": 64}, 64
-    if name.startswith(("vit", "swin")):
-        return kwargs | {"img_size": 64}, 64
-    return kwargs, 41
+    if name == "tv_vit":
+        torch.manual_seed(0)
+        return adn.convert(randomise(torchvision.models.VisionTransformer(**kwargs)).eval())
+    return adn.convert(build(name, **kwargs))
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     """A converted net, the same accelerated, and an input."""
-    kwargs, size = arguments(name)
-    plain = adn.convert(build(name, **kwargs)).to(dtype)
+    plain = converted(name).to(dtype)
     net = accelerate(copy.deepcopy(plain))
-    return plain, net, torch.randn(4, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    size = MODELS[name].get("img_size", MODELS[name].get("image_size", 37))
+    return plain, net, torch.randn(3, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
 class Ops(TorchDispatchMode):
@@ -130,7 +130,7 @@ def test_training(name: str) -> None:
 
 
 @pytest.mark.parametrize("single_pass", [False, True], ids=["two passes", "one pass"])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "tv_vit_b_32", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "tv_vit", "swin_tiny_patch4_window7_224"])
 def test_self_distillation(name: str, single_pass: bool) -> None:
     plain, net, x = pair(name)
     expected = step(plain.train(), x)
@@ -141,13 +141,10 @@ def test_self_distillation(name: str, single_pass: bool) -> None:
 
 def test_one_op_for_both_nets() -> None:
     """Where super-net and base-net run in one forward, a norm is still one op."""
-    plain, net, x = pair("resnet18")
+    _, net, x = pair("resnet18")
     with Ops() as ops, torch.no_grad():
         adn.SelfDistillation(net.train(), single_pass=True)(x, labels(x))
-    norms = [m for part in (net.layer1, net.layer2, net.layer3, net.layer4) for m in part.modules()
-             if isinstance(m, nn.BatchNorm2d)]
-    assert ops.count["adn::batch_norm"] == sum(not name.endswith("skip") for part in (
-        net.layer1, net.layer2, net.layer3, net.layer4) for name, m in part.named_modules() if m in norms)
+    assert ops.count["adn::batch_norm"] == sum(len(row.fused) for row in fusions(net)) == 15
 
 
 @pytest.fixture
@@ -211,7 +208,7 @@ def test_autocast_keeps_types(name: str) -> None:
                 each(x).float().sum().backward()
     for a, b in zip(seen[plain], seen[net], strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1 * a.abs().max().item())
+        assert (a - b).float().norm() < 0.1 * a.float().norm()
     assert all(p.grad.dtype == torch.float32 for p in net.parameters() if p.grad is not None)
 
 
@@ -240,8 +237,7 @@ class TestSwitch:
 
         assert runs_fused()
         with pytest.raises(ZeroDivisionError), use_kernels(False):
-            assert not runs_fused()
-            raise ZeroDivisionError
+            1 / (not runs_fused() and 0)
         assert runs_fused()
         use_kernels(None)
         assert not runs_fused()
@@ -256,33 +252,30 @@ class TestSwitch:
 
 class TestCompiled:
     @pytest.mark.parametrize(("name", "block", "shape"), [
-        ("resnet50d", "layer2.0", (2, 256, 7, 9)), ("mobilenetv2_050", "blocks.1.1", (2, 16, 7, 9)),
-        ("vit_tiny_patch16_224", "blocks.0", (2, 5, 48)),
-    ])
+        ("resnet50d", "layer2.0", (2, 256, 7, 9)), ("vit_tiny_patch16_224", "blocks.0", (2, 5, 48))])
     def test_a_block_has_no_graph_break(self, name: str, block: str, shape: tuple[int, ...]) -> None:
         torch._dynamo.reset()
         plain, net, _ = pair(name)
         x = torch.randn(shape, dtype=torch.double)
         run = torch.compile(net.get_submodule(block), backend="aot_eager", fullgraph=True)
-        for training in (True, False):
-            for depth in ("super", "base"):
-                for each, call in ((plain, plain.get_submodule(block)), (net, run)):
-                    each.train(training)
-                    adn.set_depth(each, depth)
-                    call(x).square().sum().backward()
+        for training, depth in ((True, "super"), (True, "base"), (False, "base")):
+            for each, call in ((plain, plain.get_submodule(block)), (net, run)):
+                each.train(training)
+                adn.set_depth(each, depth)
+                call(x).square().sum().backward()
         assert_same_state(plain, net)
 
-    def test_a_net(self) -> None:
+    @pytest.mark.full
+    @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "vit_tiny_patch16_224", "regnety_002"])
+    def test_a_net(self, name: str) -> None:
         torch._dynamo.reset()
-        plain, net, x = pair("vit_tiny_patch16_224")
+        plain, net, x = pair(name)
         run = torch.compile(net, backend="aot_eager")
-        for depth in ("super", "base"):
-            adn.set_depth(plain, depth)
-            adn.set_depth(net, depth)
-            y, expected = run(x), plain(x)
-            torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
-            y.square().sum().backward()
-            expected.square().sum().backward()
+        for training, depth in ((True, "super"), (True, "base"), (False, "base")):
+            for each, call in ((plain, plain), (net, run)):
+                each.train(training)
+                adn.set_depth(each, depth)
+                call(x).square().sum().backward()
         assert_same_state(plain, net)
 
     def test_the_switch_is_seen(self) -> None:
@@ -305,7 +298,7 @@ class TestCompiled:
 
 class TestCopies:
     def test_of_a_net_run_their_own_modules(self) -> None:
-        plain, net, x = pair("mobilenetv2_050")
+        _, net, x = pair("mobilenetv2_050")
         adn.set_depth(net, "TFFTF")
         expected = net(x)
         for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
@@ -326,8 +319,8 @@ class TestCopies:
         """Dynamo keeps what it compiled per code object, a few times for each."""
         net = accelerate(adn.convert(build("resnet18")))
         nets = net, copy.deepcopy(net)
-        codes = {m._adn_route._rewritten.forward.__code__ for n in nets for m in n.modules() if hasattr(m, "_adn_route")}
-        assert len(codes) == 16
+        routes = [m._adn_route for n in nets for m in n.modules() if isinstance(m, adn.nn.Rerouted)]
+        assert len({id(route._rewritten.forward.__code__) for route in routes}) == len(routes) == 16
 
     @pytest.mark.parametrize("depth", ["super", "base"])
     def test_extract_leaves_no_trace(self, depth: str) -> None:
@@ -369,6 +362,9 @@ class TestOwnForward:
     @pytest.fixture
     def nets(self) -> tuple[nn.Module, nn.Module, torch.Tensor]:
         plain, net, _ = pair("resnet50d")
+        for m in (*plain.modules(), *net.modules()):
+            if isinstance(m, nn.ReLU):
+                m.inplace = False  # else torch refuses backward hooks next to it
         return plain, net, torch.randn(2, 64, 7, 9, dtype=torch.double)
 
     @staticmethod
@@ -390,7 +386,6 @@ class TestOwnForward:
         assert called
         handle.remove()
         assert self.fused(block, x) > 0
-        assert self.fused(net.layer1[1], block(x)) > 0
 
     def test_hooks_of_all_modules(self, nets: tuple) -> None:
         _, net, x = nets
@@ -414,14 +409,20 @@ class TestOwnForward:
         plain, net, x = nets
         for each in (plain, net):
             each.layer1[0].act1 = nn.GELU()
-            each.layer1[1].downsample = nn.Identity()  # an attribute of the block's own
-            each.layer1[0].downsample[2] = nn.Identity()
-        assert torch.equal(net.layer1[0](x), plain.layer1[0](x))
-        assert self.fused(net.layer1[1], plain.layer1[0](x)) == 0
-        assert not fusions(net)[0].active
-        accelerate(net)
-        assert self.fused(net.layer1[0], x) > 0
-        torch.testing.assert_close(net.layer1[0](x), plain.layer1[0](x), rtol=1e-10, atol=1e-10)
+            each.layer2[0].downsample[2] = nn.Identity()
+            each.layer2[1].drop_path = nn.Dropout(0.5)  # None until now
+        for i, j in ((1, 0), (2, 0), (2, 1)):
+            block, own = net.get_submodule(f"layer{i}.{j}").train(), plain.get_submodule(f"layer{i}.{j}").train()
+            x = torch.randn(2, {(1, 0): 64, (2, 0): 256, (2, 1): 512}[i, j], 6, 6, dtype=torch.double)
+            assert not next(row for row in fusions(net) if row.name == f"layer{i}.{j}").active
+            for _ in range(2):
+                assert self.fused(block, x) == 0 or block._adn_route.is_intact()
+                torch.manual_seed(0)
+                expected = own(x)
+                torch.manual_seed(0)
+                torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+                accelerate(net)
+                assert self.fused(block, x) > 0
 
     def test_a_norm_deep_inside(self) -> None:
         plain, net, x = pair("regnety_002")
@@ -582,7 +583,7 @@ def test_traps() -> None:
     ("resnetv2_50", {"stages.0.blocks.0": ("norm1 + relu", "norm2 + relu", "norm3 + relu"), "norm": ("norm + relu",)}),
     ("mobilenetv2_050", {"blocks.1.1": ("bn1 + relu6", "bn2 + relu6", "bn3 + add"), "bn1": ("norm + relu6",)}),
     ("vit_tiny_patch16_224", {"blocks.0": ("add + norm2",), "norm": ()}),
-    ("tv_vit_b_32", {"encoder.layers.encoder_layer_0": ("add + ln_2",)}),
+    ("tv_vit", {"encoder.layers.encoder_layer_0": ("add + ln_2",)}),
     ("swin_tiny_patch4_window7_224", {"layers.0.blocks.1": ("add + norm2",)}),
     ("convnext_atto", {"stages.0.blocks.0": ()}),
     ("regnety_002", {"s4.b2": ("conv1.bn + relu", "conv2.bn + relu", "conv3.bn + add + relu"),
@@ -590,8 +591,7 @@ def test_traps() -> None:
     ("tv_resnet18", {"layer1.0": ("bn1 + relu", "bn2 + add + relu"), "bn1": ()}),
 ])
 def test_report(name: str, expected: dict[str, tuple[str, ...]]) -> None:
-    kwargs, _ = arguments(name)
-    net = adn.convert(build(name, **kwargs))
+    net = converted(name)
     assert not any(row.active for row in fusions(net))
     before = {m: m.training for m in net.modules()}
     rows = {row.name: row for row in fusions(accelerate(net))}
@@ -633,7 +633,9 @@ def test_ops_of_a_bottleneck() -> None:
                          "aten::_foreach_add_": 1}
     with Ops() as ops, torch.no_grad():
         plain.train().layer1[1](x)
-    assert sum(ops.count.values()) == 13  # 3 convolutions, norms, counters, activations, 1 addition
+    assert ops.count == {"aten::convolution": 3, "aten::native_batch_norm": 3, "aten::relu_": 3,
+                         "aten::add_": 4,  # 3 counters, 1 residual
+                         "aten::empty": 3}
     with Ops() as ops, torch.no_grad():
         net.eval().layer1[1](x)
     assert ops.count == {"aten::convolution": 3, "adn::batch_norm_eval": 3}
