@@ -17,11 +17,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..convert import detach
+from ..depth import Depth
 from ..export import unwrap_blocks
-from ..state import State, state_of, unwrap
+from ..nn import is_norm
+from ..state import DepthLike, State, state_of, unwrap
 from ..switch import Switch
-from .graph import CannotTrace, Traced, activation_of, addition_of, nothing_in_eval, trace
+from .graph import CannotTrace, Traced, activation_of, activation_of_module, addition_of, nothing_in_eval, trace
 from .layers import LAYER_NORMS, AddLayerNorm, ConvNormAct, Layer, NormAct, is_plain_conv, split_norm
+from .per_image import (
+    BypassedBlock,
+    ConvEitherNormAct,
+    EitherNorm,
+    EitherNormAct,
+    checked_flags,
+    fastest,
+    split_run,
+)
+
+FULL, BASE, PER_IMAGE = "full", "base", "per image"
 
 
 def fuse(net: nn.Module) -> FusedNet:
@@ -59,6 +72,7 @@ class FusedNet(nn.Module):
         source, state = unwrap(net), state_of(net)
         if isinstance(source, FusedNet):
             raise ValueError("this net is fused already")
+        self._compile_options: dict[str, Any] | None = None
         # Not a child: what is fused of it is here.
         self.__dict__["source"] = source
         self.__dict__["_adn"] = State(
@@ -77,19 +91,85 @@ class FusedNet(nn.Module):
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a deploy form computes no gradients: pass x.detach(), or differentiate the net itself")
+        switches = self._adn.switches
+        return self._run(x, lambda segment, inputs: segment.run(switches[segment.flag].skip, *inputs))
+
+    def per_image(self, x: Tensor, depths: Tensor | Callable[[int, Tensor], Tensor] | Sequence[DepthLike]) -> Any:
+        """Every image of a batch at a depth of its own; the depth of the net does not matter.
+
+        Args:
+            x: (N, ...).
+            depths: int32 (stages, N) on the device of x, 1 where image n bypasses the refinement path of stage k, else
+                0: any kernel may have written it, and nothing waits for it. Or a router, called `router(k, features)`
+                before what depends on flag k, `features` being its input, for the (N,) of that flag. Or, where the host
+                knows, N depths: then the batch is split in every stage or, where that has been measured to be faster,
+                run as a whole; the first calls measure.
+
+        Raises:
+            ValueError: if a shape, type or device does not fit.
+        """
+        if not (callable(depths) or isinstance(depths, Tensor)):
+            pair = self._adn.full, self._adn.base
+            table = [Depth.parse(depth, pair) for depth in depths]
+            if len(table) != len(x):
+                raise ValueError(f"{len(table)} depths for {len(x)} images; pass one for each")
+            return self._run(x, lambda segment, inputs: self._split(segment, inputs, [d[segment.flag] for d in table]))
+        if isinstance(depths, Tensor):
+            flags = checked_flags(depths, (len(self._adn.switches), len(x)), x.device)
+            return self._run(x, lambda segment, inputs: segment.per_image(*inputs, flags[segment.flag]))
+        found: dict[int, Tensor] = {}
+
+        def routed(segment: Segment, inputs: list[Any]) -> tuple:
+            k = segment.flag
+            if k not in found:
+                found[k] = checked_flags(depths(k, inputs[0]), (len(x),), x.device)
+            return segment.per_image(*inputs, found[k])
+
+        return self._run(x, routed)
+
+    def _run(self, x: Tensor, run: Callable[[Segment, list[Any]], tuple]) -> Any:
+        """A forward; `run` is asked for those segments that have a flag."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a deploy form computes no gradients: pass x.detach(), or differentiate the net itself")
         self.refresh_if_changed()
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        switches = self._adn.switches
         values: dict[str, Any] = {self.segments[0].takes[0]: x}
         with torch.no_grad():
             for segment in self.segments:
-                bypassed = segment.flag is not None and switches[segment.flag].skip
                 inputs = [values[name] for name in segment.takes]
                 for name in segment.last_uses:
                     del values[name]
-                values.update(zip(segment.gives, segment.run(bypassed, *inputs)))
+                outputs = segment.run(False, *inputs) if segment.flag is None else run(segment, inputs)
+                values.update(zip(segment.gives, outputs))
         return _filled(self._result, values)
+
+    def _split(self, segment: Segment, inputs: list[Any], bypassed: list[bool]) -> tuple:
+        """A segment whose flags the host knows, the faster way."""
+        count, n = sum(bypassed), len(bypassed)
+        if count in (0, n):
+            return segment.run(count > 0, *inputs)
+        ways = {
+            "split": lambda: split_run(segment.run, inputs, bypassed),
+            "whole": lambda: segment.per_image(
+                *inputs, torch.tensor(bypassed, dtype=torch.int32).to(inputs[0].device, non_blocking=True)),
+        }
+        # Eighths: so that not every number of images has to be measured.
+        key = id(segment), n, 8 * count // n, inputs[0].shape, inputs[0].dtype
+        if key not in self._faster:
+            self._faster[key] = fastest(ways, inputs[0].device)
+        return ways[self._faster[key]]()
+
+    def compile(self, **options: Any) -> None:
+        """Compile every path of every segment, in place, as one region without breaks; what has no segment of its own
+        (`per_image`) stays as it is. On a CPU this helps nets without batch norm: convolutions are fused already.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self._compile_options = {"fullgraph": True, **options}
+        for segment in self.segments:
+            segment.compile(**self._compile_options)
 
     def refresh(self) -> None:
         """Fold the net's parameters and statistics again, into the memory they are in already."""
@@ -122,6 +202,9 @@ class FusedNet(nn.Module):
         builder = _Builder(self.source)
         self.segments = nn.ModuleList(builder.segments())
         self._result = builder.result
+        if self._compile_options is not None:
+            self.compile(**self._compile_options)
+        self._faster: dict[tuple, str] = {}
         self._watched = list(_tensors(self.source))
         self._versions = [_version(tensor) for _, _, tensor in self._watched]
 
@@ -134,17 +217,27 @@ class Segment(nn.Module):
         takes, gives: the names of the values that `run` takes and returns.
         last_uses: those of `takes` that nothing after it needs.
         full, base: the paths for a flag of F and T.
+        per_image: the path that takes, after its inputs, int32 (N,), the flag of each image. None without a flag.
     """
 
     def __init__(self, flag: int | None, takes: Sequence[str], gives: Sequence[str], last_uses: Iterable[str],
-                 full: nn.Module, base: nn.Module) -> None:
+                 full: nn.Module, base: nn.Module, per_image: nn.Module | None) -> None:
         super().__init__()
         self.flag = flag
         self.takes, self.gives, self.last_uses = tuple(takes), tuple(gives), tuple(last_uses)
-        self.full, self.base = full, base
+        self.full, self.base, self.per_image = full, base, per_image
+        self._calls = full, base
 
     def run(self, bypassed: bool, *inputs: Any) -> tuple:
-        return (self.base if bypassed else self.full)(*inputs)
+        return self._calls[bypassed](*inputs)
+
+    def compile(self, **options: Any) -> None:
+        # Of the functions: each has code of its own, for which alone its compilations count.
+        paths = {path: torch.compile(path.forward, **options) for path in (self.full, self.base)}
+        self._calls = paths[self.full], paths[self.base]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_calls": (self.full, self.base)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +248,18 @@ class _Value:
 
 
 class _Cut(NamedTuple):
-    """The nodes of a segment."""
+    """Consecutive nodes; what they take from others, and what others take from them."""
 
     flag: int | None
     nodes: list[fx.Node]
+    takes: list[fx.Node]
+    gives: list[fx.Node]
+
+    @classmethod
+    def of(cls, flag: int | None, nodes: list[fx.Node]) -> _Cut:
+        inside = set(nodes)
+        takes = dict.fromkeys(node for user in nodes for node in user.all_input_nodes if node not in inside)
+        return cls(flag, nodes, list(takes), [node for node in nodes if not inside.issuperset(node.users)])
 
 
 class _Builder:
@@ -176,23 +277,23 @@ class _Builder:
         self.bypass = {self.traced.calls[block][1]: self.traced.calls[block][0] for block in self.refinement}
         self.layers: dict[tuple, Layer] = {}
         _, *self.nodes, output = self.traced.graph.nodes
+        self.cuts = self._cuts()
         self.result = fx.node.map_arg(output.args[0], lambda node: _Value(node.name))
 
     def segments(self) -> Iterator[Segment]:
-        cuts = self._cuts()
-        place = {node: i for i, cut in enumerate(cuts) for node in cut.nodes}
-        for i, cut in enumerate(cuts):
-            takes = dict.fromkeys(node for user in cut.nodes for node in user.all_input_nodes if place.get(node) != i)
-            gives = [node for node in cut.nodes if any(place.get(user) != i for user in node.users)]
-            last = [node for node in takes if all(place.get(user, len(cuts)) <= i for user in node.users)]
-            full = self._path(cut, takes, gives, bypassed=False)
-            base = full if cut.flag is None else self._path(cut, takes, gives, bypassed=True)
-            names = [[node.name for node in nodes] for nodes in (takes, gives, last)]
-            yield Segment(cut.flag, *names, full, base)
+        place = {node: i for i, cut in enumerate(self.cuts) for node in cut.nodes}
+        for i, cut in enumerate(self.cuts):
+            last = [node for node in cut.takes if all(place.get(user, len(self.cuts)) <= i for user in node.users)]
+            full = self._path(cut, FULL)
+            base, per_image = full, None
+            if cut.flag is not None:
+                base, per_image = self._path(cut, BASE), self._path(cut, PER_IMAGE)
+            names = [[node.name for node in nodes] for nodes in (cut.takes, cut.gives, last)]
+            yield Segment(cut.flag, *names, full, base, per_image)
 
     def _cuts(self) -> list[_Cut]:
         """The nodes in their order, cut where the flag changes they depend on."""
-        cuts: list[_Cut] = []
+        cuts: list[tuple[int | None, list[fx.Node]]] = []
         pending: list[fx.Node] = []  # depend on no flag
         for node in self.nodes:
             stage = next((self.stages[path] for path in _owners(node) if path in self.stages), None)
@@ -200,21 +301,25 @@ class _Builder:
             if flag is None:
                 pending.append(node)
                 continue
-            if not cuts or cuts[-1].flag != flag:
+            if not cuts or cuts[-1][0] != flag:
                 # What leads to a switched norm outside of a stage has to be with it, to become one call. Other work
                 # must not be in two paths for nothing.
                 if stage is not None and any(waiting.op == "call_module" for waiting in pending):
-                    cuts.append(_Cut(None, pending))
+                    cuts.append((None, pending))
                     pending = []
-                cuts.append(_Cut(flag, []))
-            cuts[-1].nodes.extend([*pending, node])
+                cuts.append((flag, []))
+            cuts[-1][1].extend([*pending, node])
             pending = []
-        return [*cuts, _Cut(None, pending)] if pending else cuts
+        if pending:
+            cuts.append((None, pending))
+        return [_Cut.of(flag, nodes) for flag, nodes in cuts]
 
-    def _path(self, cut: _Cut, takes: Iterable[fx.Node], gives: Iterable[fx.Node], bypassed: bool) -> fx.GraphModule:
+    def _path(self, cut: _Cut, kind: str) -> fx.GraphModule:
         graph = fx.Graph()
-        env = {node: graph.placeholder(node.name) for node in takes}
+        env = {node: graph.placeholder(node.name) for node in cut.takes}
+        flags = graph.placeholder("flags") if kind == PER_IMAGE else None
         modules: dict[str, Any] = {}
+        seconds: dict[str, nn.Module] = {}
 
         def value(node: fx.Node) -> fx.Node:
             while node not in env and node in self.bypass:
@@ -223,34 +328,71 @@ class _Builder:
                 raise CannotTrace(f"a value inside a block that can be bypassed is used outside of it ({node.name})")
             return env[node]
 
+        blocks: dict[str, list[fx.Node]] = {}
         for node in cut.nodes:
-            if bypassed and not self.refinement.isdisjoint(_owners(node)):
+            block = next(iter(self.refinement & _owners(node)), None)
+            if block is not None and kind == BASE:
+                continue
+            if block is not None and kind == PER_IMAGE:
+                nodes = blocks.setdefault(block, [])
+                nodes.append(node)
+                if node is self.traced.calls[block][1]:
+                    env[node] = self._block(graph, modules, block, nodes, value, flags)
                 continue
             env[node] = graph.node_copy(node, value)
             if node.op in ("call_module", "get_attr"):
-                second = bypassed and node.target in self.flags
-                name = env[node].target = node.target.replace(".", "_") + ("_skip" if second else "")
-                modules[name] = self.twins[node.target] if second else _attribute(self.traced.root, node.target)
-        graph.output(tuple(value(node) for node in gives))
-        self._fuse(graph, modules)
+                name = node.target.replace(".", "_")
+                modules[name] = _attribute(self.traced.root, node.target)
+                if node.target in self.flags and kind == BASE:
+                    name += "_skip"
+                    modules[name] = self.twins[node.target]
+                elif node.target in self.flags and kind == PER_IMAGE:
+                    seconds[name] = self.twins[node.target]
+                env[node].target = name
+        graph.output(tuple(value(node) for node in cut.gives))
+        self._fuse(graph, modules, seconds, flags)
         return fx.GraphModule(modules, graph, class_name="Path")
+
+    def _block(self, graph: fx.Graph, modules: dict[str, Any], block: str, nodes: list[fx.Node],
+               value: Callable[[fx.Node], fx.Node], flags: fx.Node) -> fx.Node:
+        """A call of a refinement block that leaves samples alone whose flag is set."""
+        stream, output = self.traced.calls[block]
+        cut = _Cut.of(None, nodes)
+        takes = [stream, *(node for node in cut.takes if node is not stream)]
+        path = self._path(cut._replace(takes=takes, gives=[output]), FULL)
+        name = block.replace(".", "_")
+        owned = set(stream.users) <= set(nodes) and _is_fresh(value(stream), modules)
+        modules[name] = BypassedBlock(path, in_place=owned)
+        return graph.call_module(name, (flags, *(value(node) for node in takes)))
 
     # ------------------------------------------------------------------------------------------ what becomes one call
 
-    def _fuse(self, graph: fx.Graph, modules: dict[str, Any]) -> None:
+    def _fuse(self, graph: fx.Graph, modules: dict[str, Any], seconds: Mapping[str, nn.Module], flags: fx.Node | None
+              ) -> None:
+        """Replace chains of calls by one call each.
+
+        Args:
+            seconds: by the name of a norm its twin, where `flags` picks between them.
+        """
         for node in list(graph.nodes):
             if node.op == "call_module" and nothing_in_eval(modules[node.target]):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         for node in list(graph.nodes):
-            if node.op == "call_module" and split_norm(modules[node.target]) is not None:
-                self._fuse_norm(graph, modules, node)
-        for node in list(graph.nodes):
-            if node.op == "call_module" and type(modules[node.target]) in LAYER_NORMS:
-                self._fuse_layer_norm(graph, modules, node)
+            if node.op != "call_module":
+                continue
+            module, second = modules[node.target], seconds.get(node.target)
+            if split_norm(module) is not None:
+                self._fuse_norm(graph, modules, node, second, flags)
+            elif type(module) in LAYER_NORMS:
+                self._fuse_layer_norm(graph, modules, node, second, flags)
+            elif second is not None:
+                modules[node.target] = EitherNorm(module, second)
+                node.kwargs = {"bank": flags}
         graph.lint()
 
-    def _fuse_norm(self, graph: fx.Graph, modules: dict[str, Any], norm: fx.Node) -> None:
+    def _fuse_norm(self, graph: fx.Graph, modules: dict[str, Any], norm: fx.Node, second: nn.Module | None,
+                   flags: fx.Node | None) -> None:
         """[convolution ->] norm [-> + residual] [-> activation]."""
         chain = [norm]
         activation, residual = split_norm(modules[norm.target]), None
@@ -271,25 +413,41 @@ class _Builder:
         if is_conv:
             chain.insert(0, before)
         parts = [modules[node.target] for node in ((before, norm) if is_conv else (norm,))]
-        layer = self._layer(ConvNormAct if is_conv else NormAct, *parts, activation)
+        if second is None:
+            layer = self._layer(ConvNormAct if is_conv else NormAct, *parts, activation)
+            bank = {}
+        else:
+            layer = self._layer(ConvEitherNormAct if is_conv else EitherNormAct, *parts, second, activation)
+            bank = {"bank": flags}
         args = (chain[0].args[0],) if residual is None else (chain[0].args[0], residual)
-        self._replace(graph, modules, chain, norm.target, layer, args)
+        modules[norm.target] = layer
+        with graph.inserting_before(chain[-1]):
+            new = graph.call_module(norm.target, args, bank)
+        chain[-1].replace_all_uses_with(new)
+        for node in reversed(chain):
+            graph.erase_node(node)
 
-    def _fuse_layer_norm(self, graph: fx.Graph, modules: dict[str, Any], norm: fx.Node) -> None:
-        """+ residual -> layer norm."""
+    def _fuse_layer_norm(self, graph: fx.Graph, modules: dict[str, Any], norm: fx.Node, second: nn.Module | None,
+                         flags: fx.Node | None) -> None:
+        """[+ residual ->] layer norm."""
         total = norm.args[0]
         summands = addition_of(total)
-        if summands is None or any(node.op == "get_attr" for node in summands):
+        if summands is not None and any(node.op == "get_attr" for node in summands):
+            summands = None
+        if summands is None and second is None:
             return
-        layer = self._layer(AddLayerNorm, modules[norm.target])
-        with graph.inserting_before(total):
-            modules[norm.target] = layer
-            both = graph.call_module(norm.target, summands)
+        modules[norm.target] = self._layer(AddLayerNorm, modules[norm.target], second)
+        with graph.inserting_before(norm if summands is None else total):
+            both = graph.call_module(norm.target, (total,) if summands is None else summands,
+                                     {} if second is None else {"bank": flags})
             y, s = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
         norm.replace_all_uses_with(y)
         graph.erase_node(norm)
-        total.replace_all_uses_with(s)
-        graph.erase_node(total)
+        if summands is not None:
+            total.replace_all_uses_with(s)
+            graph.erase_node(total)
+        else:
+            graph.erase_node(s)
 
     def _layer(self, kind: type[Layer], *args: Any) -> Layer:
         """One for both paths, if it is the same in both."""
@@ -298,15 +456,19 @@ class _Builder:
             self.layers[key] = kind(*args)
         return self.layers[key]
 
-    @staticmethod
-    def _replace(graph: fx.Graph, modules: dict[str, Any], chain: Sequence[fx.Node], name: str, layer: Layer,
-                 args: tuple) -> None:
-        modules[name] = layer
-        with graph.inserting_before(chain[-1]):
-            new = graph.call_module(name, args)
-        chain[-1].replace_all_uses_with(new)
-        for node in reversed(chain):
-            graph.erase_node(node)
+
+def _is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Is a value in memory of its own, so that nobody notices if it is overwritten after its last use?"""
+    while node.op == "call_module" or node.target is operator.iadd:
+        module = modules[node.target] if node.op == "call_module" else None
+        if module is not None and not nothing_in_eval(module) and not getattr(module, "inplace", False):
+            return is_norm(module) or isinstance(module, nn.Conv2d | nn.Linear | BypassedBlock) or (
+                activation_of_module(module) is not None)
+        # Its memory is that of its (first) argument.
+        node = node.args[0]
+        if len(node.users) > 1:
+            return False
+    return addition_of(node) is not None
 
 
 def _filled(result: Any, values: Mapping[str, Any]) -> Any:

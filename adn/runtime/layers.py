@@ -5,7 +5,6 @@ Each reads the parameters of the modules it stands for (`refresh`) and keeps the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import timm.layers
@@ -31,6 +30,7 @@ _ONEDNN: dict[str, tuple[str, list, str]] = {
     "gelu": ("gelu", [], "none"),
     "hardswish": ("hardswish", [], ""),
 }
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _AFTER_ADDITION = ("identity", "relu")  # what oneDNN's convolution applies after it has added something
 
 
@@ -67,7 +67,7 @@ class Layer(nn.Module):
             held.copy_(value)
 
 
-def _folded_norm(norm: nn.Module, conv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def folded_norm(norm: nn.Module, conv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return ops.fold_norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, conv_bias)
 
 
@@ -85,7 +85,7 @@ class ConvNormAct(Layer):
     @torch.no_grad()
     def refresh(self) -> None:
         conv, norm = self.source
-        weight, bias = ops.fold(conv.weight, *_folded_norm(norm, conv.bias))
+        weight, bias = ops.fold(conv.weight, *folded_norm(norm, conv.bias))
         self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
         self._keep("bias", bias)
         self.packed = {}
@@ -93,7 +93,8 @@ class ConvNormAct(Layer):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.is_cuda:
             return self._on_gpu(x, residual)
-        if not x.is_cpu or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        # A compiler has no use for weights in oneDNN's own layout.
+        if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling() or not _HAS_ONEDNN:
             return self._plain(x, residual)
         return self._on_cpu(x, residual)
 
@@ -149,15 +150,22 @@ class NormAct(Layer):
 
 
 class AddLayerNorm(Layer):
-    """`s = a + b; norm(s), s`."""
+    """`s = a + b; norm(s), s`; with a `bank` by the norm or by its second set."""
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
+    def __init__(self, norm: nn.LayerNorm, second: nn.LayerNorm | None = None) -> None:
         super().__init__()
-        self.__dict__["source"] = norm
+        self.__dict__["source"] = norm, second
 
-    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        norm = self.source
-        if a.is_cuda:
-            return ops.layer_norm(a, norm.weight, norm.bias, residual=b, eps=norm.eps)
-        total = a + b
-        return F.layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps), total
+    def forward(self, a: Tensor, b: Tensor | None = None, bank: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        norm, second = self.source
+        if bank is None:
+            weight, bias = norm.weight, norm.bias
+        else:
+            weight, bias = (norm.weight, second.weight), (norm.bias, second.bias)
+            weight, bias = (None if pair[0] is None else pair for pair in (weight, bias))
+        if b is not None and (a.shape != b.shape or not a.is_cuda):
+            a, b = a + b, None
+        if bank is None and not a.is_cuda:
+            return F.layer_norm(a, norm.normalized_shape, weight, bias, norm.eps), a
+        y = ops.layer_norm(a, weight, bias, residual=b, eps=norm.eps, bank=bank)
+        return y if b is not None else (y, a)

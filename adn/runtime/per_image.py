@@ -1,0 +1,278 @@
+"""A depth for each image of a batch, decided on the device: nothing is compacted, nothing waits for the host.
+
+Where a norm has two sets, each sample takes its own. A refinement block leaves samples alone that bypass it: its
+convolutions, linear layers and layer norms skip their work, and what they leave in memory there nobody uses.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm.layers
+import timm.models.swin_transformer
+import timm.models.swin_transformer_v2
+import timm.models.vision_transformer
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, fx, nn
+
+from adn_kernels import ops
+from adn_kernels.epilogue import write_active
+from adn_kernels.launch import memory_format
+
+from .layers import LAYER_NORMS, ConvNormAct, Layer, folded_norm, is_plain_conv
+
+
+def checked_flags(flags: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Flags as int32 of the given shape; raises ValueError for anything else."""
+    if not isinstance(flags, Tensor):
+        raise ValueError(f"flags are a {type(flags).__name__}; pass an int32 tensor of shape {shape}")
+    if tuple(flags.shape) != shape:
+        raise ValueError(f"flags have shape {tuple(flags.shape)}; pass {shape}: one for each "
+                         + ("stage and image" if len(shape) == 2 else "image"))
+    if flags.device != device:
+        raise ValueError(f"flags are on {flags.device}, the images on {device}; where the host knows, pass a list of "
+                         "depths instead, one for each image")
+    if flags.dtype not in (torch.int32, torch.bool):
+        raise ValueError(f"flags are {flags.dtype}; pass int32 or bool")
+    return flags.to(torch.int32).contiguous()
+
+
+def split_run(run: Callable[..., tuple], inputs: Sequence[Any], bypassed: Sequence[bool]) -> tuple:
+    """`run(flag, *inputs)` for the samples of either flag by themselves, and the results in the order of the samples.
+
+    Tensors have the samples in their first axis; other values go to both.
+    """
+    n = len(bypassed)
+    results = []
+    device = next(value.device for value in inputs if isinstance(value, Tensor))
+    for flag in (False, True):
+        index = torch.tensor([i for i, own in enumerate(bypassed) if own == flag]).to(device, non_blocking=True)
+        part = []
+        for value in inputs:
+            if isinstance(value, Tensor) and len(value) != n:
+                raise ValueError(f"a batch of {n} images cannot be split: the net hands a tensor of shape "
+                                 f"{tuple(value.shape)} from one stage to the next")
+            part.append(value[index] if isinstance(value, Tensor) else value)
+        results.append((index, run(flag, *part)))
+    merged = []
+    (first, outputs), (second, others) = results
+    for a, b in zip(outputs, others):
+        if not isinstance(a, Tensor):
+            merged.append(a)
+            continue
+        out = a.new_empty((n, *a.shape[1:]))
+        if a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last):
+            out = out.to(memory_format=torch.channels_last)
+        out[first], out[second] = a, b
+        merged.append(out)
+    return tuple(merged)
+
+
+def fastest(ways: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3) -> str:
+    """The name of the one that takes the least time, best of some rounds."""
+    best = dict.fromkeys(ways, float("inf"))
+    for step in range(-1, rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if step >= 0:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return min(best, key=best.__getitem__)
+
+
+class ConvEitherNormAct(Layer):
+    """`act(norm(conv(x)) + residual)`, for each sample with one of two norms."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, second: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.__dict__["source"] = conv, norm, second
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        conv, *norms = self.source
+        scales, shifts = zip(*(folded_norm(norm, conv.bias) for norm in norms))
+        self._keep("scale", torch.stack(scales))
+        self._keep("shift", torch.stack(shifts))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor) -> Tensor:
+        conv = self.source[0]
+        (stride, other_stride), (padding, other_padding) = conv.stride, conv.padding
+        if stride == other_stride and padding == other_padding and conv.dilation == (1, 1):
+            return ops.conv(x, conv.weight, self.scale, self.shift, residual=residual, activation=self.activation,
+                            stride=stride, padding=padding, groups=conv.groups, bank=bank)
+        z = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return ops.batch_norm_eval(z, *_unit_norm(self.scale, self.shift), residual=residual,
+                                   activation=self.activation, eps=0.0, bank=bank)
+
+
+class EitherNormAct(Layer):
+    """`act(norm(x) + residual)`, for each sample with one of two batch norms."""
+
+    def __init__(self, norm: nn.Module, second: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.__dict__["source"] = norm, second
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor) -> Tensor:
+        pairs = [tuple(getattr(norm, name) for norm in self.source)
+                 for name in ("weight", "bias", "running_mean", "running_var")]
+        pairs = [None if first is None else (first, second) for first, second in pairs]
+        return ops.batch_norm_eval(x, *pairs, residual=residual, activation=self.activation, eps=self.source[0].eps,
+                                   bank=bank)
+
+
+class EitherNorm(nn.Module):
+    """For each sample one of two norms of any kind; both are computed."""
+
+    def __init__(self, norm: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.second = norm, second
+
+    def forward(self, x: Tensor, *, bank: Tensor) -> Tensor:
+        return torch.where(_of_samples(bank != 0, x), self.second(x), self.norm(x))
+
+
+class BypassedBlock(nn.Module):
+    """A refinement block that leaves samples alone whose flag is set, bit for bit.
+
+    Args:
+        block: the block, (x, ...) -> (y,).
+        in_place: whether x may be overwritten.
+    """
+
+    def __init__(self, block: fx.GraphModule, in_place: bool) -> None:
+        super().__init__()
+        self.mask = _Mask()
+        self.block = block
+        self.in_place = in_place
+        stream = next(iter(block.graph.nodes))
+        result = block.graph.output_node().args[0][0]
+        of_samples = {stream}
+        for node in block.graph.nodes:
+            if not of_samples.isdisjoint(node.all_input_nodes):
+                of_samples.add(node)
+                if node.op == "call_module":
+                    setattr(block, node.target, _mask(getattr(block, node.target), self.mask))
+        last = getattr(block, result.target) if result.op == "call_module" else None
+        if isinstance(last, _MaskedConv) and len(result.args) == 2 and result.args[1] is stream:
+            # It adds to the stream, which nothing reads after it.
+            last.accumulates = True
+
+    def forward(self, flags: Tensor, x: Tensor, *others: Any) -> Tensor:
+        active = self.mask.active = 1 - flags
+        out = x if self.in_place else x.clone()
+        y, = self.block(out, *others)
+        self.mask.active = None
+        if y is not out:
+            write_active(out, y, active)
+        return out
+
+
+# Modules whose children that are linear layers or convolutions all work on the samples, in their order; others may
+# have some that work on a table of positions.
+_WITH_LAYERS_ON_SAMPLES = (
+    timm.layers.Mlp,
+    timm.layers.GlobalResponseNormMlp,
+    timm.models.vision_transformer.Attention,
+    timm.models.swin_transformer.WindowAttention,
+    timm.models.swin_transformer_v2.WindowAttention,
+    torchvision.ops.MLP,
+)
+
+
+class _Mask:
+    """Tells the layers of one block which samples have to be computed, while it runs."""
+
+    active: Tensor | None = None
+
+
+class _MaskedConv(nn.Module):
+    """A fused convolution, or one alone, that computes active samples only."""
+
+    def __init__(self, layer: ConvNormAct | nn.Conv2d, mask: _Mask, accumulates: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.mask = mask
+        self.accumulates = accumulates
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        layer = self.layer
+        activation = layer.activation if isinstance(layer, ConvNormAct) else "identity"
+        conv = layer.source[0] if isinstance(layer, ConvNormAct) else layer
+        stride, padding, groups = conv.stride[0], conv.padding[0], conv.groups
+        if self.accumulates:
+            out = residual
+        elif residual is not None:
+            out = residual.clone()
+        else:
+            size = [(size + 2 * padding - kernel) // stride + 1 for size, kernel in zip(x.shape[2:], conv.kernel_size)]
+            out = torch.empty((len(x), conv.out_channels, *size), dtype=x.dtype, device=x.device,
+                              memory_format=memory_format(x))
+        return ops.conv_(out, x, layer.weight, shift=layer.bias, accumulate=residual is not None, activation=activation,
+                         stride=stride, padding=padding, groups=groups, active=self.mask.active)
+
+
+class _MaskedLinear(nn.Linear):
+    """A linear layer that computes active samples only. (Attention may also read its weight directly.)"""
+
+    def __init__(self, linear: nn.Linear, mask: _Mask) -> None:
+        self.__dict__.update(linear.__dict__)
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Windows of one image are neighbours in the first axis.
+        rows = x.reshape(len(self.mask.active), -1, x.shape[-1])
+        out = x.new_empty((*rows.shape[:-1], self.out_features))
+        ops.linear_(out, rows, self.weight, shift=self.bias, active=self.mask.active)
+        return out.reshape(*x.shape[:-1], -1)
+
+
+class _MaskedLayerNorm(nn.Module):
+    """A layer norm that computes active samples only."""
+
+    def __init__(self, norm: nn.LayerNorm, mask: _Mask) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        return ops.layer_norm_(out, x, self.norm.weight, self.norm.bias, eps=self.norm.eps, active=self.mask.active)
+
+
+def _mask(module: nn.Module, mask: _Mask) -> nn.Module:
+    """A module that computes what `module` does, for active samples; what it cannot leave out it computes for all."""
+    if isinstance(module, ConvNormAct) or is_plain_conv(module):
+        conv = module.source[0] if isinstance(module, ConvNormAct) else module
+        square = conv.stride[0] == conv.stride[1] and conv.padding[0] == conv.padding[1]
+        return _MaskedConv(module, mask) if square and conv.dilation == (1, 1) else module
+    if type(module) is nn.Linear:
+        return _MaskedLinear(module, mask)
+    if type(module) in LAYER_NORMS and len(module.normalized_shape) == 1:
+        return _MaskedLayerNorm(module, mask)
+    if isinstance(module, _WITH_LAYERS_ON_SAMPLES):
+        module = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear or is_plain_conv(child):
+                setattr(module, name, _mask(child, mask))
+    return module
+
+
+def _of_samples(flags: Tensor, x: Tensor) -> Tensor:
+    """(N,) as it broadcasts against x, (N, ...)."""
+    return flags.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _unit_norm(scale: Tensor, shift: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Both banks' scale and shift, (2, C) each, as the four pairs of parameters of a norm."""
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    return tuple((vectors[0], vectors[1]) for vectors in (scale, shift, zeros, ones))
