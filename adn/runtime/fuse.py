@@ -493,11 +493,14 @@ def _attribute(root: nn.Module, name: str) -> Any:
 
 
 def _tensors(net: nn.Module) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:
-    """(where it is held, under which key, tensor) of every parameter and buffer but counters."""
+    """(where it is held, under which key, tensor) of every parameter and buffer.
+
+    Of counters too: torch's batch norm writes its running statistics without counting a version of them.
+    """
     for module in net.modules():
         for slots in (module._parameters, module._buffers):
             for key, tensor in slots.items():
-                if tensor is not None and key != "num_batches_tracked":
+                if tensor is not None:
                     yield slots, key, tensor
 
 

@@ -125,6 +125,9 @@ class ConvNormAct(Layer):
             x, residual, *args[1:], "add", None, attribute, [], "")
         return y if inside == self.activation else act_reference(y, self.activation)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "packed": {}}  # its layout cannot be copied
+
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.place[0]}, groups={self.place[3]}, {self.activation}"
 

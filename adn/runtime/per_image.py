@@ -163,8 +163,9 @@ class BypassedBlock(nn.Module):
                 if node.op == "call_module":
                     setattr(block, node.target, _mask(getattr(block, node.target), self.mask))
         last = getattr(block, result.target) if result.op == "call_module" else None
-        if isinstance(last, _MaskedConv) and len(result.args) == 2 and result.args[1] is stream:
-            # It adds to the stream, which nothing reads after it.
+        if (isinstance(last, _MaskedConv) and len(result.args) == 2 and result.args[1] is stream
+                and result.args[0] is not stream):
+            # It adds to the stream, which it does not convolve and nothing reads after it.
             last.accumulates = True
 
     def forward(self, flags: Tensor, x: Tensor, *others: Any) -> Tensor:

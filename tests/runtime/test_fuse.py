@@ -1,0 +1,354 @@
+"""The deploy form equals the net at every depth, follows its weights, and makes one call of each convolution."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from conftest import build, randomise
+from test_convert import MODELS, NAMES, net_and_input, stated_sample
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import adn
+from adn.runtime.fuse import FusedNet, fuse
+from adn.runtime.layers import ConvNormAct
+
+IN_CI = ["resnet18", "ecaresnet26t", "tv_resnet50", "resnetv2_50d", "mobilenetv2_050", "mobilenetv3_small_075",
+         "tv_mobilenet_v2", "vit_tiny_patch16_224", "tv_vit_b_32", "swin_tiny_patch4_window7_224", "tv_swin_v2_t",
+         "convnext_atto", "convnextv2_atto", "tv_convnext_tiny", "regnety_002", "tv_regnet_x_400mf"]
+# With random norms this one amplifies rounding a billionfold.
+UNSTABLE = "efficientnetv2_rw_t"
+
+
+def converted(name: str, **kwargs: object) -> tuple[nn.Module, torch.Tensor]:
+    """A net in which the second norms differ from the first."""
+    model, x = net_and_input(name, **kwargs)
+    net = adn.convert(model)
+    for stage in adn.stages(net):
+        for norm in stage.plan.norms:
+            randomise(net.get_submodule(f"{norm}.skip"), seed=len(norm))
+    return net, x
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def forward(net: nn.Module, x: torch.Tensor, depth: adn.Depth | str) -> torch.Tensor:
+    with torch.no_grad(), adn.at_depth(net, depth):
+        return net(x)
+
+
+@pytest.mark.parametrize("name", [
+    name if name in IN_CI else pytest.param(name, marks=pytest.mark.full) for name in NAMES])
+def test_every_depth(name: str, table: list) -> None:
+    net, x = converted(name)
+    net, x = net.double(), x.double()
+    fused = fuse(net)
+    differences = [difference(forward(fused, x, depth), forward(net, x, depth)) for depth in stated_sample(net)]
+    assert max(differences) <= (1e-4 if name == UNSTABLE else 1e-11)
+    calls = Counter(type(m).__name__ for segment in fused.segments for m in segment.full.children())
+    table.append({"model": name, "depths": len(differences), "difference": f"{max(differences):.1e}",
+                  "regions": sum(1 + (s.flag is not None) for s in fused.segments),
+                  "convolutions with their norm": calls["ConvNormAct"], "norms alone": calls["NormAct"],
+                  "sums with their norm": calls["AddLayerNorm"]})
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    ("resnet18", (65, 47)), ("mobilenetv2_050", (33, 70)), ("regnety_002", (64, 64)),
+    ("vit_tiny_patch16_224", (64, 64)), ("convnext_atto", (64, 96))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_types_layouts_and_sizes(
+    name: str, size: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """Not further from float64 than the net itself, up to a factor."""
+    net, _ = converted(name)
+    x = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+    exact = copy.deepcopy(net).double()
+    net.to(dtype)
+    fused = fuse(net)
+    for depth in ("super", "base"):
+        wanted = forward(exact, x.double(), depth)
+        actual = forward(fused, x.to(dtype), depth)
+        assert actual.dtype == dtype
+        allowed = 2 * difference(forward(net, x.to(dtype), depth), wanted) + 4 * torch.finfo(dtype).eps
+        assert difference(actual, wanted) <= allowed
+
+
+class Ops(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_call_for_each_convolution() -> None:
+    net, x = converted("tv_resnet50")
+    fused = fuse(net)
+    for depth in ("super", "base"):  # packs the weights
+        forward(fused, x, depth)
+    for depth in adn.depths(net):
+        static = adn.extract(net, depth)
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in static.modules())
+        with Ops() as count:
+            forward(fused, x, depth)
+        calls = {name: n for name, n in count.calls.items() if "pointwise" in name}
+        assert sum(calls.values()) == convolutions
+        # Besides: layout of the input, max pool, mean, flatten, the classifier and views of its weight.
+        others = sum(count.calls.values()) - convolutions
+        assert others <= 8, count.calls
+        with Ops() as plain, torch.no_grad():
+            static(x)
+        assert sum(plain.calls.values()) > 3 * convolutions
+
+
+def test_two_regions_for_each_stage_and_two_more() -> None:
+    for name, outside in (("resnet18", 2), ("tv_vit_b_32", 2), ("tv_swin_t", 2), ("mobilenetv2_050", 1)):
+        net, _ = converted(name)
+        segments = fuse(net).segments
+        flags = [segment.flag for segment in segments]
+        assert sorted(flag for flag in flags if flag is not None) == list(range(len(adn.get_depth(net))))
+        assert flags.count(None) == outside
+
+
+class TestFollowsTheNet:
+    @pytest.fixture
+    def net(self) -> nn.Module:
+        return converted("resnet18")[0]
+
+    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(3))
+
+    def agrees(self, fused: nn.Module, net: nn.Module) -> bool:
+        net.eval()
+        return all(difference(forward(fused, self.x, depth), forward(net, self.x, depth)) < 1e-5
+                   for depth in ("super", "TFTF", "base"))
+
+    def train_step(self, net: nn.Module) -> None:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        net.train()
+        adn.SelfDistillation(net).backward(torch.randn(4, 3, 48, 48), torch.arange(4))
+        optimizer.step()
+
+    def test_after_a_training_step(self, net: nn.Module) -> None:
+        fused = fuse(net)
+        before = forward(fused, self.x, "base")
+        self.train_step(net)
+        assert self.agrees(fused, net)
+        assert difference(before, forward(fused, self.x, "base")) > 1e-3
+
+    def test_a_deploy_form_that_does_not_look_is_caught(self, net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(FusedNet, "refresh_if_changed", lambda self: None)
+        fused = fuse(net)
+        self.train_step(net)
+        assert not self.agrees(fused, net)
+
+    def test_statistics_alone(self, net: nn.Module) -> None:
+        fused = fuse(net)
+        with torch.no_grad():
+            net.train()(torch.randn(8, 3, 48, 48))
+        assert self.agrees(fused, net)
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_loaded_weights(self, net: nn.Module, assign: bool) -> None:
+        fused = fuse(net)
+        other = randomise(copy.deepcopy(net), seed=9)
+        net.load_state_dict(other.state_dict(), assign=assign)
+        assert self.agrees(fused, net)
+
+    def test_memory_stays_where_it_is(self, net: nn.Module) -> None:
+        """A captured graph reads it."""
+        fused = fuse(net)
+        layer = next(m for m in fused.modules() if isinstance(m, ConvNormAct))
+        places = layer.weight.data_ptr(), layer.bias.data_ptr()
+        self.train_step(net)
+        forward(fused, self.x, "super")
+        assert (layer.weight.data_ptr(), layer.bias.data_ptr()) == places
+
+    def test_another_dtype(self, net: nn.Module) -> None:
+        fused = fuse(net)
+        net.double()
+        y = forward(fused, self.x.double(), "TFFF")
+        assert y.dtype == torch.float64
+        assert difference(y, forward(net, self.x.double(), "TFFF")) < 1e-12
+
+    def test_what_is_written_past_autograd_needs_a_word(self, net: nn.Module) -> None:
+        fused = fuse(net)
+        net.conv1.weight.data.mul_(3)
+        fused.refresh()
+        assert self.agrees(fused, net)
+
+    def test_parameters_made_in_inference_mode(self) -> None:
+        with torch.inference_mode():
+            net, _ = converted("resnet18")
+        with torch.inference_mode():
+            assert self.agrees(fuse(net), net)
+
+    def test_the_mode_of_the_net_does_not_matter_afterwards(self) -> None:
+        net = adn.convert(build("resnet18", drop_rate=0.5, drop_path_rate=0.5))
+        fused = fuse(net)
+        expected = forward(net, self.x, "super")
+        net.train()
+        assert difference(forward(fused, self.x, "super"), expected) < 1e-5
+
+
+def test_the_net_stays_as_it_was() -> None:
+    net, x = converted("mobilenetv2_050")
+    modules, state = list(net.modules()), {k: v.clone() for k, v in net.state_dict().items()}
+    before = [forward(net, x, depth) for depth in ("super", "base")]
+    fused = fuse(net)
+    forward(fused, x, "base")
+    assert all(a is b for a, b in zip(net.modules(), modules, strict=True))
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert all(torch.equal(forward(net, x, depth), y) for depth, y in zip(("super", "base"), before))
+
+
+def test_it_has_a_depth_of_its_own() -> None:
+    net, _ = converted("resnet18")
+    adn.set_depth(net, "TFTF")
+    fused = fuse(net)
+    assert adn.get_depth(fused) == adn.Depth("TFTF")
+    assert adn.depths(fused) == adn.depths(net)
+    adn.set_depth(fused, "base")
+    assert adn.get_depth(net) == adn.Depth("TFTF")
+    with pytest.raises(ValueError, match="TTFF"):
+        adn.set_depth(fused, "TTT")
+
+
+def test_a_feature_extractor_returns_its_list() -> None:
+    net = adn.convert(build("resnet18", features_only=True))
+    x = torch.randn(1, 3, 64, 64)
+    fused = fuse(net)
+    for depth in adn.depths(net):
+        features, expected = forward(fused, x, depth), forward(net, x, depth)
+        assert isinstance(features, list)
+        assert all(difference(a, b) < 1e-5 for a, b in zip(features, expected, strict=True))
+
+
+class Hand(nn.Module):
+    """Blocks in a list, walked by hand; a functional activation; the input, used again after the last stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(HandBlock() for _ in range(3))
+        self.second = nn.ModuleList(HandBlock() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = x
+        for block in self.first:
+            h = block(h)
+        tapped = h
+        for block in self.second:
+            h = block(h)
+        return {"features": tapped, "out": (h + x).mean((2, 3))}
+
+
+class HandBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 5, (3, 1), padding=(1, 0), bias=True)
+        self.norm = nn.BatchNorm2d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.norm(self.conv(x)))
+
+
+def test_a_model_of_ones_own() -> None:
+    net = adn.convert(randomise(Hand()).eval(), plan=["first", "second"])
+    x = torch.randn(2, 5, 9, 7)
+    fused = fuse(net)
+    for depth in adn.depths(net):
+        y, expected = forward(fused, x, depth), forward(net, x, depth)
+        assert set(y) == {"features", "out"}
+        assert all(difference(y[key], expected[key]) < 1e-5 for key in y)
+
+
+def test_copies_are_independent() -> None:
+    net, x = converted("resnet18")
+    fused = fuse(net)
+    expected = forward(fused, x, "base")
+    copied = copy.deepcopy(fused)
+    with torch.no_grad():
+        net.fc.weight.zero_()
+        net.layer1[0].bn1.skip.weight.mul_(2)
+    assert difference(forward(copied, x, "base"), expected) < 1e-6
+    assert difference(forward(fused, x, "base"), expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tv_vit_b_32"])
+def test_compiled(name: str) -> None:
+    net, x = converted(name)
+    fused = fuse(net)
+    torch._dynamo.reset()
+    graphs = 0
+
+    def backend(module: torch.fx.GraphModule, inputs: list) -> object:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    fused.compile(backend=backend)
+    for sweep in range(2):
+        with torch.compiler.set_stance("fail_on_recompile" if sweep else "default"):
+            for depth in adn.depths(net):
+                assert difference(forward(fused, x, depth), forward(net, x, depth)) < 1e-4
+    assert graphs == 2 * len(adn.get_depth(net)) + 2
+
+
+class TestBadInput:
+    def test_training(self) -> None:
+        net = adn.convert(build("resnet18"))
+        with pytest.raises(ValueError, match=r"net\.eval\(\)"):
+            fuse(net.train())
+        fused = fuse(net.eval())
+        with pytest.raises(RuntimeError, match="cannot be trained"):
+            fused.train()
+        fused.eval()
+        with pytest.raises(RuntimeError, match="no gradients"):
+            fused(torch.randn(1, 3, 64, 64, requires_grad=True))
+
+    def test_what_is_no_net(self) -> None:
+        with pytest.raises(ValueError, match=r"adn\.convert"):
+            fuse(build("resnet18"))
+        fused = fuse(adn.convert(build("resnet18")))
+        with pytest.raises(ValueError, match="fused already"):
+            fuse(fused)
+
+    def test_moving(self) -> None:
+        with pytest.raises(RuntimeError, match=r"adn\.fuse\(net\.to"):
+            fuse(adn.convert(build("resnet18"))).half()
+
+    def test_a_forward_that_depends_on_values(self) -> None:
+        class Peeking(Hand):
+            def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+                return super().forward(x if x.sum() > 0 else -x)
+
+        net = adn.convert(Peeking().eval(), plan=["first", "second"])
+        with pytest.raises(ValueError, match=r"Peeking.*control flow"):
+            fuse(net)
+
+    def test_a_value_that_a_bypass_would_lose(self) -> None:
+        class Leaking(Hand):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for block in self.first:
+                    x = block(x)
+                inner = self.second[3].norm(x)
+                for block in self.second:
+                    x = block(x)
+                return x + inner
+
+        net = adn.convert(Leaking().eval(), plan=["first", "second"])
+        x = torch.randn(2, 5, 9, 7)
+        assert difference(forward(fuse(net), x, "base"), forward(net, x, "base")) < 1e-5
+
+
+def test_timm_models_of_all_families_are_covered() -> None:
+    assert all(any(name in IN_CI for name in names) for names in MODELS.values())
