@@ -391,3 +391,19 @@ def test_accelerated_norms_take_both_halves_in_one_call(monkeypatch: pytest.Monk
         adn.SelfDistillation(net, single_pass=True)(*a_batch())
     # Of each stage's two blocks, each with two norms; four shortcuts. The stem moves its statistics twice by itself.
     assert sorted(calls) == sorted(4 * [(2, True)] * 2 + 4 * [(1, False)] * 2 + 4 * [(2, False)])
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.full)])
+def test_compiled(name: str) -> None:
+    """Every region once, and once more when it is seen that batches vary in size."""
+    torch.compiler.reset()
+    two = a_net(name, **({"depth": 6} if "vit" in name else {}))
+    one = copy.deepcopy(two)
+    one.compile(backend="aot_eager")
+    for step, (n, known) in enumerate([(3, False), (3, True), (5, False), (4, True)]):
+        two.zero_grad()
+        one.zero_grad()
+        adn.SelfDistillation(two, features="all").backward(*a_batch(step, n))
+        with torch.compiler.set_stance("fail_on_recompile" if known else "default"):
+            adn.SelfDistillation(one, features="all", single_pass=True).backward(*a_batch(step, n))
+        assert_same(two, one)
