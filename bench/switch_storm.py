@@ -5,7 +5,7 @@ times in both ways: among calls at all other depths in random order (storm), and
 counted (fixed). Nothing is captured meanwhile, or the run fails.
 
     python bench/switch_storm.py --csv bench/results/switch_storm_cpu.csv
-    python bench/switch_storm.py --device cuda --size 224 --dtype bfloat16 --rounds 200 --models resnet50 vit_base_patch16_224
+    python bench/switch_storm.py --device cuda --size 224 --dtype bfloat16 --rounds 200 --models resnet50
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class CudaGraphs:
 
     Warm-up and capture have a stream each. Nothing but captures ever runs on the second, so that the workspace which
     cuBLAS keeps for a stream is allocated in the pool, as one more piece of scratch memory. (One allocated before
-    would lie outside, and torch 2.12 to 2.14 free it when *any* graph of that stream is destroyed, pytorch issue
-    193402.)
+    would lie outside, and versions of torch after 2.11 free it when *any* graph of that stream is destroyed: issue
+    193402 of pytorch.)
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class CudaGraphs:
         """Run what is launched next after all that was launched before, on whichever stream that was.
 
         Args:
-            buffers: says what it reads and writes outside the pool.
+            buffers: says what graphs read and write outside the pool.
         """
         stream = torch.cuda.current_stream(self.device)
         if stream == self._latest:
@@ -86,10 +86,12 @@ class CudaGraphs:
         with _captures, torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             self._warm_up.wait_stream(current)
-            with torch.cuda.stream(self._warm_up):
-                for _ in range(_WARM_UP):
-                    run()
-            current.wait_stream(self._warm_up)
+            try:
+                with torch.cuda.stream(self._warm_up):
+                    for _ in range(_WARM_UP):
+                        run()
+            finally:
+                current.wait_stream(self._warm_up)
             if not self._alive:
                 # A pool cannot be used again once its last graph is gone.
                 self._pool = torch.cuda.graph_pool_handle()

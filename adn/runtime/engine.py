@@ -218,7 +218,7 @@ class Engine:
             return {
                 "graphs": len(self._captured),
                 "pool_bytes": self._graphs.pool_bytes() if self._graphs is not None else 0,
-                "buffer_bytes": sum(t.nbytes for place in self._places.values() for t in place.tensors()),
+                "buffer_bytes": sum(tensor.nbytes for tensor in self._buffers()),
             }
 
     def info(self) -> dict[str, Any]:
@@ -249,15 +249,15 @@ class Engine:
             raise ValueError("an engine computes no gradients: pass x.detach(), or call the net itself")
         if x.ndim < 1 or not len(x):
             raise ValueError("a batch of 0 images; pass at least 1")
+        if x.device != self._device and self._watch.changed():
+            self._invalidate()
+        if x.device != self._device:
+            raise ValueError(f"a batch on {x.device}; {self._accepted()}")
         if self._inner.training or any(map(operator.attrgetter("training"), self._batch_norms)):
             raise RuntimeError("the net is in training mode: call net.eval() first")
         if torch.is_autocast_enabled(self._device.type):
             raise RuntimeError("under autocast every call would cast every weight: convert the net once instead, "
                                "net.to(torch.bfloat16)")
-        if x.device != self._device and self._watch.changed():
-            self._invalidate()
-        if x.device != self._device:
-            raise ValueError(f"a batch on {x.device}; {self._accepted()}")
 
     def _check_kind(self, x: Tensor) -> None:
         if self._kinds and _kind(x) not in self._kinds and self._watch.changed():
@@ -319,10 +319,10 @@ class Engine:
         return map_tensors(functools.partial(own, copy=False), self.net(x))
 
     def _replay(self, x: Tensor, form: Form, depth: Depth, own: Callable[[Tensor], Tensor]) -> Any:
+        self._graphs.follow(self._buffers)
         for _ in range(_ATTEMPTS):
             graphs = self._graphs_of(form, depth, x)
             place = self._places[form]
-            self._graphs.follow(place.tensors)
             place.fill(x)
             for graph in graphs:
                 graph.replay()
@@ -332,9 +332,15 @@ class Engine:
             # having launched them.
             if not self._net_changed():
                 return result
+            self._check(x)
         raise RuntimeError("the net replaces parameters, buffers or modules whenever it runs, so it cannot be captured")
 
+    def _buffers(self) -> list[Tensor]:
+        """All that graphs read and write outside the pool."""
+        return [tensor for place in self._places.values() for tensor in place.tensors()]
+
     def _net_changed(self) -> bool:
+        """Has it since the graphs were captured? If so those that are outdated are gone."""
         refresh = getattr(self._inner, "refresh_if_changed", None)
         with torch.inference_mode(False):
             refreshed = refresh is not None and refresh()

@@ -645,6 +645,15 @@ def test_memory_is_held_until_a_change_is_noticed() -> None:
     assert watch.changed()
 
 
+def test_a_net_that_went_to_another_device(graphs) -> None:
+    engine = Engine(tiny())
+    x, = images(2)
+    engine(x)
+    engine.net.to("meta")
+    with pytest.raises(ValueError, match=r"on cpu; accepted: .*on meta"):
+        engine(x)
+
+
 class Derived(Tiny):
     """A net that holds what it computed from another, as the deploy form does."""
 
