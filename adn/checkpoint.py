@@ -26,7 +26,7 @@ from .convert import convert, detach
 from .errors import CheckpointError, ConversionError
 from .models import PREFIX, build_source
 from .plan import Plan
-from .state import get_depth, set_depth, state_of, unwrap
+from .state import get_depth, set_depth, state_of, state_with_modules, unwrap
 
 FORMAT = 1
 _KEY = "adn"
@@ -58,7 +58,7 @@ def save(
     """
     from . import __version__
 
-    inner, state = unwrap(net), state_of(net)
+    inner, state = unwrap(net), state_with_modules(net)
     names = state.class_names if class_names is None else list(class_names)
     classes = getattr(inner, "num_classes", None)
     if names is not None and isinstance(classes, int) and len(names) != classes:

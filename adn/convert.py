@@ -28,7 +28,7 @@ from .nn import (
 )
 from .paths import install
 from .plan import Plan, StagePlan
-from .state import State, is_converted, state_of, unwrap
+from .state import State, is_converted, state_of, state_with_modules, unwrap
 from .switch import Switch
 
 PlanLike = Plan | Sequence[StagePlan | str] | Mapping[str, int]
@@ -117,7 +117,7 @@ def detach(net: nn.Module) -> tuple[State, dict[str, nn.Module]]:
     Returns:
         What `convert` knew, and the second norms by the names of the first.
     """
-    state = state_of(net)
+    state = state_with_modules(net)
     state.check_intact()
     twins = {name: state.placed[name][2]._modules.pop("skip") for stage in state.plan.flagged for name in stage.norms}
     for root in (net, *twins.values()):

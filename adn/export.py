@@ -8,7 +8,7 @@ from torch import nn
 
 from .convert import detach
 from .depth import Depth
-from .state import DepthLike, State, get_depth, state_of, unwrap
+from .state import DepthLike, State, get_depth, state_with_modules, unwrap
 
 
 def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = False) -> nn.Module:
@@ -28,7 +28,7 @@ def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = Fa
         ValueError: on a depth this net does not have, or `remove` of a block that is not in an `nn.Sequential`.
         RuntimeError: if other code has replaced modules that follow the depth.
     """
-    inner, state = unwrap(net), state_of(net)
+    inner, state = unwrap(net), state_with_modules(net)
     depth = get_depth(net) if depth is None else Depth.parse(depth, (state.full, state.base))
     model = copy.deepcopy(inner)
     unwrap_blocks(model)

@@ -198,6 +198,7 @@ def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike]) -> 
     Raises:
         ValueError: if the net cannot take `x`.
     """
+    net = _counted(net)
     inner = unwrap(net)
     counts = []
     with evaluating(net), torch.inference_mode(), _visible_attention():
@@ -211,9 +212,16 @@ def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike]) -> 
 
 def count_parameters(net: nn.Module, depth: DepthLike) -> int:
     """How many parameters a net uses at one depth: no bypassed block, one set of each skip-aware norm."""
+    net = _counted(net)
     used = in_use(net, depth)
     parameters = unwrap(net).named_parameters(remove_duplicate=False)
     return sum({id(p): p.numel() for name, p in parameters if used(name)}.values())
+
+
+def _counted(net: nn.Module) -> nn.Module:
+    """Of a deploy form the net that it was made from: folded layers are none that a counter knows."""
+    made_from = state_of(net).made_from
+    return net if made_from is None else made_from
 
 
 def in_use(net: nn.Module, depth: DepthLike) -> Callable[[str], bool]:

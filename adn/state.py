@@ -34,6 +34,7 @@ class State:
         origin: what `create_model` was called with, so that `load` can call it again; None if unknown.
         class_names: the labels of the classes, where known.
         shared: for what has no flag but differs while super-net and base-net run at once; no depth changes it.
+        made_from: for a deploy form, in which the plan's modules are not found any more, the net that it was made from.
     """
 
     plan: Plan
@@ -43,6 +44,7 @@ class State:
     origin: dict[str, Any] | None = None
     class_names: list[str] | None = None
     shared: Switch = dataclasses.field(default_factory=Switch)
+    made_from: nn.Module | None = None
 
     def check_intact(self) -> None:
         """Raise RuntimeError if other code has replaced a module that follows the depth.
@@ -105,6 +107,15 @@ def unwrap(net: nn.Module) -> nn.Module:
 
 def state_of(net: nn.Module) -> State:
     return unwrap(net).__dict__["_adn"]
+
+
+def state_with_modules(net: nn.Module) -> State:
+    """`state_of`, for those who look for the plan's modules in the net; raises ValueError for a deploy form."""
+    state = state_of(net)
+    if state.made_from is not None:
+        raise ValueError("this is a deploy form, in which stages, blocks and norms are not found any more: pass the "
+                         "net that it was made from")
+    return state
 
 
 def is_converted(net: nn.Module) -> bool:
@@ -202,7 +213,7 @@ def depths(net: nn.Module) -> list[Depth]:
 
 def stages(net: nn.Module) -> list[Stage]:
     """The stages that have a flag, in the order of the flags."""
-    inner, state = unwrap(net), state_of(net)
+    inner, state = unwrap(net), state_with_modules(net)
     return [
         Stage(i, plan, tuple(map(inner.get_submodule, plan.essential_blocks)),
               tuple(map(inner.get_submodule, plan.refinement_blocks)), switch)

@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .errors import CheckpointError
-from .state import state_of, unwrap
+from .state import state_with_modules, unwrap
 
 State = Mapping[str, torch.Tensor]
 Table = dict[str, str]
@@ -107,14 +107,16 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ValueError: for a deploy form: load into the net that it was made from.
         CheckpointError: if it cannot be read, or does not fit (unless `strict=False`), or has twins for only some of
             the norms that need one. The net is left untouched.
     """
     try:
         inner = unwrap(net)
-        norms = [norm for stage in state_of(net).plan.flagged for norm in stage.norms]
     except ValueError:  # not converted
         inner, norms = net, []
+    else:
+        norms = [norm for stage in state_with_modules(net).plan.flagged for norm in stage.norms]
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     given = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), where)
     own = inner.state_dict()

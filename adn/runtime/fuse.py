@@ -74,10 +74,9 @@ class FusedNet(nn.Module):
             raise ValueError("this net is fused already")
         self._compile_options: dict[str, Any] | None = None
         # Not a child: what is fused of it is here.
-        self.__dict__["source"] = source
         self.__dict__["_adn"] = State(
             state.plan, [Switch(switch.skip) for switch in state.switches], state.twins, {}, state.origin,
-            state.class_names)
+            state.class_names, made_from=source)
         if source.training:
             raise ValueError("a deploy form is for inference: call net.eval() first")
         self._build()
@@ -132,9 +131,7 @@ class FusedNet(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a deploy form computes no gradients: pass x.detach(), or differentiate the net itself")
         self.refresh_if_changed()
-        if x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        values: dict[str, Any] = {self.segments[0].takes[0]: x}
+        values: dict[str, Any] = {self.segments[0].takes[0]: self.take(x)}
         with torch.no_grad():
             for segment in self.segments:
                 inputs = [values[name] for name in segment.takes]
@@ -142,6 +139,14 @@ class FusedNet(nn.Module):
                     del values[name]
                 outputs = segment.run(False, *inputs) if segment.flag is None else run(segment, inputs)
                 values.update(zip(segment.gives, outputs))
+        return self.give(values)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The input as the first segment wants it."""
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    def give(self, values: Mapping[str, Any]) -> Any:
+        """What the forward returns, of the values that segments gave."""
         return _filled(self._result, values)
 
     def _split(self, segment: Segment, inputs: list[Any], bypassed: list[bool]) -> tuple:
@@ -173,18 +178,22 @@ class FusedNet(nn.Module):
 
     def refresh(self) -> None:
         """Fold the net's parameters and statistics again, into the memory they are in already."""
-        for layer in self.modules():
-            if isinstance(layer, Layer):
-                layer.refresh()
-        self._watched = list(_tensors(self.source))
+        with torch.inference_mode(False):
+            for layer in self.modules():
+                if isinstance(layer, Layer):
+                    layer.refresh()
+        self._watched = list(_tensors(self._adn.made_from))
         self._versions = [_version(tensor) for _, _, tensor in self._watched]
 
-    def refresh_if_changed(self) -> None:
-        """What every call does first: notice changes of the net, and follow them."""
+    def refresh_if_changed(self) -> bool:
+        """What every call does first: notice changes of the net, and follow them. Were there any?"""
         if any(slots.get(key) is not tensor for slots, key, tensor in self._watched):
             self._build()
-        elif any(_version(tensor) != version for (*_, tensor), version in zip(self._watched, self._versions)):
+            return True
+        if any(_version(tensor) != version for (*_, tensor), version in zip(self._watched, self._versions)):
             self.refresh()
+            return True
+        return False
 
     def train(self, mode: bool = True) -> FusedNet:
         """Refuses training mode with a RuntimeError."""
@@ -198,14 +207,15 @@ class FusedNet(nn.Module):
                            "adn.fuse(net.to(...))")
 
     def _build(self) -> None:
-        state_of(self.source).check_intact()
-        builder = _Builder(self.source)
-        self.segments = nn.ModuleList(builder.segments())
+        state_of(self._adn.made_from).check_intact()
+        with torch.inference_mode(False):  # what is made here is written to again by `refresh`
+            builder = _Builder(self._adn.made_from)
+            self.segments = nn.ModuleList(builder.segments())
         self._result = builder.result
         if self._compile_options is not None:
             self.compile(**self._compile_options)
         self._faster: dict[tuple, str] = {}
-        self._watched = list(_tensors(self.source))
+        self._watched = list(_tensors(self._adn.made_from))
         self._versions = [_version(tensor) for _, _, tensor in self._watched]
 
 

@@ -352,3 +352,24 @@ class TestBadInput:
 
 def test_timm_models_of_all_families_are_covered() -> None:
     assert all(any(name in IN_CI for name in names) for names in MODELS.values())
+
+
+class TestOtherFunctionsOfTheLibrary:
+    @pytest.fixture(scope="class")
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        net, _ = converted("resnet18")
+        return net, fuse(net)
+
+    def test_profile_counts_the_net(self, pair: tuple[nn.Module, nn.Module]) -> None:
+        net, fused = pair
+        x = torch.randn(1, 3, 48, 48)
+        depths = ["super", "TFTF", "base"]
+        ours, expected = (adn.profile(m, x, depths=depths, rounds=1, warmup=0) for m in (fused, net))
+        assert [(p.depth, p.macs, p.params) for p in ours] == [(p.depth, p.macs, p.params) for p in expected]
+
+    @pytest.mark.parametrize("what", [
+        adn.stages, adn.extract, lambda fused: adn.save(fused, "x.safetensors"), adn.SelfDistillation,
+        lambda fused: adn.load_weights(fused, {}), adn.freeze_batch_norm])
+    def test_what_needs_its_blocks_says_so(self, pair: tuple[nn.Module, nn.Module], what: object) -> None:
+        with pytest.raises(ValueError, match="the net that it was made from"):
+            what(pair[1])
