@@ -862,6 +862,14 @@ def test_models(graphs, name: str) -> None:
         assert torch.equal(engine(-x, depth=depth), expected(net, -x, depth))
 
 
+def test_compiled_net() -> None:
+    net = tiny()
+    engine, (x,) = Engine(torch.compile(net, backend="eager"), batch_sizes=(2,)), images(2)
+    for depth in ("FFFF", "TFTF"):
+        close(engine(x, depth=depth), expected(net, x, depth))
+    assert engine.info()["net"] == "Tiny"
+
+
 def follows_its_source(source: nn.Module, x: Tensor, **settings: Any) -> Engine:
     net = fuse(source)
     engine = Engine(net, **settings)
