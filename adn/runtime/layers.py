@@ -119,6 +119,9 @@ class ConvNormAct(Layer):
         args = x, weight, self.bias, padding, stride, dilation, groups
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(*args, *_ONEDNN[self.activation])
+        if residual.shape[2:].numel() == 1:  # torch 2.11 cannot tell the layout of such a one
+            y = torch.ops.mkldnn._convolution_pointwise(*args, *_ONEDNN["identity"]).add_(residual)
+            return act_reference(y, self.activation)
         inside = self.activation if self.activation in _AFTER_ADDITION else "identity"
         attribute = None if inside == "identity" else inside
         y = torch.ops.mkldnn._convolution_pointwise.binary(

@@ -58,7 +58,7 @@ def test_every_depth(name: str, table: list) -> None:
 
 
 @pytest.mark.parametrize(("name", "size"), [
-    ("resnet18", (65, 47)), ("mobilenetv2_050", (33, 70)), ("regnety_002", (64, 64)),
+    ("resnet18", (65, 47)), ("resnet18", (32, 32)), ("mobilenetv2_050", (33, 70)), ("regnety_002", (64, 64)),
     ("vit_tiny_patch16_224", (64, 64)), ("convnext_atto", (64, 96))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
