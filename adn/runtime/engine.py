@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -21,6 +22,8 @@ from ..profile import Profile, device_name, fit_budget, profile
 from ..state import DepthLike, get_depth, set_depth, state_of, unwrap
 from ..state import depths as all_depths
 from .cuda_graphs import CudaGraphs, Graph
+from .fuse import FusedNet
+from .per_image import checked_flags
 from .staged import Form, Place, Segment, map_tensors, staged, zeros
 from .watch import Watch
 
@@ -130,6 +133,36 @@ class Engine:
                 parts = [self._run(part, depth, copy=True, is_part=True) for part in x.split(self._sizes[-1])]
                 result = tree_map(lambda *leaves: torch.cat(leaves) if torch.is_tensor(leaves[0]) else leaves[0],
                                   *parts)
+            self._kinds.add(_kind(x))
+            return result
+
+    def per_image(self, x: Tensor, depths: Any) -> Any:
+        """What a deploy form computes of a batch, each image at a depth of its own; see `FusedNet.per_image`.
+
+        Flags in a tensor are copied to where one graph for all of them reads them: which images run how deep is
+        decided on the device and costs no capture. Depths in a list, and routers, run the deploy form itself.
+
+        Args:
+            x: (B, ...).
+            depths: int32 (stages, B), 1 where an image bypasses, a list of B depths, or a router.
+
+        Raises:
+            ValueError: without a deploy form, for a batch larger than all `batch_sizes`, or as a call.
+            RuntimeError: as a call.
+        """
+        if not isinstance(self._inner, FusedNet):
+            raise ValueError("a depth for each image takes a deploy form: adn.Engine(adn.fuse(net))")
+        with self._lock, torch.inference_mode():
+            self._check(x)
+            self._check_kind(x)
+            if self._sizes is not None and len(x) > self._sizes[-1]:
+                raise ValueError(f"{len(x)} images, each with a depth; pass at most {self._sizes[-1]} at once")
+            self._counts["calls"] += 1
+            if torch.is_tensor(depths):
+                flags = checked_flags(depths, (len(self._depth), len(x)), x.device)
+                result = self._run(x, flags, copy=self._copy_output)
+            else:
+                result = self._inner.per_image(x, depths)
             self._kinds.add(_kind(x))
             return result
 
@@ -301,7 +334,8 @@ class Engine:
         size = n if self._sizes is None else next(size for size in self._sizes if size >= n)
         return Form((size, *x.shape[1:]), x.dtype)
 
-    def _run(self, x: Tensor, depth: Depth, *, copy: bool, is_part: bool = False) -> Any:
+    def _run(self, x: Tensor, depth: Depth | Tensor, *, copy: bool, is_part: bool = False) -> Any:
+        """At one depth for all images, or by the flags of each."""
         form, n = self._form(x), len(x)
         size = form.shape[0]
         own = functools.partial(_own, n=n, size=size, per_sample=is_part or n < size)
@@ -311,19 +345,28 @@ class Engine:
             # A graph cannot be launched into a capture: the net itself goes into the caller's graph. A forward that
             # has never run cannot (it may compile, tune, or allocate what outlives the capture).
             if any(key not in self._captured for key, _ in self._pieces(form, depth)):
-                raise RuntimeError(f"depth {depth} at batch size {size} has not been captured, and cannot be while the "
-                                   "current stream is being captured: call engine.warm(x) before")
+                what, how = f"depth {depth}", "call engine.warm(x) before"
+                if torch.is_tensor(depth):
+                    what, how = "a depth for each image", "call it once before"
+                raise RuntimeError(f"{what} at batch size {size} has not been captured, and cannot be while the "
+                                   f"current stream is being captured: {how}")
         if n < size:
             x = torch.cat([x, x.new_zeros(size - n, *x.shape[1:])])
-        set_depth(self.net, depth)
-        return map_tensors(functools.partial(own, copy=False), self.net(x))
+        if torch.is_tensor(depth):
+            y = self._inner.per_image(x, F.pad(depth, (0, size - n)))
+        else:
+            set_depth(self.net, depth)
+            y = self.net(x)
+        return map_tensors(functools.partial(own, copy=False), y)
 
-    def _replay(self, x: Tensor, form: Form, depth: Depth, own: Callable[[Tensor], Tensor]) -> Any:
+    def _replay(self, x: Tensor, form: Form, depth: Depth | Tensor, own: Callable[[Tensor], Tensor]) -> Any:
         self._graphs.follow(self._buffers)
         for _ in range(_ATTEMPTS):
             graphs = self._graphs_of(form, depth, x)
             place = self._places[form]
             place.fill(x)
+            if torch.is_tensor(depth):
+                place.flags[:, : len(x)].copy_(depth)
             for graph in graphs:
                 graph.replay()
             result = map_tensors(own, place.result(graphs))
@@ -349,7 +392,7 @@ class Engine:
             return True
         return refreshed
 
-    def _graphs_of(self, form: Form, depth: Depth, x: Tensor) -> list[Graph]:
+    def _graphs_of(self, form: Form, depth: Depth | Tensor, x: Tensor) -> list[Graph]:
         pieces = dict(self._pieces(form, depth))
         if not pieces.keys() <= self._captured.keys():
             self._capture(form, x, pieces)
@@ -357,8 +400,11 @@ class Engine:
             self._captured.move_to_end(key)
         return [self._captured[key] for key in pieces]
 
-    def _pieces(self, form: Form, depth: Depth) -> Iterator[tuple[tuple, Callable[[], Any]]]:
+    def _pieces(self, form: Form, depth: Depth | Tensor) -> Iterator[tuple[tuple, Callable[[], Any]]]:
         """What a forward is captured as: for each graph, its key and what runs in it."""
+        if torch.is_tensor(depth):
+            yield (form, "per image"), functools.partial(self._run_per_image, form)
+            return
         if self._staged is None:
             yield (form, depth), functools.partial(self._run_net, form, depth)
             return
@@ -369,6 +415,13 @@ class Engine:
     def _run_net(self, form: Form, depth: Depth) -> Any:
         set_depth(self.net, depth)
         return map_tensors(lambda tensor: tensor, self.net(self._places[form].x))
+
+    def _run_per_image(self, form: Form) -> Any:
+        place = self._places[form]
+        if place.flags is None:
+            # A run of warm-up, not yet the capture: outside the pool.
+            place.flags = torch.zeros(len(self._depth), form.shape[0], dtype=torch.int32, device=self._device)
+        return map_tensors(lambda tensor: tensor, self._inner.per_image(place.x, place.flags))
 
     def _run_segment(self, form: Form, segment: Segment, bypassed: bool) -> None:
         self._places[form].leave(segment.gives, segment.run(bypassed, *self._places[form].take(segment.takes)))

@@ -62,6 +62,7 @@ class Place:
 
     def __init__(self, x: Tensor, net: Staged | None) -> None:
         self.x = x = x if net is None else net.take(x)
+        self.flags: Tensor | None = None  # of each image, where it has a depth of its own
         self._filled = 0
         self._net = net
         self._values: dict[str, Any] = {} if net is None else {net.segments[0].takes[0]: x}
@@ -87,7 +88,7 @@ class Place:
 
     def tensors(self) -> list[Tensor]:
         """The input, and all that segments leave."""
-        leaves = tree_leaves(self._values)
+        leaves = [self.flags, *tree_leaves(self._values)]
         return [self.x, *(leaf for leaf in leaves if torch.is_tensor(leaf) and leaf is not self.x)]
 
 

@@ -897,6 +897,42 @@ def test_graphs_of_a_fused_net(graphs, max_graphs: int) -> None:
     assert ("per segment" in engine.info()["runs"]) == (max_graphs < 16)
 
 
+def vit_in_deploy_form() -> nn.Module:
+    return fuse(adn.convert(build("vit_tiny_patch16_224", num_classes=5, img_size=32, depth=12, embed_dim=48)))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("sizes", [None, (4,)])
+def test_a_depth_for_each_image(monkeypatch: pytest.MonkeyPatch, captured: bool, sizes: tuple[int, ...] | None) -> None:
+    if captured:
+        monkeypatch.setattr(engine_module, "graphs_on", FakeGraphs)
+    net = vit_in_deploy_form()
+    engine = Engine(net, batch_sizes=sizes)
+    for seed in range(4):
+        x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        flags = torch.randint(0, 2, (4, 3), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+        wanted = torch.cat([expected(net, image[None], [bool(f) for f in own]) for image, own in zip(x, flags.T)])
+        for given in (flags, [[bool(f) for f in own] for own in flags.T], lambda k, features, flags=flags: flags[k]):
+            torch.testing.assert_close(engine.per_image(x, given), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(engine(x, depth="TFTF"), expected(net, x, "TFTF"), rtol=1e-4, atol=1e-5)
+    if captured:
+        assert engine.info()["captures"] == 2, "one for all flags, one for the depth"
+
+
+def test_a_depth_for_each_image_is_checked(graphs) -> None:
+    x = torch.randn(3, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"takes a deploy form: adn\.Engine\(adn\.fuse\(net\)\)"):
+        Engine(tiny()).per_image(images(2)[0], torch.zeros(4, 2, dtype=torch.int32))
+    engine = Engine(vit_in_deploy_form(), batch_sizes=(2,))
+    with pytest.raises(ValueError, match="pass at most 2 at once"):
+        engine.per_image(x, torch.zeros(4, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"shape \(4, 3\); pass \(4, 2\)"):
+        engine.per_image(x[:2], torch.zeros(4, 3, dtype=torch.int32))
+    engine._graphs.user_captures = True
+    with pytest.raises(RuntimeError, match="call it once before"):
+        engine.per_image(x[:2], torch.zeros(4, 2, dtype=torch.int32))
+
+
 # -------------------------------------------------------------------------------------------------------- on a GPU
 
 cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
