@@ -23,7 +23,8 @@ from ..nn import is_norm
 from ..state import DepthLike, State, state_of, unwrap
 from ..switch import Switch
 from .graph import CannotTrace, Traced, activation_of, activation_of_module, addition_of, nothing_in_eval, trace
-from .layers import LAYER_NORMS, AddLayerNorm, ConvNormAct, Layer, NormAct, is_plain_conv, split_norm
+from .layers import AddLayerNorm, ConvNormAct, Layer, NormAct, is_plain_conv, split_norm
+from .norms import is_layer_norm
 from .per_image import (
     BypassedBlock,
     ConvEitherNormAct,
@@ -394,7 +395,7 @@ class _Builder:
             module, second = modules[node.target], seconds.get(node.target)
             if split_norm(module) is not None:
                 self._fuse_norm(graph, modules, node, second, flags)
-            elif type(module) in LAYER_NORMS:
+            elif is_layer_norm(module):
                 self._fuse_layer_norm(graph, modules, node, second, flags)
             elif second is not None:
                 modules[node.target] = EitherNorm(module, second)
@@ -439,25 +440,30 @@ class _Builder:
 
     def _fuse_layer_norm(self, graph: fx.Graph, modules: dict[str, Any], norm: fx.Node, second: nn.Module | None,
                          flags: fx.Node | None) -> None:
-        """[+ residual ->] layer norm."""
-        total = norm.args[0]
-        summands = addition_of(total)
-        if summands is not None and any(node.op == "get_attr" for node in summands):
-            summands = None
-        if summands is None and second is None:
-            return
+        """[+ residual [-> reshape] ->] layer norm."""
+        total = addition = norm.args[0]
+        kwargs: dict[str, Any] = {} if second is None else {"bank": flags}
+        if total.op == "call_method" and total.target in ("reshape", "view") and len(total.args[0].users) == 1:
+            addition, *shape = total.args
+            kwargs["shape"] = tuple(shape)
+        summands = addition_of(addition)
+        if summands is None or any(node.op == "get_attr" for node in summands):
+            if second is None:
+                return
+            addition, summands = total, (total,)
+            kwargs.pop("shape", None)
         modules[norm.target] = self._layer(AddLayerNorm, modules[norm.target], second)
-        with graph.inserting_before(norm if summands is None else total):
-            both = graph.call_module(norm.target, (total,) if summands is None else summands,
-                                     {} if second is None else {"bank": flags})
+        with graph.inserting_before(norm if len(summands) == 1 else total):
+            both = graph.call_module(norm.target, summands, kwargs)
             y, s = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
         norm.replace_all_uses_with(y)
         graph.erase_node(norm)
-        if summands is not None:
-            total.replace_all_uses_with(s)
-            graph.erase_node(total)
-        else:
+        if len(summands) == 1:
             graph.erase_node(s)
+            return
+        total.replace_all_uses_with(s)
+        for node in dict.fromkeys((total, addition)):
+            graph.erase_node(node)
 
     def _layer(self, kind: type[Layer], *args: Any) -> Layer:
         """One for both paths, if it is the same in both."""

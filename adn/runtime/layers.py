@@ -7,19 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm.layers
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from adn_kernels import ops
 from adn_kernels.activation import act_reference
 
-from ..nn import BATCH_NORMS, FROZEN_NORMS
-from .graph import activation_of_module, nothing_in_eval
-
-LAYER_NORMS = (nn.LayerNorm, timm.layers.LayerNorm)
+from .norms import activation_in
 
 # (attribute, scalars, algorithm) of an activation for oneDNN.
 _ONEDNN: dict[str, tuple[str, list, str]] = {
@@ -35,16 +30,10 @@ _AFTER_ADDITION = ("identity", "relu")  # what oneDNN's convolution applies afte
 
 
 def split_norm(module: nn.Module) -> str | None:
-    """The activation that a batch norm with fixed statistics ends with ("identity" if with none); None for any other
-    module, and for a norm whose activation no op has."""
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm3d) or not isinstance(module, BATCH_NORMS + FROZEN_NORMS):
-        return None
-    if module.running_mean is None or module.running_var is None:
-        return None
-    if isinstance(module, timm.layers.BatchNormAct2d | timm.layers.FrozenBatchNormAct2d):
-        return activation_of_module(module.act) if nothing_in_eval(module.drop) else None
-    known = (nn.BatchNorm2d, nn.SyncBatchNorm, torchvision.ops.FrozenBatchNorm2d)
-    return "identity" if type(module) in known else None
+    """The activation that a batch norm with running statistics ends with ("identity" if with none); None for any other
+    module."""
+    activation = activation_in(module)
+    return None if activation is None or module.running_mean is None else activation
 
 
 def is_plain_conv(module: nn.Module | None) -> bool:
@@ -156,13 +145,17 @@ class NormAct(Layer):
 
 
 class AddLayerNorm(Layer):
-    """`s = a + b; norm(s), s`; with a `bank` by the norm or by its second set."""
+    """`s = a + b; norm(s), s`; with a `bank` by the norm or by its second set.
+
+    With a `shape`, in the arguments of `reshape`, that of the sum before it is normalised.
+    """
 
     def __init__(self, norm: nn.LayerNorm, second: nn.LayerNorm | None = None) -> None:
         super().__init__()
         self.__dict__["source"] = norm, second
 
-    def forward(self, a: Tensor, b: Tensor | None = None, bank: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, a: Tensor, b: Tensor | None = None, *, shape: tuple | None = None, bank: Tensor | None = None
+                ) -> tuple[Tensor, Tensor]:
         norm, second = self.source
         if bank is None:
             weight, bias = norm.weight, norm.bias
@@ -171,6 +164,8 @@ class AddLayerNorm(Layer):
             weight, bias = (None if pair[0] is None else pair for pair in (weight, bias))
         if b is not None and (a.shape != b.shape or not a.is_cuda):
             a, b = a + b, None
+        if shape is not None:
+            a, b = (t if t is None else t.reshape(*shape) for t in (a, b))
         if bank is None and not a.is_cuda:
             return F.layer_norm(a, norm.normalized_shape, weight, bias, norm.eps), a
         y = ops.layer_norm(a, weight, bias, residual=b, eps=norm.eps, bank=bank)

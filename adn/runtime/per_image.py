@@ -24,7 +24,8 @@ from adn_kernels import ops
 from adn_kernels.epilogue import write_active
 from adn_kernels.launch import memory_format
 
-from .layers import LAYER_NORMS, ConvNormAct, Layer, folded_norm, is_plain_conv
+from .layers import ConvNormAct, Layer, folded_norm, is_plain_conv
+from .norms import is_layer_norm
 
 
 def checked_flags(flags: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -258,7 +259,7 @@ def _mask(module: nn.Module, mask: _Mask) -> nn.Module:
         return _MaskedConv(module, mask) if square and conv.dilation == (1, 1) else module
     if type(module) is nn.Linear:
         return _MaskedLinear(module, mask)
-    if type(module) in LAYER_NORMS and len(module.normalized_shape) == 1:
+    if is_layer_norm(module):
         return _MaskedLayerNorm(module, mask)
     if isinstance(module, _WITH_LAYERS_ON_SAMPLES):
         module = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
