@@ -2,7 +2,7 @@
 
 A step is forwards, backwards and the optimizer's update. Each variant has a net of its own; their steps are
 interleaved, in an order drawn anew each round, and the ratio is the median over rounds of that to the eager two-pass
-step of the same round.
+step of the same round. Accelerated nets run fused kernels on a GPU only.
 
     python bench/training_step.py                       # CPU: ResNet-18
     python bench/training_step.py --device cuda --csv bench/results/training_step_gpu.csv
@@ -23,7 +23,7 @@ import torch
 from common import columns, header, write_rows
 
 import adn
-from adn.runtime.accelerate import accelerate, use_kernels
+from adn.runtime.accelerate import accelerate
 
 # Name: (one pass, accelerated, compiled). The first is what the others are compared with.
 VARIANTS = {
@@ -52,7 +52,7 @@ def a_step(net: torch.nn.Module, variant: str, x: torch.Tensor, y: torch.Tensor,
 
     def step() -> None:
         optimizer.zero_grad()
-        with use_kernels(None if accelerated else False), torch.autocast(x.device.type, dtype, dtype != torch.float32):
+        with torch.autocast(x.device.type, dtype, dtype != torch.float32):
             kd.backward(x, y)
         optimizer.step()
 

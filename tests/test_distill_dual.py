@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import build
 from test_convert import MODELS, SIZED
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import adn
 from adn.nn import SharedNorm, halves
@@ -255,6 +256,16 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
         losses.append(net(x).square().mean())
         adn.set_depth(net, "super")
         sum(losses).backward()
+    assert_same(two, one)
+
+
+def test_a_checkpoint_around_the_whole_net() -> None:
+    two = a_net()
+    one = copy.deepcopy(two)
+    forward = one.forward
+    one.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+    for net, single_pass in ((two, False), (one, True)):
+        adn.SelfDistillation(net, single_pass=single_pass).backward(*a_batch())
     assert_same(two, one)
 
 
