@@ -144,7 +144,8 @@ class FusedNet(nn.Module):
 
     def take(self, x: Tensor) -> Tensor:
         """The input as the first segment wants it."""
-        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        as_it_is = x.ndim != 4 or x.is_contiguous(memory_format=torch.channels_last)
+        return x if as_it_is else x.contiguous(memory_format=torch.channels_last)
 
     def give(self, values: Mapping[str, Any]) -> Any:
         """What the forward returns, of the values that segments gave."""
