@@ -109,7 +109,7 @@ def test_every_model_equals_two_passes(name: str) -> None:
     for module in net.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    compare(net, features="all")
+    compare(net, 1e-6 if "evos" in name else 1e-9, features="all")  # EvoNorm computes variances in float32
 
 
 @pytest.mark.parametrize("settings", [
