@@ -78,9 +78,6 @@ def region(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     return super(Region, module).__call__(*args, **kwargs)
 
 
-TEMPLATES = (path, region)
-
-
 # -------------------------------------------------------------------------------------------------------- behaviours
 
 
@@ -94,11 +91,6 @@ class _Dispatch(Swapped):
         for name in ("_adn_regions", "_adn_compiler"):
             state.pop(name, None)
         return state
-
-    def compile_regions(self, compiler: Compiler | None) -> None:
-        """Hand every region to `compiler` from now on; None: to none."""
-        self.__dict__.pop("_adn_regions", None)
-        self.__dict__["_adn_compiler"] = compiler
 
 
 class Paths(_Dispatch):
@@ -296,6 +288,14 @@ def listening(block: nn.Module, listener: Callable[[torch.Tensor], None]) -> Ite
 
 
 # ----------------------------------------------------------------------------------------------------------- install
+
+
+def compile_regions(net: nn.Module, compiler: Compiler) -> None:
+    """Hand every region of a net to `compiler`, before it first runs."""
+    for module in net.modules():
+        if isinstance(module, _Dispatch):
+            module.__dict__["_adn_compiler"] = compiler
+            module.__dict__.pop("_adn_regions", None)
 
 
 def install(model: nn.Module, plan: Plan) -> None:

@@ -1,0 +1,204 @@
+"""Compiled nets: every path of every stage a region of its own, so that no depth is a reason to compile again.
+
+Two ways, one mechanism (`adn.paths`): `compile` here, in place and loud, and plain `torch.compile(net)`. Without it,
+where the compiler traces the flags themselves, each combination of them is a variant of one piece of code, of which
+torch.compile keeps 8: of 16 depths 8 run uncompiled, with a warning once.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch._dynamo.utils
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .. import paths
+from ..nn import BATCH_NORMS
+from ..state import DepthLike, at_depth, unwrap
+from ..state import depths as all_depths
+
+_DEPTH = "adn depth "
+_OPERATORS = ("aten::", "adn::", "torchvision::")
+
+
+def compile(
+    net: nn.Module, *, batch_sizes: Sequence[int] | None = None, fullgraph: bool = True, **options: Any
+) -> nn.Module:
+    """Compile a converted net in place, so that every depth runs compiled code and a change of depth compiles nothing.
+
+    Each stage becomes two regions, its full path and its base path, compiled when first run; what lies between stages
+    is compiled too. Depth functions, `state_dict`, saving and wrapping in DDP work as before; compiling does not
+    survive `copy.deepcopy` or pickling (as with `nn.Module.compile`): the copy is the plain any-depth net. Training
+    and evaluation, with and without gradients, are compiled separately, each on first use.
+
+    A second batch size compiles once more, for any size from then on (except 1, which is compiled by itself).
+    `batch_sizes` does without that: only these sizes are compiled, and in evaluation without gradients every batch is
+    padded to the next of them, or cut by the largest. In training each size is compiled as it comes: samples of a
+    batch share statistics, so nothing is padded.
+
+    Code of the model's own that calls blocks in a loop runs uncompiled, since Dynamo leaves such code alone; the blocks
+    are compiled one by one. Gradient checkpointing recomputes uncompiled: set it on or compile, not both.
+
+    Args:
+        net: a converted net, or DDP around one.
+        batch_sizes: the sizes to compile for evaluation; None = those that come.
+        fullgraph: a block that cannot be compiled whole is an error at its first call; False lets parts of it run
+            uncompiled.
+        options: of `torch.compile`: backend, mode, dynamic, options.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: if the net is wrapped by `torch.compile`, or if samples of a batch influence each other in
+            evaluation and `batch_sizes` are given.
+        RuntimeError: if the default backend would need a C++ compiler (for a net on the CPU) and there is none.
+    """
+    if isinstance(net, torch._dynamo.OptimizedModule):
+        raise ValueError("this net is wrapped by torch.compile already; pass the net that adn.convert returned")
+    inner = unwrap(net)
+    if options.get("backend", "inductor") == "inductor":
+        _check_toolchain(inner)
+    if batch_sizes is not None:
+        _check_sizes(inner, batch_sizes)
+        options.setdefault("dynamic", False)
+    paths.compile_regions(inner, partial(torch.compile, fullgraph=fullgraph, **options))
+    call = torch.compile(inner._call_impl, **options)
+    inner._compiled_call_impl = call if batch_sizes is None else partial(_in_sizes, inner, call, sorted(batch_sizes))
+    return net
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a sweep over depths made torch.compile do, and a second sweep.
+
+    Attributes:
+        depths: how many were swept.
+        regions: paths and modules of `adn.paths` that were compiled in the first sweep.
+        frames: other pieces of code that were compiled in it: what lies around the stages.
+        given_up: names of functions that could not be compiled and run uncompiled.
+        graph_breaks: how often code was cut because something in it is not traced; the dispatch of stages is.
+        recompiles: compilations in the second sweep.
+        uncompiled: by depth, how many operators ran outside of compiled code in the second sweep; only where any did.
+    """
+
+    depths: int
+    regions: int
+    frames: int
+    given_up: tuple[str, ...]
+    graph_breaks: int
+    recompiles: int
+    uncompiled: dict[str, int]
+
+
+def count(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike] | None = None) -> Counts:
+    """Count what compiling a net costs, by two sweeps over its depths.
+
+    Runs forwards as the net is, in training mode with its side effects, and in the caller's gradient mode. Compilations
+    of code that has run before do not show: count first.
+
+    Args:
+        net: a net that `compile` or `torch.compile` was applied to.
+        x: its input.
+        depths: which; None = all.
+    """
+    swept = list(all_depths(net)) if depths is None else list(depths)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    before = breaks.total()
+    first = _compilations(lambda: [_forward(net, x, depth) for depth in swept])
+    breaks = breaks.total() - before
+    done = [m for m in first if m.fail_type is None]
+    regions = [m for m in done if m.co_filename == paths.__file__]
+
+    def sweep() -> None:
+        for depth in swept:
+            with torch.autograd.profiler.record_function(f"{_DEPTH}{depth}"):
+                _forward(net, x, depth)
+
+    with torch.autograd.profiler.profile() as profile:
+        recompiles = len(_compilations(sweep))
+    uncompiled = collections.Counter(filter(None, map(_uncompiled_at, profile.function_events)))
+    given_up = tuple(m.co_name for m in first if m.fail_type is not None)
+    return Counts(len(swept), len(regions), len(done) - len(regions), given_up, breaks, recompiles, dict(uncompiled))
+
+
+def _forward(net: nn.Module, x: torch.Tensor, depth: DepthLike) -> None:
+    with at_depth(net, depth):
+        net(x)
+
+
+def _compilations(run: Callable[[], object]) -> list[Any]:
+    """What Dynamo records of each compilation that it tries meanwhile."""
+    utils = torch._dynamo.utils
+    limit = utils._compilation_metrics.maxlen
+    before = len(utils.get_compilation_metrics())
+    utils.set_compilation_metrics_limit(before + 100_000)
+    try:
+        run()
+        # Backwards are recorded too, without a function.
+        return [m for m in utils.get_compilation_metrics()[before:] if m.co_name is not None]
+    finally:
+        utils.set_compilation_metrics_limit(limit)
+
+
+def _uncompiled_at(event: Any) -> str | None:
+    """The depth at which an operator ran, called by nothing compiled and by no other operator; else None."""
+    if not event.name.startswith(_OPERATORS):
+        return None
+    while (event := event.cpu_parent) is not None:
+        if event.name.startswith(("Torch-Compiled Region", *_OPERATORS)):
+            return None
+        if event.name.startswith(_DEPTH):
+            return event.name.removeprefix(_DEPTH)
+    return None
+
+
+def _check_toolchain(net: nn.Module) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if all(p.device.type != "cpu" for p in net.parameters()):
+        return
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(
+            "compiling for the CPU needs a C++ compiler, and none was found: install one (apt-get install g++), or "
+            'name it in the environment variable CXX; backend="eager" runs every region as it is'
+        ) from error
+
+
+def _check_sizes(net: nn.Module, sizes: Sequence[int]) -> None:
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(f"batch_sizes={sizes!r}; pass whole numbers above 0")
+    limit = torch._dynamo.config.recompile_limit // 2
+    if len(set(sizes)) > limit:
+        raise ValueError(f"{len(set(sizes))} batch sizes; torch.compile keeps {torch._dynamo.config.recompile_limit} "
+                         f"variants of a region, training included: pass at most {limit}")
+    for name, module in net.named_modules():
+        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
+            raise ValueError(f"norm {name!r} has no running statistics, so a padded batch would change its results; "
+                             "compile without batch_sizes")
+
+
+def _in_sizes(net: nn.Module, call: Callable, sizes: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+    """The forward in batches of these sizes."""
+    if net.training or torch.is_grad_enabled() or kwargs or len(args) != 1 or not torch.is_tensor(args[0]):
+        return call(*args, **kwargs)
+    parts = [_padded(call, sizes, part) for part in args[0].split(sizes[-1])]
+    return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)
+
+
+def _padded(call: Callable, sizes: Sequence[int], x: torch.Tensor) -> Any:
+    samples = len(x)
+    size = next(size for size in sizes if size >= samples)
+    # Not by concatenation: that would lose the memory format.
+    outputs = call(F.pad(x, (0, 0) * (x.ndim - 1) + (0, size - samples)) if size > samples else x)
+    return pytree.tree_map(lambda output: output[:samples], outputs)
