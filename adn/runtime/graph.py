@@ -58,11 +58,30 @@ class CannotTrace(ValueError):
     """The forward of a module depends on values, or does something else that has no place in a graph."""
 
 
+class _Proxy(fx.Proxy):
+    """Knows of additions in place, of which torch.fx makes others: who holds the same tensor would not see them."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, watched: Collection[str]) -> None:
         super().__init__(autowrap_functions=tuple(timm.layers.get_notrace_functions()))
         self.watched = set(watched)
         self.calls: dict[str, tuple[fx.Node, fx.Node]] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return is_norm(module) or not any(is_norm(child) for child in module.modules())

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adn
+from adn.runtime import norms
 from adn.runtime.accelerate import accelerate, fusions, use_kernels
 
 # One or two nets of every family, cut down; with odd sizes of input where a net allows.
@@ -27,7 +28,7 @@ MODELS = {
     "resnet50d": {"layers": (2, 2, 1, 1)},
     "tv_resnet18": {},
     "resnetv2_50": {"layers": (2, 2, 1, 1), "channels": (32, 64, 64, 64), "stem_chs": 8},
-    "mobilenetv2_050": {},
+    "mobilenetv2_050": {"act_layer": "silu"},
     "tv_mobilenet_v3_small": {},
     "vit_tiny_patch16_224": {"depth": 6, "embed_dim": 48, "img_size": 64},
     "tv_vit": {"image_size": 64, "patch_size": 16, "num_layers": 6, "num_heads": 2, "hidden_dim": 48, "mlp_dim": 96},
@@ -563,6 +564,37 @@ class TestNorms:
             each(torch.ones(2, 4, 3, 3, dtype=torch.double).cumsum(0)).sum().backward()
         assert_same_state(plain, net)
 
+    @pytest.mark.parametrize("x", [torch.randn(2, 6, 9, 5)[:, 1:5], torch.randn(2, 4, 5, 9).transpose(2, 3)])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_strides_that_no_op_reads(self, x: torch.Tensor, training: bool) -> None:
+        norm, moved = randomise(nn.BatchNorm2d(4)).train(training), []
+        expected = F.relu(copy.deepcopy(norm)(x) + x)
+        torch.testing.assert_close(norms.batch_norm(norm, x, x, "relu", moved), expected)
+
+    def test_a_sum_of_half_precision_under_autocast(self) -> None:
+        """On a GPU torch widens it, and what follows may be the residual stream: the op must not take it."""
+        norm, x = randomise(nn.LayerNorm(8)), torch.randn(2, 3, 8)
+        half = x.bfloat16()
+        for a, b, fused in ((half, half, 0), (half, x, 1), (x, half, 1)):
+            with torch.autocast("cpu", torch.bfloat16), Ops() as ops:
+                y, total = norms.sum_and_layer_norm(norm, a, b)
+                assert ops.fused == fused
+                torch.testing.assert_close((y, total), (norm(a + b), a + b))
+        with Ops() as ops:
+            norms.sum_and_layer_norm(norm.bfloat16(), half, half)
+        assert ops.fused == 1
+
+    def test_a_sum_lies_as_the_stream_does(self) -> None:
+        norm, x = randomise(nn.LayerNorm(8)), torch.randn(2, 3, 8)
+        with Ops() as ops:
+            y, total = norms.sum_and_layer_norm(norm, torch.randn(3, 2, 8).transpose(0, 1), x)
+            assert ops.fused == 1
+        assert total.is_contiguous()
+        torch.testing.assert_close(y, norm(total))
+        y, total = norms.sum_and_layer_norm(norm, x, x[:1], (6, 8))  # to be broadcast: no op for that
+        torch.testing.assert_close(total, (x + x[:1]).reshape(6, 8))
+        torch.testing.assert_close(y, norm(total))
+
     def test_a_second_step(self) -> None:
         plain, net, x = pair("resnet18")
         for _ in range(2):
@@ -590,9 +622,40 @@ class Strange(nn.Module):
         c.mul_(2)  # written between the norm and the addition
         w = w + c
         v = self.bn4(self.conv(w))
-        x = x * 1
-        x += v  # in place, on what is used again
-        return x + F.leaky_relu(x)
+        first = last = x * 1
+        last += v  # in place, on what is used again
+        return last + F.leaky_relu(first)
+
+
+class Refused(Strange):
+    """What a graph would freeze."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.relu(self.bn1(x))
+        if self.kind == "mode":
+            return F.dropout(y, 0.5, self.training)
+        if self.kind == "value":
+            return y if y.sum() > 0 else x
+        if self.kind == "tensor":
+            return y + torch.arange(5)[:, None].to(y)
+        self.calls += 1
+        return y
+
+
+@pytest.mark.parametrize(("kind", "reason"), [
+    ("mode", "training is another"), ("value", "control flow"), ("tensor", "makes a tensor"),
+    ("attribute", "sets an attribute")])
+def test_refused(kind: str, reason: str) -> None:
+    net = adn.convert(nn.Sequential(nn.Sequential(Refused(kind), Refused(kind))), plan=["0"])
+    before = {m: dict(vars(m)) for m in net.modules()}
+    row = fusions(accelerate(net))[0]
+    assert not row.active
+    assert reason in row.reason
+    assert {m: dict(vars(m)) for m in net.modules()} == before
 
 
 def test_traps() -> None:
@@ -612,7 +675,7 @@ def test_traps() -> None:
     ("resnet50d", {"layer1.0": ("bn1 + relu", "bn2 + relu", "bn3 + add + relu", "downsample.2"),
                    "layer1.1": ("bn1 + relu", "bn2 + relu", "bn3 + add + relu"), "conv1": ("1 + relu", "4 + relu")}),
     ("resnetv2_50", {"stages.0.blocks.0": ("norm1 + relu", "norm2 + relu", "norm3 + relu"), "norm": ("norm + relu",)}),
-    ("mobilenetv2_050", {"blocks.1.1": ("bn1 + relu6", "bn2 + relu6", "bn3 + add"), "bn1": ("norm + relu6",)}),
+    ("mobilenetv2_050", {"blocks.1.1": ("bn1 + silu", "bn2 + silu", "bn3 + add"), "bn1": ("norm + silu",)}),
     ("vit_tiny_patch16_224", {"blocks.0": ("add + norm2",), "norm": ()}),
     ("tv_vit", {"encoder.layers.encoder_layer_0": ("add + ln_2",)}),
     ("swin_tiny_patch4_window7_224", {"layers.0.blocks.1": ("add + norm2",)}),
