@@ -498,9 +498,9 @@ class TestNorms:
     def test_settings(self, name: str, training: bool, variant: str) -> None:
         plain, net, _ = pair(name)
         for each in (plain, net):
-            stage = each.train(training).layer1 if name == "resnet18" else each.blocks[1]
-            x = torch.randn(3, stage[0].conv1.in_channels if name == "resnet18" else 8, 7, 5, dtype=torch.double,
-                            generator=torch.Generator().manual_seed(2))
+            each.train(training)
+            stage, channels = (each.layer1, 64) if name == "resnet18" else (each.blocks[1], 8)
+            x = torch.randn(3, channels, 7, 5, dtype=torch.double, generator=torch.Generator().manual_seed(2))
             for m in each.modules():
                 if isinstance(m, nn.BatchNorm2d):
                     VARIANTS[variant](m)
