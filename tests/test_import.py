@@ -8,10 +8,10 @@ import sys
 import adn
 
 PUBLIC = {
-    "CheckpointError", "ConversionError", "Depth", "Plan", "Profile", "SelfDistillation", "StagePlan", "at_depth",
-    "calibrate", "convert", "convert_sync_batchnorm", "create_model", "depths", "evaluate", "extract", "fit_budget",
-    "freeze_batch_norm", "fx_leaf_modules", "get_depth", "list_models", "load", "load_weights", "plan", "profile",
-    "save", "set_depth", "stages",
+    "CheckpointError", "ConversionError", "Depth", "Engine", "FusedNet", "Plan", "Profile", "SelfDistillation",
+    "StagePlan", "accelerate", "at_depth", "calibrate", "compile", "convert", "convert_sync_batchnorm", "create_model",
+    "depths", "evaluate", "extract", "fit_budget", "freeze_batch_norm", "fuse", "fusions", "fx_leaf_modules",
+    "get_depth", "list_models", "load", "load_weights", "plan", "profile", "save", "set_depth", "stages", "use_kernels",
 }
 
 PROBE = """
@@ -31,6 +31,8 @@ print(took)
 def test_public_names() -> None:
     assert set(adn.__all__) == PUBLIC
     assert all(hasattr(adn, name) for name in PUBLIC)
+    assert set(dir(adn)) >= PUBLIC
+    assert not hasattr(adn, "no_such_thing")
 
 
 def test_import_is_light() -> None:
