@@ -3,12 +3,14 @@
     python bench/gpu.py [--only tests kernels models] [--data DIR_OF_CIFAR10]
 
 Tests: all marked `cuda`; last of all, every op under compute-sanitizer where that is installed. Kernels: `kernels.py`,
-for whose cases compilers run while the tests do, and `host_cost.py`. Models: `conversion_overhead.py`, `adn profile`.
+for whose cases compilers run while the tests do, and `host_cost.py`. Models: `models.py`, `switch_storm.py`,
+`per_image.py`, `counts.py`, `training_step.py`, `conversion_overhead.py`.
 Each step has a time limit of its own and of what is left of the whole; a step that fails or runs out of time does not
 stop the others, and the exit code says whether all of them passed.
 
-Result files are written as results come, and carry device, versions, commit and date. A second run goes on with the
-layers that are missing in `kernels_<device>.csv`; `kernels_<device>.txt` says which targets are met. `gpu_<device>.csv`
+Result files are written as results come, and carry device, versions, commit and date. A second run (with `--only`, all
+of its time is for that) goes on with what is missing in `kernels_<device>.csv` and `models_<device>.csv`;
+`kernels_<device>.txt` says which targets are met. `gpu_<device>.csv`
 says how the steps ended and which tests failed, `gpu_<device>.log` holds all output. Tuned configurations have a
 command of their own, `python -m adn_kernels.tune --quick`.
 """
@@ -68,15 +70,23 @@ def steps(out: Path, tag: str, data: Path | None) -> Iterator[Step]:
     yield Step("tests", "tests", 210, 210, [
         python, "-m", "pytest", "-m", "cuda and not full", "-vv", "-rfE", "--tb=short", *parallel, "tests"])
     yield Step("kernels", "kernels", 450, 450, script("kernels", "--csv", f"{out}/kernels_{tag}.csv"), measures=True)
-    yield Step("kernels", "host cost", 60, 30, script("host_cost", "--device", "cuda", "--csv",
+    yield Step("kernels", "host cost", 60, 14, script("host_cost", "--device", "cuda", "--csv",
                                                       f"{out}/host_cost_{tag}.csv"))
-    yield Step("models", "overhead of conversion", 90, 30, script(
+    yield Step("models", "models", 450, 65, script(
+        "models", "--device", "cuda", "--dtypes", "bfloat16", "float16", "--csv", f"{out}/models_{tag}.csv"),
+        measures=True)
+    nets = ("resnet50", "mobilenetv2_100", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
+    on_gpu = ("--device", "cuda", "--dtype", "bfloat16")
+    yield Step("models", "switch storm", 60, 20, script(
+        "switch_storm", *on_gpu, "--size", "224", "--rounds", "200", "--models", *nets, "--csv",
+        f"{out}/switch_storm_{tag}.csv"))
+    yield Step("models", "a depth for each image", 60, 20, script(
+        "per_image", *on_gpu, "--batch-size", "64", "--csv", f"{out}/per_image_{tag}.csv"))
+    yield Step("models", "counts", 60, 20, script("counts", "--device", "cuda", "--csv", f"{out}/counts_{tag}.csv"))
+    yield Step("models", "training step", 150, 40, script(
+        "training_step", "--device", "cuda", "--csv", f"{out}/training_step_{tag}.csv"))
+    yield Step("models", "overhead of conversion", 60, 15, script(
         "conversion_overhead", "--device", "cuda", "--rounds", "50", "--csv", f"{out}/conversion_overhead_{tag}.csv"))
-    for model in ("resnet50", "mobilenetv2_100", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"):
-        for batch in (1, 64):
-            yield Step("models", f"profile {model}, batch {batch}", 60, 8, [
-                python, "-m", "adn", "profile", "--model", model, "--batch-size", str(batch), "--device", "cuda",
-                "--csv", f"{out}/profile_{model}_batch{batch}_{tag}.csv"])
     if data is not None:
         yield Step("models", "CIFAR-10, one seed", 240, 240, script(
             "cifar10", "--data", str(data), "--full", "--device", "cuda", "--epochs", "10", "--seeds", "0", "--csv",
@@ -179,7 +189,7 @@ def main() -> int:
                          "failed": " ".join(failed)})
             print(f"{output[-SHOWN:]}\n=== {step.name}: {how}, {rows[-1]['seconds']:.0f} s", flush=True)
             write_rows(out / f"gpu_{tag}.csv", rows, header("cuda"))
-            if step.measures and kernels.exists():
+            if step.name == "kernels" and kernels.exists():
                 kernels.with_suffix(".txt").write_text(summary(read_rows(kernels)) + "\n")
     if "kernels" in args.only and kernels.with_suffix(".txt").exists():
         print(f"\n{kernels.with_suffix('.txt').read_text()}")

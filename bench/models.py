@@ -2,7 +2,7 @@
 
 Contenders, for every model, type, batch size and depth:
 
-- `fused`: `adn.fuse(net)` at that depth. `fused, compiled`: with its paths compiled.
+- `fused`: `adn.fuse(net)` at that depth. `fused, compiled`: with its paths compiled, for nets without batch norm.
 - `eager`: the extracted static network, channels last.
 - `compiled`: `torch.compile` of it; on a GPU in mode max-autotune.
 - `floor`: no program, but a bound: for each convolution and linear layer the time its bytes (input, output, weight)
@@ -42,6 +42,7 @@ from adn.evaluate import choose_depths
 from adn.profile import device_name, require_matplotlib
 from adn.runtime.cuda_graphs import CudaGraphs
 from adn.runtime.fuse import FusedNet, fuse
+from adn.runtime.layers import ConvNormAct
 
 MODELS = ("resnet50", "mobilenetv2_100", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
 CONTENDERS = ("fused", "fused, compiled", "eager", "compiled")
@@ -161,6 +162,8 @@ def measure(net: nn.Module, exact: nn.Module, x: Tensor, depths: list[adn.Depth]
             speeds: tuple[float, float], done: set[tuple], key: tuple, deadline: float) -> Iterator[dict[str, object]]:
     """Rows of one model, type and batch size; a depth is measured as a whole or not at all."""
     fused, compiled = fuse(net), fuse(net)
+    if any(isinstance(layer, ConvNormAct) for layer in fused.modules()):
+        names = [name for name in names if name != "fused, compiled"]
     compiled.compile(**({"mode": "max-autotune-no-cudagraphs"} if x.is_cuda else {}))
     for depth in depths:
         if all((*key, str(depth), name) in done for name in (*names, "floor")):

@@ -1,4 +1,4 @@
-"""What it costs to change depth: an engine at a random depth on every call, against the same engine at a fixed depth.
+"""What it costs to change depth: an engine of a deploy form at a random depth on every call, against a fixed depth.
 
 A latency is what the caller waits: from the call until the result is there. In every round each depth is called several
 times in both ways: among calls at all other depths in random order (storm), and in a row after one call that is not
@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 import adn
 from adn.evaluate import choose_depths
-from adn.runtime.engine import Engine
 
 IN_A_ROW = 5  # counted calls of a depth in a round, in either way
 
 
-def latency(engine: Engine, x: torch.Tensor, depth: adn.Depth) -> float:
+def latency(engine: adn.Engine, x: torch.Tensor, depth: adn.Depth) -> float:
     """Milliseconds."""
     start = time.perf_counter()
     engine(x, depth=depth)
@@ -37,7 +36,7 @@ def latency(engine: Engine, x: torch.Tensor, depth: adn.Depth) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def measure(engine: Engine, x: torch.Tensor, depths: list[adn.Depth], rounds: int) -> dict[str, np.ndarray]:
+def measure(engine: adn.Engine, x: torch.Tensor, depths: list[adn.Depth], rounds: int) -> dict[str, np.ndarray]:
     """Milliseconds by "storm" and "fixed", (depths, calls)."""
     times: dict[str, list[list[float]]] = {way: [[] for _ in depths] for way in ("storm", "fixed")}
     order = random.Random(0)
@@ -68,7 +67,7 @@ def main() -> None:
         dtype = getattr(torch, args.dtype)
         net = adn.convert(timm.create_model(name)).eval().to(args.device, dtype, memory_format=torch.channels_last)
         x = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device, dtype=dtype)
-        engine = Engine(net)
+        engine = adn.Engine(adn.fuse(net))
         depths = choose_depths(net, args.depths)
         engine.warm(x, depths=depths)
         captured = engine.info()["captures"]

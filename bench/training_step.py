@@ -23,7 +23,6 @@ import torch
 from common import columns, header, write_rows
 
 import adn
-from adn.runtime.accelerate import accelerate
 
 # Name: (one pass, accelerated, compiled). The first is what the others are compared with.
 VARIANTS = {
@@ -44,9 +43,9 @@ def a_step(net: torch.nn.Module, variant: str, x: torch.Tensor, y: torch.Tensor,
     single_pass, accelerated, compiled = VARIANTS[variant]
     net = copy.deepcopy(net)
     if accelerated:
-        accelerate(net)
+        adn.accelerate(net)
     if compiled:
-        net.compile()
+        adn.compile(net)
     kd = adn.SelfDistillation(net, single_pass=single_pass)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
 

@@ -409,7 +409,8 @@ def test_head_of_a_checkout_behind_a_link(tmp_path: Path, monkeypatch: pytest.Mo
 def test_gpu_command_shows_its_steps() -> None:
     output = run("bench/gpu.py", "--dry-run")
     places = [output.index(what) for what in (
-        "-m pytest", "bench/kernels.py --csv", "bench/host_cost.py", "conversion_overhead", "adn profile")]
+        "-m pytest", "bench/kernels.py --csv", "bench/host_cost.py", "bench/models.py --device cuda", "switch_storm",
+        "per_image", "counts", "training_step", "conversion_overhead")]
     assert places == sorted(places)
 
 
