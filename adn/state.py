@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .depth import Depth
@@ -172,7 +173,8 @@ def super_and_base(net: nn.Module, samples: int) -> Iterator[nn.Module]:
     """
     inner, state = unwrap(net), state_of(net)
     state.check_intact()
-    _check_shared(inner)
+    if not torch.compiler.is_compiling():
+        _check_shared(inner)
     before = get_depth(net)
     both = Both(samples)
     for switch in (state.shared, *state.switches):
@@ -193,10 +195,6 @@ def _check_shared(net: nn.Module) -> None:
                 "of super-net and base-net: put it there before adn.convert, or use SelfDistillation with "
                 "single_pass=False"
             )
-
-
-# As `recomputing`: a compiled forward asks once, when it is compiled.
-_check_shared._dynamo_marked_constant = True
 
 
 def depths(net: nn.Module) -> list[Depth]:

@@ -44,7 +44,8 @@ def compile(
     batch share statistics, so nothing is padded.
 
     Code of the model's own that calls blocks in a loop runs uncompiled, since Dynamo leaves such code alone; the blocks
-    are compiled one by one. Gradient checkpointing recomputes uncompiled: set it on or compile, not both.
+    are compiled one by one. With a model's gradient checkpointing set, its forward calls blocks itself and reads their
+    flags: right, but for few depths only, and each backward has to come before the next forward.
 
     Args:
         net: a converted net, or DDP around one.
