@@ -23,6 +23,7 @@ from .. import paths
 from ..nn import BATCH_NORMS
 from ..state import DepthLike, at_depth, unwrap
 from ..state import depths as all_depths
+from .fuse import FusedNet
 
 _DEPTH = "adn depth "
 _OPERATORS = ("aten::", "adn::", "torchvision::")
@@ -48,7 +49,7 @@ def compile(
     flags: right, but for few depths only, and each backward has to come before the next forward.
 
     Args:
-        net: a converted net, or DDP around one.
+        net: a converted net, or DDP around one; or a deploy form.
         batch_sizes: the sizes to compile for evaluation; None = those that come.
         fullgraph: a block that cannot be compiled whole is an error at its first call; False lets parts of it run
             uncompiled.
@@ -59,7 +60,7 @@ def compile(
 
     Raises:
         ValueError: if the net is wrapped by `torch.compile`, or if samples of a batch influence each other in
-            evaluation and `batch_sizes` are given.
+            evaluation and `batch_sizes` are given, or they are for a deploy form.
         RuntimeError: if the default backend would need a C++ compiler (for a net on the CPU) and there is none.
     """
     if isinstance(net, torch._dynamo.OptimizedModule):
@@ -67,6 +68,12 @@ def compile(
     inner = unwrap(net)
     if options.get("backend", "inductor") == "inductor":
         _check_toolchain(inner)
+    if isinstance(inner, FusedNet):
+        if batch_sizes is not None:
+            raise ValueError("a deploy form is compiled for the sizes that come: leave batch_sizes out, or give them "
+                             "to adn.Engine")
+        inner.compile(fullgraph=fullgraph, **options)
+        return net
     if batch_sizes is not None:
         _check_sizes(inner, batch_sizes)
         options.setdefault("dynamic", False)

@@ -295,7 +295,7 @@ def test_compiled(name: str) -> None:
         graphs += 1
         return module.forward
 
-    fused.compile(backend=backend)
+    assert adn.compile(fused, backend=backend) is fused
     for sweep in range(2):
         with torch.compiler.set_stance("fail_on_recompile" if sweep else "default"):
             for depth in adn.depths(net):
@@ -321,6 +321,10 @@ class TestBadInput:
         fused = fuse(adn.convert(build("resnet18")))
         with pytest.raises(ValueError, match="fused already"):
             fuse(fused)
+
+    def test_compiled_for_sizes(self) -> None:
+        with pytest.raises(ValueError, match=r"give them to adn\.Engine"):
+            adn.compile(fuse(adn.convert(build("resnet18"))), backend="eager", batch_sizes=(1, 2))
 
     def test_moving(self) -> None:
         with pytest.raises(RuntimeError, match=r"adn\.fuse\(net\.to"):
