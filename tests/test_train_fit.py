@@ -96,6 +96,25 @@ def rows(out: Path) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------------------- one step
 
 
+def test_settings_for_speed_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile(net: nn.Module) -> None:
+        compiled.append(net)
+        net.compile(backend="eager")
+
+    monkeypatch.setattr("adn.runtime.compile.compile", compile)
+    plain, fast = vit().double(), vit().double()
+    in_double = [(x.double(), y) for x, y in batches(0)]
+    for net, recipe in ((plain, RECIPE), (fast, RECIPE.but(single_pass=True, accelerate=True, compile=True))):
+        fit(net, lambda epoch: in_double, None, recipe.but(epochs=1))
+    assert compiled == [fast]
+    assert isinstance(fast.blocks[0], adn.nn.Rerouted)
+    for (name, ours), expected in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        # Adam divides by the size of a gradient, also where that is nothing but rounding.
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6, msg=name)
+
+
 def test_one_epoch_is_the_plain_loop(tmp_path: Path) -> None:
     """Against ten lines written out: two backwards, clipping of their sum, one step."""
     r = RECIPE.but(epochs=2, optimizer="momentum", lr=0.05, schedule="constant", norm_decay=None, clip=0.5)

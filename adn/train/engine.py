@@ -96,8 +96,22 @@ def default_loss(net: nn.Module, recipe: Recipe) -> nn.Module:
         int(name) if name.lstrip("-").isdigit() else name for name in recipe.features]
     return SelfDistillation(
         net, criterion, alpha=recipe.alpha, temperature=recipe.temperature, top_classes=recipe.top_classes,
-        features=features, variant=recipe.variant,
+        features=features, variant=recipe.variant, single_pass=recipe.single_pass,
     )
+
+
+def _make_fast(net: nn.Module, recipe: Recipe) -> None:
+    if not is_converted(net):
+        if recipe.compile:
+            net.compile()
+        return
+    # Here, as they take seconds to import.
+    from ..runtime import accelerate, compile
+
+    if recipe.accelerate:
+        accelerate.accelerate(net)
+    if recipe.compile:
+        compile.compile(net)
 
 
 def fit(
@@ -186,6 +200,7 @@ class _Run:
             net = convert_sync_batchnorm(net) if is_converted(net) else nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.preserve_format
         self.net = net.to(device, memory_format=self.memory_format)
+        _make_fast(net, recipe)
         self.loss = (default_loss(net, recipe) if loss is None else loss).to(device)
         self.optimizer = create_optimizer(net, recipe)
         self.scheduler = create_scheduler(self.optimizer, recipe)

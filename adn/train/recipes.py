@@ -52,6 +52,11 @@ class Recipe:
     clip: float | None = _setting("optimisation", None, "largest norm of the gradient of both losses; none = no limit")
     amp: str | None = _setting("optimisation", None, "mixed precision; none = float32", ("bf16", "fp16"))
     channels_last: bool = _setting("optimisation", False, "keep images channels-last in memory")
+    single_pass: bool = _setting(
+        "optimisation", False, "super-net and base-net in one forward and backward: faster, with the memory of both")
+    accelerate: bool = _setting(
+        "optimisation", False, "norm, activation and addition of blocks as one kernel, on a GPU; see adn.accelerate")
+    compile: bool = _setting("optimisation", False, "compile the net; the first steps of each mode take minutes")
     sync_bn: bool = _setting("optimisation", False, "batch statistics over all processes")
     seed: int = _setting("optimisation", 0, "of every random number: initial weights, order of images, augmentation")
 
