@@ -377,3 +377,46 @@ class TestOtherFunctionsOfTheLibrary:
     def test_what_needs_its_blocks_says_so(self, pair: tuple[nn.Module, nn.Module], what: object) -> None:
         with pytest.raises(ValueError, match="the net that it was made from"):
             what(pair[1])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnAGpu:
+    @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "regnety_002", "vit_tiny_patch16_224",
+                                      "swin_tiny_patch4_window7_224", "convnext_atto"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_every_depth(self, name: str, dtype: torch.dtype) -> None:
+        net, x = converted(name)
+        net, x = net.cuda(), x.cuda()
+        exact = copy.deepcopy(net).double()
+        net, x = net.to(dtype), x.to(dtype)
+        fused = fuse(net)
+        for depth in stated_sample(net):
+            wanted = forward(exact, x.double(), depth)
+            allowed = 2 * difference(forward(net, x, depth), wanted) + 4 * torch.finfo(dtype).eps
+            assert difference(forward(fused, x, depth), wanted) <= allowed, depth
+
+    def test_one_launch_for_each_convolution(self) -> None:
+        net, x = converted("tv_resnet50")
+        net, x = net.cuda().half(), x.cuda().half().to(memory_format=torch.channels_last)
+        fused = fuse(net)
+        for depth in ("super", "TFTF", "base"):
+            forward(fused, x, depth)
+            convolutions = sum(isinstance(m, nn.Conv2d) for m in adn.extract(net, depth).modules())
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+                forward(fused, x, depth)
+                torch.cuda.synchronize()
+            kernels = sum(event.count for event in trace.key_averages()
+                          if event.device_type == torch.autograd.DeviceType.CUDA)
+            # Besides, max pool, mean, classifier; a convolution of cuDNN's may take a second kernel.
+            assert kernels <= 1.5 * convolutions + 8
+
+    def test_follows_the_net(self) -> None:
+        net, x = converted("resnet18")
+        net, x = net.cuda(), x.cuda()
+        fused = fuse(net)
+        forward(fused, x, "base")
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(1.1)
+        assert difference(forward(fused, x, "base"), forward(net, x, "base")) < 1e-2
