@@ -31,7 +31,7 @@ WAYS = pytest.mark.parametrize("way", [compile, torch.compile], ids=["adn", "tor
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=8):  # somebody in the process may have raised it
+    with torch._dynamo.config.patch(recompile_limit=8):  # timm.optim raises it
         yield
     torch._dynamo.reset()
 
