@@ -23,7 +23,7 @@ from ..state import DepthLike, get_depth, set_depth, state_of, unwrap
 from ..state import depths as all_depths
 from .cuda_graphs import CudaGraphs, Graph
 from .fuse import FusedNet
-from .per_image import checked_flags
+from .per_image import checked_flags, mixing_norm
 from .staged import Form, Place, Segment, map_tensors, staged, zeros
 from .watch import Watch
 
@@ -451,7 +451,11 @@ class Engine:
         if self._graphs is None or self._device != device:
             self._graphs = graphs_on(device)
         self._device = device
-        self._dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        tensors = itertools.chain(net.parameters(), net.buffers())
+        self._dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+        if self._sizes is not None and (norm := mixing_norm(net)) is not None:
+            raise ValueError(f"norm {norm!r} has no running statistics, so a padded batch would change its results: "
+                             "leave batch_sizes out")
         self._kinds: set[tuple[torch.Size, torch.dtype]] = set()
         self._staged = staged(net, self._max_graphs)
 

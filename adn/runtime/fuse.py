@@ -22,7 +22,17 @@ from ..export import unwrap_blocks
 from ..nn import is_norm
 from ..state import DepthLike, State, state_of, unwrap
 from ..switch import Switch
-from .graph import CannotTrace, Traced, activation_of, activation_of_module, addition_of, nothing_in_eval, trace
+from .graph import (
+    CannotTrace,
+    Traced,
+    activation_of,
+    activation_of_module,
+    addition_of,
+    hooked,
+    nothing_in_eval,
+    trace,
+    without_writes,
+)
 from .layers import AddLayerNorm, ConvNormAct, Layer, NormAct, is_plain_conv, split_norm
 from .norms import is_layer_norm
 from .per_image import (
@@ -32,8 +42,10 @@ from .per_image import (
     EitherNormAct,
     checked_flags,
     fastest,
+    mixing_norm,
     split_run,
 )
+from .watch import Watch
 
 FULL, BASE, PER_IMAGE = "full", "base", "per image"
 
@@ -46,9 +58,10 @@ def fuse(net: nn.Module) -> FusedNet:
     flag: the folded essential path is held twice. What is not fused keeps sharing its parameters with the net.
 
     The result equals the net in evaluation mode within rounding, at every depth. It has a depth of its own, for all
-    functions that take a net: `adn.set_depth(fused, "TTFF")`. Changes of the net's parameters and statistics are
-    noticed at the next call, which folds them again; only writes through `tensor.data` are not: call
-    `fused.refresh()` after them.
+    functions that take a net: `adn.set_depth(fused, "TTFF")`. Changes of the net's parameters, statistics and modules
+    are noticed at the next call, which folds them again. Only writes that torch does not count are not: through
+    `tensor.data`, by collectives of torch.distributed, into tensors made in inference mode; call `fused.refresh()`
+    after those. Feature maps it returns are channels-last. Two threads use two copies, or an `adn.Engine`.
 
     Args:
         net: a converted net in evaluation mode, on the device and of the dtype it is to run at. It is not changed.
@@ -78,7 +91,7 @@ class FusedNet(nn.Module):
         self.__dict__["_adn"] = State(
             state.plan, [Switch(switch.skip) for switch in state.switches], state.twins, {}, state.origin,
             state.class_names, made_from=source)
-        if source.training:
+        if any(module.training for module in source.modules()):
             raise ValueError("a deploy form is for inference: call net.eval() first")
         self._build()
         self.training = False
@@ -106,8 +119,11 @@ class FusedNet(nn.Module):
                 run as a whole; the first calls measure.
 
         Raises:
-            ValueError: if a shape, type or device does not fit.
+            ValueError: if a shape, type or device does not fit, or samples of a batch influence each other.
         """
+        if self._mixing is not None:
+            raise ValueError(f"norm {self._mixing!r} has no running statistics, so samples of a batch influence each "
+                             "other: run images of different depths in batches of their own")
         if not (callable(depths) or isinstance(depths, Tensor)):
             pair = self._adn.full, self._adn.base
             table = [Depth.parse(depth, pair) for depth in depths]
@@ -184,15 +200,14 @@ class FusedNet(nn.Module):
             for layer in self.modules():
                 if isinstance(layer, Layer):
                     layer.refresh()
-        self._watched = list(_tensors(self._adn.made_from))
-        self._versions = [_version(tensor) for _, _, tensor in self._watched]
+        self._versions = list(map(_version, self._tensors))
 
     def refresh_if_changed(self) -> bool:
         """What every call does first: notice changes of the net, and follow them. Were there any?"""
-        if any(slots.get(key) is not tensor for slots, key, tensor in self._watched):
+        if self._watch.changed():
             self._build()
             return True
-        if any(_version(tensor) != version for (*_, tensor), version in zip(self._watched, self._versions)):
+        if any(map(operator.ne, map(_version, self._tensors), self._versions)):
             self.refresh()
             return True
         return False
@@ -217,8 +232,12 @@ class FusedNet(nn.Module):
         if self._compile_options is not None:
             self.compile(**self._compile_options)
         self._faster: dict[tuple, str] = {}
-        self._watched = list(_tensors(self._adn.made_from))
-        self._versions = [_version(tensor) for _, _, tensor in self._watched]
+        source = self._adn.made_from
+        self._mixing = mixing_norm(source)
+        self._watch = Watch(source)
+        # Of counters too: torch's batch norm writes its running statistics without counting a version of them.
+        self._tensors = [*source.parameters(), *source.buffers()]
+        self._versions = list(map(_version, self._tensors))
 
 
 class Segment(nn.Module):
@@ -278,14 +297,21 @@ class _Builder:
     """Makes the segments of a net."""
 
     def __init__(self, source: nn.Module) -> None:
-        tensors = {id(t): t for _, _, t in _tensors(source)}
-        model = copy.deepcopy(source, tensors)  # shares them
+        tensors = {id(t): t for t in (*source.parameters(), *source.buffers())}
+        try:
+            model = copy.deepcopy(source, tensors)  # shares them
+        except RuntimeError as error:
+            raise CannotTrace(f"this net cannot be copied: {error}") from error
         unwrap_blocks(model)
         state, self.twins = detach(model.eval())
+        _check_hooks(model)
         self.flags = {norm: k for k, stage in enumerate(state.plan.flagged) for norm in stage.norms}
         self.stages = {block: k for k, stage in enumerate(state.plan.flagged) for block in stage.blocks}
         self.refinement = {block for stage in state.plan.flagged for block in stage.refinement_blocks}
         self.traced: Traced = trace(model, self.stages)
+        without_writes(self.traced)
+        for node in self.traced.graph.find_nodes(op="call_method", target="view"):
+            node.target = "reshape"  # what is channels-last here has other strides than in the model
         self.bypass = {self.traced.calls[block][1]: self.traced.calls[block][0] for block in self.refinement}
         self.layers: dict[tuple, Layer] = {}
         _, *self.nodes, output = self.traced.graph.nodes
@@ -373,9 +399,22 @@ class _Builder:
         takes = [stream, *(node for node in cut.takes if node is not stream)]
         path = self._path(cut._replace(takes=takes, gives=[output]), FULL)
         name = block.replace(".", "_")
-        owned = set(stream.users) <= set(nodes) and _is_fresh(value(stream), modules)
-        modules[name] = BypassedBlock(path, in_place=owned)
+        modules[name] = BypassedBlock(path, in_place=self._is_free(stream, nodes))
         return graph.call_module(name, (flags, *(value(node) for node in takes)))
+
+    def _is_free(self, value: fx.Node, nodes: Sequence[fx.Node]) -> bool:
+        """May these nodes, the only ones to do so, overwrite a value, as nobody else reads it, by this or another
+        name?"""
+        names = set(nodes)
+        while names.issuperset(value.users):
+            module = self.traced.root.get_submodule(value.target) if value.op == "call_module" else None
+            if module is None or not nothing_in_eval(module):
+                makes_new = module is not None and (is_norm(module) or isinstance(module, nn.Conv2d | nn.Linear)
+                                                    or activation_of_module(module) is not None)
+                return (makes_new or addition_of(value) is not None) and not value.name.startswith("getitem")
+            names.add(value)
+            value = value.args[0]
+        return False
 
     # ------------------------------------------------------------------------------------------ what becomes one call
 
@@ -387,19 +426,23 @@ class _Builder:
             seconds: by the name of a norm its twin, where `flags` picks between them.
         """
         for node in list(graph.nodes):
-            if node.op == "call_module" and nothing_in_eval(modules[node.target]):
+            if node.op == "call_module" and node.args and nothing_in_eval(modules[node.target]):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         for node in list(graph.nodes):
             if node.op != "call_module":
                 continue
             module, second = modules[node.target], seconds.get(node.target)
+            if len(node.args) != 1 or node.kwargs:
+                if second is not None:
+                    raise CannotTrace(f"the norm {node.target!r} is not called with its input alone, by position")
+                continue
             if split_norm(module) is not None:
                 self._fuse_norm(graph, modules, node, second, flags)
             elif is_layer_norm(module):
                 self._fuse_layer_norm(graph, modules, node, second, flags)
             elif second is not None:
-                modules[node.target] = EitherNorm(module, second)
+                node.target = self._name(modules, node, EitherNorm(module, second))
                 node.kwargs = {"bank": flags}
         graph.lint()
 
@@ -420,7 +463,8 @@ class _Builder:
                 break
             chain.append(user)
         before = norm.args[0]
-        is_conv = (before.op == "call_module" and is_plain_conv(modules[before.target]) and len(before.users) == 1
+        is_conv = (before.op == "call_module" and len(before.args) == 1 and is_plain_conv(modules[before.target])
+                   and len(before.users) == 1
                    and modules[before.target].out_channels == modules[norm.target].num_features)
         if is_conv:
             chain.insert(0, before)
@@ -432,9 +476,9 @@ class _Builder:
             layer = self._layer(ConvEitherNormAct if is_conv else EitherNormAct, *parts, second, activation)
             bank = {"bank": flags}
         args = (chain[0].args[0],) if residual is None else (chain[0].args[0], residual)
-        modules[norm.target] = layer
+        name = self._name(modules, norm, layer)
         with graph.inserting_before(chain[-1]):
-            new = graph.call_module(norm.target, args, bank)
+            new = graph.call_module(name, args, bank)
         chain[-1].replace_all_uses_with(new)
         for node in reversed(chain):
             graph.erase_node(node)
@@ -453,9 +497,9 @@ class _Builder:
                 return
             addition, summands = total, (total,)
             kwargs.pop("shape", None)
-        modules[norm.target] = self._layer(AddLayerNorm, modules[norm.target], second)
+        name = self._name(modules, norm, self._layer(AddLayerNorm, modules[norm.target], second))
         with graph.inserting_before(norm if len(summands) == 1 else total):
-            both = graph.call_module(norm.target, summands, kwargs)
+            both = graph.call_module(name, summands, kwargs)
             y, s = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
         norm.replace_all_uses_with(y)
         graph.erase_node(norm)
@@ -466,6 +510,13 @@ class _Builder:
         for node in dict.fromkeys((total, addition)):
             graph.erase_node(node)
 
+    @staticmethod
+    def _name(modules: dict[str, Any], node: fx.Node, layer: nn.Module) -> str:
+        """A name of its own for what replaces a node: the module it calls may be called by others."""
+        name = f"{node.name}_fused"
+        modules[name] = layer
+        return name
+
     def _layer(self, kind: type[Layer], *args: Any) -> Layer:
         """One for both paths, if it is the same in both."""
         key = (kind, *(id(a) if isinstance(a, nn.Module) else a for a in args))
@@ -474,18 +525,11 @@ class _Builder:
         return self.layers[key]
 
 
-def _is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Is a value in memory of its own, so that nobody notices if it is overwritten after its last use?"""
-    while node.op == "call_module" or node.target is operator.iadd:
-        module = modules[node.target] if node.op == "call_module" else None
-        if module is not None and not nothing_in_eval(module) and not getattr(module, "inplace", False):
-            return is_norm(module) or isinstance(module, nn.Conv2d | nn.Linear | BypassedBlock) or (
-                activation_of_module(module) is not None)
-        # Its memory is that of its (first) argument.
-        node = node.args[0]
-        if len(node.users) > 1:
-            return False
-    return addition_of(node) is not None
+def _check_hooks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hooked(module) and not is_norm(module) and any(map(is_norm, module.modules())):
+            raise CannotTrace(f"{name or type(module).__name__!r} has forward hooks, which a deploy form would not "
+                              "call: remove them before adn.fuse")
 
 
 def _filled(result: Any, values: Mapping[str, Any]) -> Any:
@@ -507,18 +551,6 @@ def _attribute(root: nn.Module, name: str) -> Any:
     for part in name.split("."):
         root = getattr(root, part)
     return root
-
-
-def _tensors(net: nn.Module) -> Iterator[tuple[Mapping[str, Tensor | None], str, Tensor]]:
-    """(where it is held, under which key, tensor) of every parameter and buffer.
-
-    Of counters too: torch's batch norm writes its running statistics without counting a version of them.
-    """
-    for module in net.modules():
-        for slots in (module._parameters, module._buffers):
-            for key, tensor in slots.items():
-                if tensor is not None:
-                    yield slots, key, tensor
 
 
 def _version(tensor: Tensor) -> int:

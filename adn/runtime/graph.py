@@ -39,6 +39,18 @@ _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, timm.la
                     torchvision.ops.StochasticDepth)
 
 
+_IN_PLACE = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, F.relu_: F.relu, torch.relu_: torch.relu,
+}
+# Methods and functions whose result may be a view of their first argument.
+_VIEWS = frozenset((
+    "chunk", "contiguous", "detach", "expand", "expand_as", "flatten", "movedim", "narrow", "permute", "reshape",
+    "select", "split", "squeeze", "swapaxes", "t", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+    "view_as",
+))
+
+
 @dataclasses.dataclass
 class Traced:
     """The forward of a module as a graph.
@@ -153,7 +165,9 @@ def activation_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None
 
 
 def activation_of_module(module: nn.Module) -> str | None:
-    """As `activation_of`, for a module."""
+    """As `activation_of`, for a module; None too if there are hooks on it."""
+    if hooked(module):
+        return None
     if isinstance(module, nn.GELU) and module.approximate != "none":
         return None
     return _ACTIVATION_MODULES.get(original_class(module))
@@ -169,5 +183,94 @@ def addition_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def nothing_in_eval(module: nn.Module) -> bool:
-    """Does a module return its input in evaluation mode?"""
-    return isinstance(module, _NOTHING_IN_EVAL)
+    """Does a module return its input in evaluation mode? (A subclass may do more, and so may a hook.)"""
+    return original_class(module) in _NOTHING_IN_EVAL and not hooked(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Does calling a module do more than its forward?"""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def without_writes(traced: Traced) -> None:
+    """Replace calls that write into what they are given by those that make a tensor of their own.
+
+    Order then matters no more: a call may be moved behind another that read the same tensor. Modules of the root are
+    changed too (`inplace`).
+
+    Raises:
+        CannotTrace: if what was written is read later by another name.
+    """
+    position = {node: i for i, node in enumerate(traced.graph.nodes)}
+    root = {}  # of each value that may be a view of another, that other
+    for node in position:
+        if _may_be_view(node, traced):
+            root[node] = node.args[0]
+    for node in position:
+        written = _written(node, traced)
+        if written is not None:
+            _check_not_read_later(node, written, position, root)
+    for node in position:
+        if _written(node, traced) is not None:
+            _make_new(node)
+    for module in traced.root.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
+
+
+def _written(node: fx.Node, traced: Traced) -> fx.Node | None:
+    """The value that a node writes into."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if "out" in node.kwargs:
+        raise CannotTrace(f"{node.name} writes into a tensor given as `out`")
+    if node.op == "call_module":
+        writes = getattr(traced.root.get_submodule(node.target), "inplace", False) is True
+    elif node.op == "call_method":
+        writes = node.target.endswith("_") and not node.target.startswith("_")
+    else:
+        writes = node.op == "call_function" and (
+            node.target in _IN_PLACE or node.kwargs.get("inplace", False) is True
+            or (node.target in _ACTIVATION_FUNCTIONS and len(node.args) > 1 and node.args[-1] is True))
+    return node.args[0] if writes else None
+
+
+def _make_new(node: fx.Node) -> None:
+    if node.op == "call_method":
+        node.target = node.target.removesuffix("_")
+    elif node.op == "call_function":
+        node.target = _IN_PLACE.get(node.target, node.target)
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+        if node.target in _ACTIVATION_FUNCTIONS and node.args[-1] is True:
+            node.args = node.args[:-1]
+
+
+def _may_be_view(node: fx.Node, traced: Traced) -> bool:
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.op == "call_method":
+        return node.target in _VIEWS or node.target.endswith("_")
+    if node.op == "call_function":
+        return node.target is operator.getitem or getattr(node.target, "__name__", "") in _VIEWS or (
+            _written(node, traced) is not None)
+    if node.op != "call_module":
+        return False
+    module = traced.root.get_submodule(node.target)
+    return nothing_in_eval(module) or isinstance(module, (nn.Flatten, nn.Unflatten, torchvision.ops.Permute)) or (
+        getattr(module, "inplace", False) is True)
+
+
+def _check_not_read_later(node: fx.Node, written: fx.Node, position: Mapping[fx.Node, int],
+                          root: Mapping[fx.Node, fx.Node]) -> None:
+    def names_of(value: fx.Node) -> list[fx.Node]:
+        chain = [value]
+        while chain[-1] in root:
+            chain.append(root[chain[-1]])
+        return chain
+
+    memory = names_of(written)[-1]
+    for value in position:
+        chain = names_of(value)
+        if chain[-1] is memory and node not in chain and any(position[user] > position[node] for user in value.users):
+            raise CannotTrace(f"{node.name} writes in place into a tensor that is read again after it; write "
+                              "x = x + y instead of x += y there, or inplace=False")

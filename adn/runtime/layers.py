@@ -5,6 +5,7 @@ Each reads the parameters of the modules it stands for (`refresh`) and keeps the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from adn_kernels import ops
 from adn_kernels.activation import act_reference
 
-from .norms import activation_in
+from .graph import hooked
+from .norms import activation_in, evenly_spaced
 
 # (attribute, scalars, algorithm) of an activation for oneDNN.
 _ONEDNN: dict[str, tuple[str, list, str]] = {
@@ -33,12 +35,29 @@ def split_norm(module: nn.Module) -> str | None:
     """The activation that a batch norm with running statistics ends with ("identity" if with none); None for any other
     module."""
     activation = activation_in(module)
-    return None if activation is None or module.running_mean is None else activation
+    if activation is None or module.running_mean is None or any(map(hooked, module.modules())):
+        return None
+    return activation
 
 
 def is_plain_conv(module: nn.Module | None) -> bool:
-    """A convolution that computes `F.conv2d` of zero-padded input, as opposed to a subclass that does more."""
-    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    """A convolution that computes `F.conv2d` of zero-padded input with its parameter, as opposed to a subclass, a hook
+    or a reparametrisation that does more."""
+    return (type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+            and "weight" in module._parameters and not hooked(module))
+
+
+def is_square(conv: nn.Conv2d) -> bool:
+    """Are both sides treated alike, as the ops want it?"""
+    return conv.stride[0] == conv.stride[1] and conv.padding[0] == conv.padding[1] and conv.dilation == (1, 1)
+
+
+def conv_shape(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+               ) -> tuple[int, ...]:
+    """Of the result of a convolution; a residual of another would be broadcast, which ops do not do."""
+    height, width = ((x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+                     for i in range(2))
+    return x.shape[0], weight.shape[0], height, width
 
 
 class Layer(nn.Module):
@@ -80,25 +99,30 @@ class ConvNormAct(Layer):
         self.packed = {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None and tuple(residual.shape) != conv_shape(x, self.weight, *self.place[:3]):
+            return act_reference(self._convolve(x, None, "identity") + residual, self.activation)
+        return self._convolve(x, residual, self.activation)
+
+    def _convolve(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         if x.is_cuda:
-            return self._on_gpu(x, residual)
+            return self._on_gpu(x, residual, activation)
         # A compiler has no use for weights in oneDNN's own layout.
         if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling() or not _HAS_ONEDNN:
-            return self._plain(x, residual)
-        return self._on_cpu(x, residual)
+            return self._plain(x, residual, activation)
+        return self._on_cpu(x, residual, activation)
 
-    def _on_gpu(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        (stride, other_stride), (padding, other_padding), dilation, groups = self.place
-        if stride != other_stride or padding != other_padding or dilation != (1, 1):
-            return self._plain(x, residual)
-        return ops.conv(x, self.weight, None, self.bias, residual=residual, activation=self.activation, stride=stride,
-                        padding=padding, groups=groups)
+    def _on_gpu(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        conv = self.source[0]
+        if not is_square(conv):
+            return self._plain(x, residual, activation)
+        return ops.conv(x, self.weight, None, self.bias, residual=residual, activation=activation,
+                        stride=conv.stride[0], padding=conv.padding[0], groups=conv.groups)
 
-    def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _plain(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         y = F.conv2d(x, self.weight, self.bias, *self.place)
-        return act_reference(y if residual is None else y.add_(residual), self.activation)
+        return act_reference(y if residual is None else y + residual, activation)
 
-    def _on_cpu(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _on_cpu(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         stride, padding, dilation, groups = self.place
         weight = self.packed.get("weight")
         if weight is None:
@@ -107,15 +131,15 @@ class ConvNormAct(Layer):
                 self.weight, padding, stride, dilation, groups, list(x.shape))
         args = x, weight, self.bias, padding, stride, dilation, groups
         if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(*args, *_ONEDNN[self.activation])
+            return torch.ops.mkldnn._convolution_pointwise(*args, *_ONEDNN[activation])
         if residual.shape[2:].numel() == 1:  # torch 2.11 cannot tell the layout of such a one
             y = torch.ops.mkldnn._convolution_pointwise(*args, *_ONEDNN["identity"]).add_(residual)
-            return act_reference(y, self.activation)
-        inside = self.activation if self.activation in _AFTER_ADDITION else "identity"
+            return act_reference(y, activation)
+        inside = activation if activation in _AFTER_ADDITION else "identity"
         attribute = None if inside == "identity" else inside
         y = torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, *args[1:], "add", None, attribute, [], "")
-        return y if inside == self.activation else act_reference(y, self.activation)
+        return y if inside == activation else act_reference(y, activation)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "packed": {}}  # its layout cannot be copied
@@ -134,11 +158,11 @@ class NormAct(Layer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         norm = self.source
-        if x.is_cuda:
+        if x.is_cuda and x.ndim == 4 and (residual is None or residual.shape == x.shape):
             return ops.batch_norm_eval(x, norm.weight, norm.bias, norm.running_mean, norm.running_var,
                                        residual=residual, activation=self.activation, eps=norm.eps)
         y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
-        return act_reference(y if residual is None else y.add_(residual), self.activation)
+        return act_reference(y if residual is None else y + residual, self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.source.num_features}, {self.activation}"
@@ -168,5 +192,6 @@ class AddLayerNorm(Layer):
             a, b = (t if t is None else t.reshape(*shape) for t in (a, b))
         if bank is None and not a.is_cuda:
             return F.layer_norm(a, norm.normalized_shape, weight, bias, norm.eps), a
+        a, b = (t if t is None or evenly_spaced(t) else t.contiguous() for t in (a, b))
         y = ops.layer_norm(a, weight, bias, residual=b, eps=norm.eps, bank=bank)
         return y if b is not None else (y, a)

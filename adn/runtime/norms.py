@@ -210,12 +210,13 @@ def _process_group(norm: nn.Module) -> dist.ProcessGroup | None:
 
 
 def _summable(a: Tensor, b: Tensor) -> bool:
-    if not (_evenly_spaced(a) and _evenly_spaced(b)):
+    if not (evenly_spaced(a) and evenly_spaced(b)):
         return False
     # Under autocast torch's layer norm makes float32 of half precision, the op does not. Where one of the two is
     # float32, as in the residual stream of an embedding that adds parameters, they agree.
     return not (a.dtype in _HALVES and b.dtype in _HALVES and torch.is_autocast_enabled(a.device.type))
 
 
-def _evenly_spaced(x: Tensor) -> bool:
+def evenly_spaced(x: Tensor) -> bool:
+    """Does the op of a layer norm surely take the strides of x?"""
     return x.is_contiguous() or (x.ndim == 3 and x.stride(2) == 1 and x.stride(1) > 0 and x.stride(0) > 0)

@@ -7,6 +7,7 @@ convolutions, linear layers and layer norms skip their work, and what they leave
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,10 +22,12 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from adn_kernels import ops
+from adn_kernels.activation import act_reference
 from adn_kernels.epilogue import write_active
 from adn_kernels.launch import memory_format
 
-from .layers import ConvNormAct, Layer, folded_norm, is_plain_conv
+from ..nn import BATCH_NORMS, EVO_BATCH_NORMS
+from .layers import ConvNormAct, Layer, conv_shape, folded_norm, is_plain_conv, is_square
 from .norms import is_layer_norm
 
 
@@ -40,7 +43,13 @@ def checked_flags(flags: Tensor, shape: tuple[int, ...], device: torch.device) -
                          "depths instead, one for each image")
     if flags.dtype not in (torch.int32, torch.bool):
         raise ValueError(f"flags are {flags.dtype}; pass int32 or bool")
-    return flags.to(torch.int32).contiguous()
+    return (flags != 0).to(torch.int32).contiguous()
+
+
+def mixing_norm(net: nn.Module) -> str | None:
+    """The name of a norm by which samples of a batch influence each other in evaluation mode too; None without one."""
+    return next((name for name, module in net.named_modules()
+                 if isinstance(module, (*BATCH_NORMS, *EVO_BATCH_NORMS)) and module.running_var is None), None)
 
 
 def split_run(run: Callable[..., tuple], inputs: Sequence[Any], bypassed: Sequence[bool]) -> tuple:
@@ -106,13 +115,19 @@ class ConvEitherNormAct(Layer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor) -> Tensor:
         conv = self.source[0]
-        (stride, other_stride), (padding, other_padding) = conv.stride, conv.padding
-        if stride == other_stride and padding == other_padding and conv.dilation == (1, 1):
-            return ops.conv(x, conv.weight, self.scale, self.shift, residual=residual, activation=self.activation,
-                            stride=stride, padding=padding, groups=conv.groups, bank=bank)
+        shape = conv_shape(x, conv.weight, conv.stride, conv.padding, conv.dilation)
+        if residual is not None and tuple(residual.shape) != shape:
+            return act_reference(self._convolve(x, None, "identity", bank) + residual, self.activation)
+        return self._convolve(x, residual, self.activation, bank)
+
+    def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, bank: Tensor) -> Tensor:
+        conv = self.source[0]
+        if is_square(conv):
+            return ops.conv(x, conv.weight, self.scale, self.shift, residual=residual, activation=activation,
+                            stride=conv.stride[0], padding=conv.padding[0], groups=conv.groups, bank=bank)
         z = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return ops.batch_norm_eval(z, *_unit_norm(self.scale, self.shift), residual=residual,
-                                   activation=self.activation, eps=0.0, bank=bank)
+        return ops.batch_norm_eval(z, *_unit_norm(self.scale, self.shift), residual=residual, activation=activation,
+                                   eps=0.0, bank=bank)
 
 
 class EitherNormAct(Layer):
@@ -124,11 +139,18 @@ class EitherNormAct(Layer):
         self.__dict__["source"] = norm, second
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor) -> Tensor:
+        if residual is not None and residual.shape != x.shape:
+            return act_reference(self._norm(x, None, "identity", bank) + residual, self.activation)
+        return self._norm(x, residual, self.activation, bank)
+
+    def _norm(self, x: Tensor, residual: Tensor | None, activation: str, bank: Tensor) -> Tensor:
         pairs = [tuple(getattr(norm, name) for norm in self.source)
                  for name in ("weight", "bias", "running_mean", "running_var")]
         pairs = [None if first is None else (first, second) for first, second in pairs]
-        return ops.batch_norm_eval(x, *pairs, residual=residual, activation=self.activation, eps=self.source[0].eps,
-                                   bank=bank)
+        pixels = x if x.ndim == 4 else x[..., None, None]
+        y = ops.batch_norm_eval(pixels, *pairs, residual=residual, activation=activation, eps=self.source[0].eps,
+                                bank=bank)
+        return y.reshape(x.shape)
 
 
 class EitherNorm(nn.Module):
@@ -157,12 +179,14 @@ class BypassedBlock(nn.Module):
         self.in_place = in_place
         stream = next(iter(block.graph.nodes))
         result = block.graph.output_node().args[0][0]
-        of_samples = {stream}
+        of_samples = {stream}  # samples lead in these
         for node in block.graph.nodes:
-            if not of_samples.isdisjoint(node.all_input_nodes):
+            if not of_samples.isdisjoint(node.all_input_nodes) and not _moves_samples(node):
                 of_samples.add(node)
-                if node.op == "call_module":
-                    setattr(block, node.target, _mask(getattr(block, node.target), self.mask))
+                module = getattr(block, node.target) if node.op == "call_module" else None
+                # Those put in place of layers know no names of arguments.
+                if module is not None and (not node.kwargs or isinstance(module, _WITH_LAYERS_ON_SAMPLES)):
+                    setattr(block, node.target, _mask(module, self.mask))
         last = getattr(block, result.target) if result.op == "call_module" else None
         if (isinstance(last, _MaskedConv) and len(result.args) == 2 and result.args[1] is stream
                 and result.args[0] is not stream):
@@ -172,8 +196,10 @@ class BypassedBlock(nn.Module):
     def forward(self, flags: Tensor, x: Tensor, *others: Any) -> Tensor:
         active = self.mask.active = 1 - flags
         out = x if self.in_place else x.clone()
-        y, = self.block(out, *others)
-        self.mask.active = None
+        try:
+            y, = self.block(out, *others)
+        finally:
+            self.mask.active = None
         if y is not out:
             write_active(out, y, active)
         return out
@@ -191,10 +217,13 @@ _WITH_LAYERS_ON_SAMPLES = (
 )
 
 
-class _Mask:
-    """Tells the layers of one block which samples have to be computed, while it runs."""
+class _Mask(threading.local):
+    """Tells the layers of one block which samples have to be computed, while it runs, in the thread that runs it."""
 
     active: Tensor | None = None
+
+    def __reduce__(self) -> tuple:
+        return _Mask, ()
 
 
 class _MaskedConv(nn.Module):
@@ -210,17 +239,13 @@ class _MaskedConv(nn.Module):
         layer = self.layer
         activation = layer.activation if isinstance(layer, ConvNormAct) else "identity"
         conv = layer.source[0] if isinstance(layer, ConvNormAct) else layer
-        stride, padding, groups = conv.stride[0], conv.padding[0], conv.groups
-        if self.accumulates:
-            out = residual
-        elif residual is not None:
-            out = residual.clone()
-        else:
-            size = [(size + 2 * padding - kernel) // stride + 1 for size, kernel in zip(x.shape[2:], conv.kernel_size)]
-            out = torch.empty((len(x), conv.out_channels, *size), dtype=x.dtype, device=x.device,
-                              memory_format=memory_format(x))
-        return ops.conv_(out, x, layer.weight, shift=layer.bias, accumulate=residual is not None, activation=activation,
-                         stride=stride, padding=padding, groups=groups, active=self.mask.active)
+        shape = conv_shape(x, layer.weight, conv.stride, conv.padding, conv.dilation)
+        adds = self.accumulates and tuple(residual.shape) == shape
+        if len(x) != len(self.mask.active) or (residual is not None and not adds):
+            return layer(x) if residual is None else layer(x, residual)
+        out = residual if adds else torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+        return ops.conv_(out, x, layer.weight, shift=layer.bias, accumulate=adds, activation=activation,
+                         stride=conv.stride[0], padding=conv.padding[0], groups=conv.groups, active=self.mask.active)
 
 
 class _MaskedLinear(nn.Linear):
@@ -231,8 +256,11 @@ class _MaskedLinear(nn.Linear):
         self.mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
+        n = len(self.mask.active)
+        if len(x) % n:
+            return super().forward(x)
         # Windows of one image are neighbours in the first axis.
-        rows = x.reshape(len(self.mask.active), -1, x.shape[-1])
+        rows = x.reshape(n, -1, x.shape[-1])
         out = x.new_empty((*rows.shape[:-1], self.out_features))
         ops.linear_(out, rows, self.weight, shift=self.bias, active=self.mask.active)
         return out.reshape(*x.shape[:-1], -1)
@@ -247,16 +275,21 @@ class _MaskedLayerNorm(nn.Module):
         self.mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        return ops.layer_norm_(out, x, self.norm.weight, self.norm.bias, eps=self.norm.eps, active=self.mask.active)
+        n = len(self.mask.active)
+        if len(x) % n:
+            return self.norm(x)
+        x = x.contiguous()  # heads of attention are not evenly spaced
+        rows = x.reshape(n, -1, x.shape[-1])
+        out = torch.empty_like(rows)
+        ops.layer_norm_(out, rows, self.norm.weight, self.norm.bias, eps=self.norm.eps, active=self.mask.active)
+        return out.reshape(x.shape)
 
 
 def _mask(module: nn.Module, mask: _Mask) -> nn.Module:
     """A module that computes what `module` does, for active samples; what it cannot leave out it computes for all."""
     if isinstance(module, ConvNormAct) or is_plain_conv(module):
         conv = module.source[0] if isinstance(module, ConvNormAct) else module
-        square = conv.stride[0] == conv.stride[1] and conv.padding[0] == conv.padding[1]
-        return _MaskedConv(module, mask) if square and conv.dilation == (1, 1) else module
+        return _MaskedConv(module, mask) if is_square(conv) else module
     if type(module) is nn.Linear:
         return _MaskedLinear(module, mask)
     if is_layer_norm(module):
@@ -267,6 +300,17 @@ def _mask(module: nn.Module, mask: _Mask) -> nn.Module:
             if type(child) is nn.Linear or is_plain_conv(child):
                 setattr(module, name, _mask(child, mask))
     return module
+
+
+def _moves_samples(node: fx.Node) -> bool:
+    """Does a node give the first axis another place?"""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    axes = node.args[1:] or tuple(node.kwargs.values())
+    if axes and isinstance(axes[0], list | tuple):
+        axes = tuple(axes[0])
+    if name == "permute":
+        return axes[0] != 0
+    return name in ("transpose", "swapaxes", "movedim", "t", "T") and (0 in axes or not axes)
 
 
 def _of_samples(flags: Tensor, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ class Segment(Protocol):
         """The values named by `gives`, of those named by `takes`."""
 
 
-@runtime_checkable
 class Staged(Protocol):
     """A net whose forward comes in segments: `take` the input, run the segments one after the other on values by name,
     `give` the output. The input has the name of what the first segment takes first."""
@@ -45,7 +44,7 @@ def staged(net: nn.Module, max_graphs: int) -> Staged | None:
     """The net if it is to be captured segment by segment: where it can be, and graphs of its segments can be kept but
     not those of all depths. Else None."""
     depths = math.prod(2 if isinstance(entry, bool) else entry for entry in state_of(net).full)
-    if depths <= max_graphs or not isinstance(net, Staged):
+    if depths <= max_graphs or not all(hasattr(net, name) for name in ("segments", "take", "give")):
         return None
     return net if sum(1 + (segment.flag is not None) for segment in net.segments) <= max_graphs else None
 
@@ -80,8 +79,10 @@ class Place:
         for name, value in zip(names, values, strict=True):
             if name not in self._values:
                 # A run of warm-up, not yet the capture.
-                self._values[name] = map_tensors(torch.empty_like, value)
-            tree_map(lambda to, source: to.copy_(source) if torch.is_tensor(to) else to, self._values[name], value)
+                holds_tensors = any(map(torch.is_tensor, tree_leaves(value)))
+                self._values[name] = map_tensors(torch.empty_like, value) if holds_tensors else value
+            if any(map(torch.is_tensor, tree_leaves(value))):
+                tree_map(lambda to, source: to.copy_(source) if torch.is_tensor(to) else to, self._values[name], value)
 
     def result(self, graphs: Sequence[Graph]) -> Any:
         return graphs[-1].outputs if self._net is None else self._net.give(self._values)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import build, randomise
 from test_convert import MODELS, NAMES, net_and_input, stated_sample
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adn
@@ -200,6 +202,91 @@ class TestFollowsTheNet:
         assert difference(forward(fused, self.x, "super"), expected) < 1e-5
 
 
+class TestReplacedModules:
+    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(3))
+
+    @pytest.mark.parametrize("change", [
+        lambda net: net.reset_classifier(7), lambda net: setattr(net, "fc", nn.Linear(512, 7)),
+        lambda net: setattr(net, "act1", nn.Sigmoid()), lambda net: net.to(memory_format=torch.channels_last)])
+    def test_are_noticed(self, change: Callable[[nn.Module], object]) -> None:
+        net, _ = converted("resnet18")
+        fused = fuse(net)
+        forward(fused, self.x, "base")
+        change(net)
+        with torch.no_grad():
+            net.layer1[0].bn1.weight.mul_(1.5)
+        y, expected = forward(fused, self.x, "super"), forward(net, self.x, "super")
+        assert y.shape == expected.shape
+        assert difference(y, expected) < 1e-5
+
+
+class Shared(nn.Module):
+    """One head for several maps, as in a pyramid; and a norm that two branches share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.ModuleList(HandBlock() for _ in range(2))
+        self.conv, self.norm, self.layer_norm = nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5), nn.LayerNorm(5)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        for block in self.stage:
+            x = block(x)
+        maps = [torch.relu(self.norm(self.conv(level))) for level in (x, x[:, :, ::2, ::2], -x)]
+        tokens = x.flatten(2).transpose(1, 2)
+        return [*maps, self.layer_norm(tokens + 1 * tokens), self.layer_norm(tokens * 2 + tokens), self.norm(x) + x]
+
+
+def test_modules_that_are_called_more_than_once() -> None:
+    net = adn.convert(randomise(Shared()).double().eval(), plan=["stage"])
+    x = torch.randn(2, 5, 9, 7, dtype=torch.float64)
+    fused = fuse(net)
+    for depth in ("super", "base"):
+        for y, expected in zip(forward(fused, x, depth), forward(net, x, depth), strict=True):
+            assert difference(y, expected) < 1e-12
+    for depth, flag in (("super", 0), ("base", 1)):
+        ys = fused.per_image(x, torch.full((1, 2), flag, dtype=torch.int32))
+        assert all(difference(y, expected) < 1e-12 for y, expected in zip(ys, forward(net, x, depth), strict=True))
+
+
+class TestHooks:
+    x = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(3))
+
+    @pytest.mark.parametrize("name", ["layer1.0.conv1", "layer1.0.bn2", "layer1.1.act1", "maxpool"])
+    def test_of_layers_are_called(self, name: str) -> None:
+        net, _ = converted("resnet18")
+        net.get_submodule(name).register_forward_hook(lambda module, args, output: output * 2)
+        assert difference(forward(fuse(net), self.x, "super"), forward(net, self.x, "super")) < 1e-5
+
+    @pytest.mark.parametrize("name", ["", "layer1", "layer2.0"])
+    def test_of_what_is_taken_apart_are_refused(self, name: str) -> None:
+        net, _ = converted("resnet18")
+        net.get_submodule(name).register_forward_hook(lambda module, args, output: output * 2)
+        with pytest.raises(ValueError, match="has forward hooks"):
+            fuse(net)
+
+    def test_weights_made_by_a_hook(self) -> None:
+        net, _ = converted("resnet18")
+        prune.l1_unstructured(net.layer1[0].conv1, "weight", amount=0.5)
+        with pytest.raises(ValueError, match="cannot be copied"):  # one made with a gradient
+            fuse(net)
+        forward(net.requires_grad_(False), self.x, "base")
+        fused = fuse(net)
+        with torch.no_grad():
+            net.layer1[0].conv1.weight_orig.mul_(2)
+        assert difference(forward(fused, self.x, "base"), forward(net, self.x, "base")) < 1e-5
+
+
+def test_a_subclass_that_acts_in_evaluation_is_kept() -> None:
+    class Doubling(nn.Dropout):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    model = build("resnet18", drop_rate=0.1)
+    model.layer1[0].drop_block = Doubling()
+    net, x = adn.convert(model.eval()), torch.randn(1, 3, 48, 48)
+    assert difference(forward(fuse(net), x, "super"), forward(net, x, "super")) < 1e-5
+
+
 def test_the_net_stays_as_it_was() -> None:
     net, x = converted("mobilenetv2_050")
     modules, state = list(net.modules()), {k: v.clone() for k, v in net.state_dict().items()}
@@ -269,6 +356,36 @@ def test_a_model_of_ones_own() -> None:
         y, expected = forward(fused, x, depth), forward(net, x, depth)
         assert set(y) == {"features", "out"}
         assert all(difference(y[key], expected[key]) < 1e-5 for key in y)
+
+
+class WritesTwice(Hand):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.first:
+            x = block(x)
+        y = self.first[0].conv(x)
+        z = torch.relu_(x)  # reads x before, writes after
+        for block in self.second:
+            z = block(z)
+        return y + z
+
+
+def test_writes_in_place_keep_their_order() -> None:
+    net, x = adn.convert(randomise(WritesTwice()).eval(), plan=["first", "second"]), torch.randn(2, 5, 9, 7)
+    for depth in adn.depths(net):
+        assert difference(forward(fuse(net), x, depth), forward(net, x, depth)) < 1e-5
+
+
+def test_a_write_that_is_read_by_another_name_is_refused() -> None:
+    class Aliased(Hand):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in (*self.first, *self.second):
+                x = block(x)
+            y = x.flatten(1)
+            x += 1
+            return x.sum() + y
+
+    with pytest.raises(ValueError, match="writes in place into a tensor that is read again"):
+        fuse(adn.convert(Aliased().eval(), plan=["first", "second"]))
 
 
 def test_copies_are_independent() -> None:

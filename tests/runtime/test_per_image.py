@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, randomise
 from test_convert import NAMES
 from test_fuse import IN_CI, UNSTABLE, converted, difference
 from torch import Tensor, nn
@@ -179,6 +180,128 @@ def test_nothing_asks_the_host(name: str) -> None:
         assert fused.per_image(fake, lambda k, features: (features.flatten(1).mean(1) > 0)).shape == (N, 10)
 
 
+class Own(nn.Module):
+    """A stage of blocks written by hand: `forward` of a block is given."""
+
+    class Block(nn.Module):
+        def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor], kernel: int) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(6, 6, kernel, padding=kernel // 2), nn.BatchNorm2d(6)
+            self.linear, self.layer_norm = nn.Linear(6, 6), nn.LayerNorm(6)
+            self.scale = nn.Parameter(torch.randn(1, 6, 1, 1))
+            self.relu = nn.ReLU(inplace=True)
+            self.drop, self.run = nn.Dropout(0.5), forward
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(self, x)
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor], kernel: int = 3) -> None:
+        super().__init__()
+        self.stage = nn.ModuleList(self.Block(forward, kernel) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.stage:
+            x = block(x)
+        return x
+
+
+def added_in_place(block: nn.Module, x: Tensor) -> Tensor:
+    x += block.drop(block.norm(block.conv(x)))
+    return x
+
+
+def added_by_method(block: nn.Module, x: Tensor) -> Tensor:
+    return x.add_(block.norm(block.conv(x)))
+
+
+def rectified_before(block: nn.Module, x: Tensor) -> Tensor:
+    return block.norm(block.conv(torch.relu_(1 * x))) + x
+
+
+def pooled(block: nn.Module, x: Tensor) -> Tensor:
+    return x + block.norm(block.conv(nn.functional.adaptive_avg_pool2d(x, 1)))
+
+
+def shifted(block: nn.Module, x: Tensor) -> Tensor:
+    return torch.relu(block.norm(block.conv(x)) + block.scale) + x
+
+
+def kept_by_another_name(block: nn.Module, x: Tensor) -> Tensor:
+    kept = nn.functional.dropout(x, training=False)
+    return block.norm(block.conv(x)) + x - 0.1 * kept
+
+
+def called_by_keyword(block: nn.Module, x: Tensor) -> Tensor:
+    return x + block.drop(input=block.norm(block.conv(input=x)))
+
+
+def in_sequence_first(block: nn.Module, x: Tensor) -> Tensor:
+    tokens = block.norm(block.conv(x)).flatten(2).permute(2, 0, 1)
+    return x + block.linear(tokens).permute(1, 2, 0).reshape(x.shape)
+
+
+def with_norms_of_heads(block: nn.Module, x: Tensor) -> Tensor:
+    heads = block.norm(block.conv(x)).flatten(2).reshape(x.shape[0], 2, 3, -1).repeat(1, 1, 2, 1).transpose(2, 3)
+    return x + block.layer_norm(heads).transpose(2, 3)[:, :, :3].reshape(x.shape)
+
+
+def viewed(block: nn.Module, x: Tensor) -> Tensor:
+    return x + block.norm(block.conv(x)).view(x.shape[0], -1).view(x.shape)
+
+
+@pytest.mark.parametrize("forward", [
+    added_in_place, added_by_method, rectified_before, pooled, shifted, kept_by_another_name, called_by_keyword,
+    in_sequence_first, with_norms_of_heads, viewed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_of_ones_own(forward: Callable, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    kernel = 1 if forward is pooled else 3
+    net = adn.convert(randomise(Own(forward, kernel)).to(dtype).eval(), plan=["stage"])
+    for norm in adn.stages(net)[0].plan.norms:
+        randomise(net.get_submodule(f"{norm}.skip"), seed=3)
+    fused, x = fuse(net), torch.randn(4, 6, 5, 4, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    depths = [adn.Depth(d) for d in "TFFT"]
+    expected = torch.cat([run(net, image, depth) for image, depth in zip(x, depths)])
+    for depth in ("F", "T"):
+        every = torch.cat([run(net, image, depth) for image in x])
+        with adn.at_depth(fused, depth):
+            assert difference(fused(x.clone()), every) < tolerance
+    for given in (flags_of(depths), flags_of(depths), depths):
+        assert difference(fused.per_image(x.clone(), given), expected) < tolerance
+
+
+def run(net: nn.Module, image: Tensor, depth: adn.Depth | str) -> Tensor:
+    with torch.no_grad(), adn.at_depth(net, depth):
+        return net(image[None].clone())
+
+
+def test_queries_and_keys_with_norms() -> None:
+    net = adn.convert(build("vit_tiny_patch16_224", img_size=32, num_classes=10, qk_norm=True)).double()
+    x = torch.randn(N, 3, 32, 32, dtype=torch.float64)
+    depths = random_depths(net)
+    assert difference(fuse(net).per_image(x, flags_of(depths)), alone(net, x, depths)) < 1e-11
+
+
+def test_threads() -> None:
+    """Flags are of one call, not of the net."""
+    net, fused, x = prepared("resnet18")
+    cases = [(flags_of(depths), alone(net, x, depths)) for depths in (random_depths(net, seed=s) for s in range(4))]
+    wrong = []
+
+    def work(flags: Tensor, expected: Tensor) -> None:
+        for _ in range(5):
+            wrong.append(difference(fused.per_image(x, flags), expected) > 1e-11)
+
+    threads = [threading.Thread(target=work, args=case) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 20
+    assert not any(wrong)
+
+
 class TestWhereTheHostKnows:
     @pytest.mark.parametrize("way", ["split", "whole"])
     def test_both_ways(self, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +369,18 @@ class TestBadInput:
         fused, x = net
         with pytest.raises(ValueError, match=message):
             fused.per_image(x, flags)
+
+    def test_any_flag_but_zero_bypasses(self, net: tuple[FusedNet, Tensor]) -> None:
+        fused, x = net
+        flags = torch.tensor([[0, 1, 1]] * 4, dtype=torch.int32)
+        assert torch.equal(fused.per_image(x, flags * torch.tensor([1, -1, 2], dtype=torch.int32)),
+                           fused.per_image(x, flags))
+
+    def test_samples_that_influence_each_other(self) -> None:
+        model = build("resnet18")
+        model.bn1.running_mean = model.bn1.running_var = None
+        with pytest.raises(ValueError, match="'bn1' has no running statistics"):
+            fuse(adn.convert(model)).per_image(torch.randn(2, 3, 32, 32), torch.zeros(4, 2, dtype=torch.int32))
 
     def test_bool_flags_and_strided_ones(self, net: tuple[FusedNet, Tensor]) -> None:
         fused, x = net
