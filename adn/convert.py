@@ -100,14 +100,14 @@ def convert_sync_batchnorm(net: nn.Module, process_group: object = None) -> nn.M
     """Make every batch norm of a converted net synchronised, twins included, in place; returns the net.
 
     torch's and timm's own converters drop the second set of a skip-aware norm (`set_depth` then raises). With a net
-    not yet converted, use either and convert afterwards: the result is the same.
+    not yet converted, use either and convert afterwards: the result is the same. Undoes `accelerate` and `compile`.
     """
     return _with_plain_norms(net, lambda m: timm.layers.convert_sync_batchnorm(m, process_group))
 
 
 def freeze_batch_norm(net: nn.Module) -> nn.Module:
     """Turn every batch norm of a converted net, twins included, into one with fixed statistics and no parameters
-    (torchvision's FrozenBatchNorm2d), in place; returns the net."""
+    (torchvision's FrozenBatchNorm2d), in place; returns the net. Undoes `accelerate` and `compile`."""
     return _with_plain_norms(net, timm.layers.freeze_batch_norm_2d)
 
 
@@ -182,6 +182,7 @@ def _with_plain_norms(net: nn.Module, change: Callable[[nn.Module], nn.Module]) 
     assert changed is net, "a converted net has blocks, so it is no norm itself"
     new = _attach(net, state.plan, state.twins, {name: change(twin) for name, twin in twins.items()}, state.switches)
     new.origin, new.class_names = state.origin, state.class_names
+    net._compiled_call_impl = None  # regions are gone; it is for the caller to compile again
     return net
 
 

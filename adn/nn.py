@@ -102,6 +102,8 @@ class Fork(Swapped):
     that comes before all blocks doubles the batch itself.
     """
 
+    fx_leaf = False  # no forward that is traced runs both
+
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         samples = self._adn_switch.both()
         if samples:

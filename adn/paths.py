@@ -54,7 +54,7 @@ def own_code(function: types.FunctionType) -> types.FunctionType:
     return own
 
 
-def _unseen(function: types.FunctionType) -> types.FunctionType:
+def unseen(function: types.FunctionType) -> types.FunctionType:
     """Dynamo does not compile this function where it is called from Python; called by what it traces, it traces it."""
     skip_code(function.__code__)
     return function
@@ -62,7 +62,7 @@ def _unseen(function: types.FunctionType) -> types.FunctionType:
 
 # A bypassed block that is called outside of regions.
 for _function in (recomputing, Switch.bypassed, Bypass.__call__, _input):
-    _unseen(_function)
+    unseen(_function)
 
 
 # ---------------------------------------------------------------------------------------------- templates of regions
@@ -115,11 +115,11 @@ class Region(_Dispatch):
         regions = vars(self).get("_adn_regions")
         if regions is None:
             regions = _lay_regions(self)
-        state = regions.state()
+        state = regions.state(self.training)
         run = regions.get(state)
         if run is None:
             run = regions[state] = regions.lay(region)
-        y = run(self, args, kwargs)
+        y = run_region(run, self, args, kwargs)
         _hand_out(self, y)
         return y
 
@@ -132,7 +132,7 @@ class StageEnd(Swapped):
 
     fx_leaf = False
 
-    @_unseen
+    @unseen
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         y = super().__call__(*args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -141,19 +141,22 @@ class StageEnd(Swapped):
 
 
 class OwnCode(Swapped):
-    """A module with its own copy of the functions of its class."""
+    """A module with its own copy of the functions of its class, as they were at conversion."""
 
     fx_leaf = False
     per_module = True
 
     @staticmethod
     def members(base: type) -> dict[str, types.FunctionType]:
+        first: dict[str, tuple[type, Any]] = {}
+        for cls in base.__mro__:
+            for name, value in vars(cls).items():
+                first.setdefault(name, (cls, value))
+        # Only what the class itself would call: not what a property, a mixin or a decorated function stands before.
         return {
-            name: own_code(function)
-            for cls in reversed(base.__mro__)
-            if issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.nn.")
-            for name, function in vars(cls).items()
+            name: own_code(function) for name, (cls, function) in first.items()
             if isinstance(function, types.FunctionType) and not name.startswith("__")
+            and issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.nn.")
             and not hasattr(function, "_torchdynamo_disable")
         }
 
@@ -162,16 +165,21 @@ adn_nn.BEHAVIOURS[:0] = [Paths, Region, StageEnd, OwnCode]
 
 
 class _Regions(dict):
-    """The compiled regions of one piece of a net, by the state of the switches that it reads."""
+    """The compiled regions of one piece of a net, by the state of the switches that it reads and by the mode: so that
+    code has to be compiled again for shapes only."""
 
     def __init__(self, switches: Sequence[Switch], compiler: Compiler | None) -> None:
         super().__init__()
         self.switches = switches
         self.compiler = compiler
 
-    @_unseen
-    def state(self) -> tuple:
-        state = []
+    @unseen
+    def state(self, training: bool) -> tuple:
+        state: list[Any] = [
+            training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        ]
         for switch in self.switches:
             skip = switch.skip
             # Of a forward that runs both nets only the fact: how many samples each has is a size like others.
@@ -192,13 +200,13 @@ class _Segment:
         self.regions = _Regions(switches, compiler)
         self.end = _stage_end(blocks[-1])
 
-    @_unseen
+    @unseen
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        state = self.regions.state()
+        state = self.regions.state(self.blocks[0].training)
         run = self.regions.get(state)
         if run is None:
             run = self.regions[state] = self.lay()
-        x = run(x)
+        x = run_region(run, x)
         if self.end is not None:
             _hand_out(self.end, x)
         return x
@@ -210,12 +218,18 @@ class _Segment:
         return partial(self.regions.lay(path), blocks) if blocks else _identity
 
 
-@_unseen
+@unseen
+def run_region(run: Callable, *args: Any) -> Any:
+    """The one place from which regions are called."""
+    return run(*args)
+
+
+@unseen
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-@_unseen
+@unseen
 def _parts(container: Paths) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     children = list(container._modules.values())
     known = vars(container).get("_adn_regions")
@@ -259,7 +273,10 @@ def _stage_end(block: nn.Module) -> nn.Module | None:
 # --------------------------------------------------------------------------------------------- outputs of the stages
 
 
-@_unseen
+listeners = 0  # how many outputs of stages, of any net, are waited for
+
+
+@unseen
 def _hand_out(block: nn.Module, output: torch.Tensor) -> None:
     listener = vars(block).get("_adn_listener")
     if listener is not None:
@@ -270,6 +287,7 @@ def _hand_out(block: nn.Module, output: torch.Tensor) -> None:
 def listening(block: nn.Module, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """While inside, the output of the stage that ends with `block`, its last refinement block (or a wrapper around
     it), goes to `listener`, at every depth: once a forward."""
+    global listeners
     last: torch.Tensor | None = None
 
     def once(output: torch.Tensor) -> None:
@@ -280,10 +298,15 @@ def listening(block: nn.Module, listener: Callable[[torch.Tensor], None]) -> Ite
             listener(output)
 
     end = _stage_end(block)
+    if end is None:
+        raise RuntimeError("this net does not say where its stages end: an older version of this library converted it. "
+                           "Save its state dict, convert a new model, and load it there")
+    listeners += 1
     end.__dict__["_adn_listener"] = torch.compiler.disable(once)
     try:
         yield
     finally:
+        listeners -= 1
         del end.__dict__["_adn_listener"]
 
 

@@ -201,7 +201,8 @@ def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike]) -> 
     net = _counted(net)
     inner = unwrap(net)
     counts = []
-    with evaluating(net), torch.inference_mode(), _visible_attention():
+    # A counter is a dispatch mode, in which compiled code does not run.
+    with evaluating(net), torch.inference_mode(), _visible_attention(), torch.compiler.set_stance("force_eager"):
         for depth in depths:
             set_depth(net, depth)
             with FlopCounterMode(display=False) as counter:

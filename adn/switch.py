@@ -116,7 +116,7 @@ class Switch:
         return self._states[i]
 
     def __reduce__(self) -> tuple:
-        return Switch, (self.skip,)
+        return Switch, (bool(self.skip),)  # a copy made while one forward runs both nets begins as any other
 
 
 def _refuse_checkpoint_in_reentrant_checkpoint() -> None:

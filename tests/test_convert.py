@@ -599,3 +599,46 @@ class TestRefusals:
 
     def test_is_a_value_error(self) -> None:
         assert issubclass(adn.ConversionError, ValueError)
+
+
+class _Doubling:
+    """A mixin that is no module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class _WithMixin(_Doubling, torchvision.models.ResNet):
+    pass
+
+
+class _Disabled(torchvision.models.ResNet):
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+class _WithProperty(torchvision.models.ResNet):
+    @property
+    def _forward_impl(self) -> object:
+        return lambda x: 4 * torchvision.models.ResNet._forward_impl(self, x)
+
+
+@pytest.mark.parametrize("cls", [_WithMixin, _Disabled, _WithProperty])
+def test_a_class_of_ones_own_keeps_its_methods(cls: type) -> None:
+    torch.manual_seed(0)
+    model = randomise(cls(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], num_classes=10)).eval()
+    x = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(adn.convert(model)(x), expected)
+
+
+def test_every_node_of_the_first_block_can_be_extracted() -> None:
+    model, x = net_and_input("resnet18")
+    names = ["layer1.0.conv1", "layer1.0.act1", "layer2.0"]
+    create = torchvision.models.feature_extraction.create_feature_extractor
+    with torch.no_grad():
+        expected = create(copy.deepcopy(model), names)(x)
+        found = create(adn.convert(model), names, tracer_kwargs={"leaf_modules": adn.fx_leaf_modules()})(x)
+    assert all(torch.equal(found[name], expected[name]) for name in names)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import adn
 from adn.nn import SharedNorm, halves
 from adn.runtime.accelerate import accelerate, use_kernels
+from adn.state import super_and_base
 from adn_kernels import ops
 
 # Nets of every family, with stochastic depth where they have it.
@@ -418,3 +419,10 @@ def test_compiled(name: str) -> None:
         with torch.compiler.set_stance("fail_on_recompile" if known else "default"):
             adn.SelfDistillation(one, features="all", single_pass=True).backward(*a_batch(step, n))
         assert_same(two, one)
+
+
+def test_a_copy_made_meanwhile_is_a_net_like_others() -> None:
+    net = adn.convert(build("resnet18", num_classes=5))
+    with super_and_base(net, 2):
+        copied = copy.deepcopy(net)
+    assert copied(torch.randn(2, 3, 32, 32)).shape == (2, 5)

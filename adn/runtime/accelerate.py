@@ -63,7 +63,8 @@ def accelerate(net: nn.Module) -> nn.Module:
     again after changing modules of a block: one that changed runs its own forward.
 
     A block also runs its own forward while a module that the ops stand for has hooks, and when it is called with more
-    than its input. The running statistics of a block move at its end.
+    than its input. The running statistics of a block move at its end. Compiled code asks for hooks when it is compiled;
+    transforms of torch.func and second derivatives want `use_kernels(False)`.
 
     Args:
         net: a converted net, or a wrapper around it.

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo.utils
@@ -21,11 +22,11 @@ from torch.utils import _pytree as pytree
 
 from .. import paths
 from ..nn import BATCH_NORMS
-from ..state import DepthLike, at_depth, unwrap
+from ..state import DepthLike, at_depth, state_of, unwrap
 from ..state import depths as all_depths
 from .fuse import FusedNet
 
-_DEPTH = "adn depth "
+_DEPTH, _REGION = "adn depth ", "adn region"
 _OPERATORS = ("aten::", "adn::", "torchvision::")
 
 
@@ -45,8 +46,10 @@ def compile(
     batch share statistics, so nothing is padded.
 
     Code of the model's own that calls blocks in a loop runs uncompiled, since Dynamo leaves such code alone; the blocks
-    are compiled one by one. With a model's gradient checkpointing set, its forward calls blocks itself and reads their
-    flags: right, but for few depths only, and each backward has to come before the next forward.
+    are compiled one by one. Hooks count if they are there before the first run. What has to see the net as one graph
+    (`torch.compile(fullgraph=True)` of a caller, torch.jit.trace, torch.fx, strict torch.export) wants
+    `adn.extract(net, depth)`. With a model's gradient checkpointing set, its forward calls blocks itself and reads
+    their flags: right, but for few depths only, and each backward has to come before the next forward.
 
     Args:
         net: a converted net, or DDP around one; or a deploy form.
@@ -74,10 +77,11 @@ def compile(
                              "to adn.Engine")
         inner.compile(fullgraph=fullgraph, **options)
         return net
+    compiler = partial(torch.compile, fullgraph=fullgraph, **options)
     if batch_sizes is not None:
         _check_sizes(inner, batch_sizes)
-        options.setdefault("dynamic", False)
-    paths.compile_regions(inner, partial(torch.compile, fullgraph=fullgraph, **options))
+        compiler = partial(_compile_for_sizes, compiler)
+    paths.compile_regions(inner, compiler)
     call = torch.compile(inner._call_impl, **options)
     inner._compiled_call_impl = call if batch_sizes is None else partial(_in_sizes, inner, call, sorted(batch_sizes))
     return net
@@ -95,6 +99,7 @@ class Counts:
         graph_breaks: how often code was cut because something in it is not traced; the dispatch of stages is.
         recompiles: compilations in the second sweep.
         uncompiled: by depth, how many operators ran outside of compiled code in the second sweep; only where any did.
+            What a compiled function calls after a cut is not told apart from it: `given_up`, `graph_breaks` show that.
     """
 
     depths: int
@@ -130,7 +135,12 @@ def count(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike] | None = 
             with torch.autograd.profiler.record_function(f"{_DEPTH}{depth}"):
                 _forward(net, x, depth)
 
-    with torch.autograd.profiler.profile() as profile:
+    @paths.unseen
+    def marked(run: Callable, *args: Any) -> Any:
+        with torch.autograd.profiler.record_function(_REGION):
+            return run(*args)
+
+    with mock.patch.object(paths, "run_region", marked), torch.autograd.profiler.profile() as profile:
         recompiles = len(_compilations(sweep))
     uncompiled = collections.Counter(filter(None, map(_uncompiled_at, profile.function_events)))
     given_up = tuple(m.co_name for m in first if m.fail_type is not None)
@@ -160,9 +170,12 @@ def _uncompiled_at(event: Any) -> str | None:
     """The depth at which an operator ran, called by nothing compiled and by no other operator; else None."""
     if not event.name.startswith(_OPERATORS):
         return None
+    in_region = False
     while (event := event.cpu_parent) is not None:
-        if event.name.startswith(("Torch-Compiled Region", *_OPERATORS)):
+        # What a compiled frame calls counts as within it, and so would a region that is not compiled.
+        if event.name.startswith(_OPERATORS) or (event.name.startswith("Torch-Compiled Region") and not in_region):
             return None
+        in_region = in_region or event.name == _REGION
         if event.name.startswith(_DEPTH):
             return event.name.removeprefix(_DEPTH)
     return None
@@ -196,10 +209,18 @@ def _check_sizes(net: nn.Module, sizes: Sequence[int]) -> None:
                              "compile without batch_sizes")
 
 
+def _compile_for_sizes(compiler: paths.Compiler, function: Callable) -> Callable:
+    """A region of evaluation, laid when it first runs, for a few sizes; one of training for all that come."""
+    return compiler(function) if torch.is_grad_enabled() else compiler(function, dynamic=False)
+
+
 def _in_sizes(net: nn.Module, call: Callable, sizes: Sequence[int], *args: Any, **kwargs: Any) -> Any:
     """The forward in batches of these sizes."""
     if net.training or torch.is_grad_enabled() or kwargs or len(args) != 1 or not torch.is_tensor(args[0]):
         return call(*args, **kwargs)
+    # Who runs both nets in one forward, or waits for outputs of stages, counts samples.
+    if paths.listeners or state_of(net).shared.one_forward is not None:
+        return call(*args)
     parts = [_padded(call, sizes, part) for part in args[0].split(sizes[-1])]
     return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -270,6 +271,18 @@ class TestBatchSizes:
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("single_pass", [False, True])
+    @pytest.mark.parametrize("batch", [2, 4, 7])
+    def test_distillation_loss_of_a_batch_of_another_size(self, single_pass: bool, batch: int) -> None:
+        """Nothing of a padded batch is taken for the base-net's half, or pooled with the images' features."""
+        plain, net = a_net("in_turn"), compile(a_net("in_turn"), batch_sizes=(4,), backend="eager")
+        x, y = images("in_turn", batch), torch.arange(batch) % 10
+        with torch.no_grad():
+            expected, found = (adn.SelfDistillation(m, features="all", single_pass=single_pass)(x, y)
+                               for m in (plain, net))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
     @pytest.mark.parametrize("sizes", [(), (0,), (2.0,), (-1, 2), (1, 2, 3, 4, 5)])
     def test_bad_sizes(self, sizes: tuple) -> None:
         with pytest.raises(ValueError, match="batch"):
@@ -287,6 +300,38 @@ def count_of(net: nn.Module, x: torch.Tensor) -> int:
     with torch.no_grad():
         counts = count(net, x)
     return counts.regions + counts.frames + counts.recompiles
+
+
+def test_every_mode_is_code_of_its_own() -> None:
+    """More modes and shapes of one net than torch.compile keeps variants of a piece of code."""
+    net = compile(a_net("in_turn"), backend="eager")
+    contexts = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+    for training, context, amp in itertools.product((True, False), contexts, (False, True)):
+        net.train(training)
+        for n, size in ((2, 32), (3, 32), (2, 40)):
+            with context(), torch.autocast("cpu", enabled=amp):
+                for depth in ("super", "base"):
+                    with adn.at_depth(net, depth):
+                        net(torch.randn(n, 3, size, size))
+
+
+@pytest.mark.parametrize("way", [compile, torch.compile], ids=["adn", "torch"])
+def test_what_is_not_compiled_inside_of_what_is_shows(way: Way) -> None:
+    net = a_net("in_turn")
+    options = {"fullgraph": False} if way is compile else {}
+    for block in (net[1][0], net[2][2]):
+        block.forward = torch.compiler.disable(block.forward)
+    with torch.no_grad():
+        counts = count(way(net, backend="eager", **options), images("in_turn"))
+    assert counts.given_up
+    assert set(counts.uncompiled) == {"FF", "TF"}, "where the block that is the last of its path runs"
+
+
+def test_profile_of_a_compiled_net() -> None:
+    net, x = a_net("resnet18"), images("resnet18")
+    expected = [(p.macs, p.params) for p in adn.profile(net, x, rounds=1, warmup=0)]
+    compile(net, backend="eager")
+    assert [(p.macs, p.params) for p in adn.profile(net, x, rounds=1, warmup=0)] == expected
 
 
 class TestTheNetStaysTheNet:
