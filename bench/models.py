@@ -5,8 +5,9 @@ Contenders, for every model, type, batch size and depth:
 - `fused`: `adn.fuse(net)` at that depth. `fused, compiled`: with its paths compiled, for nets without batch norm.
 - `eager`: the extracted static network, channels last.
 - `compiled`: `torch.compile` of it; on a GPU in mode max-autotune.
-- `floor`: no program, but a bound: for each convolution and linear layer the time its bytes (input, output, weight)
-  or its products take at what a copy and a matrix product reach in the same process, whichever is more.
+- `floor`: no program, but what to compare with: for each convolution and linear layer the time its bytes (input,
+  output, weight) or its products take, whichever is more, at what a copy of large tensors and a large matrix product
+  (on a CPU: convolution) reach in the same process. Tensors that stay in a cache may be faster.
 
 On a GPU all are captured in CUDA graphs, and what is timed, between events, is their replay. Rounds interleave the
 contenders in an order drawn anew. `error` is the largest difference from the float64 network, over its largest value.
@@ -64,27 +65,34 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def reach(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per second of a copy, read and written, and operations per second of a matrix product."""
-    big = 2**28 if device.type == "cuda" else 2**24
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(big, device=device, dtype=dtype), torch.empty(big, device=device, dtype=dtype)
-    m, n = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    """Bytes per second of a copy, read and written, and operations per second of products."""
+    on_gpu = device.type == "cuda"
+    a = torch.randn(2**28 if on_gpu else 2**24, device=device, dtype=dtype)
+    b = torch.empty_like(a)
+    if on_gpu:
+        size = 8192
+        m, n = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        product, operations = (lambda: m @ n), 2 * size**3
+    else:
+        conv = nn.Conv2d(256, 256, 3, padding=1, dtype=dtype).eval().to(memory_format=torch.channels_last)
+        x = torch.randn(4, 256, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
+        product, operations = (lambda: conv(x)), 2 * x.numel() * 256 * 9
 
     def best(call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(10):
+        times, until = [], time.perf_counter() + 1
+        while time.perf_counter() < until:
             start = time.perf_counter()
             call()
-            if device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         return min(times)
 
-    return 2 * a.nbytes / best(lambda: b.copy_(a)), 2 * size**3 / best(lambda: m @ n)
+    return 2 * a.nbytes / best(lambda: b.copy_(a)), operations / best(product)
 
 
 def floor_ms(static: nn.Module, x: Tensor, speeds: tuple[float, float]) -> float:
-    """What no program can beat that computes layer by layer."""
+    """Layer by layer, at the speeds that `reach` found."""
     total = 0.0
 
     def add(layer: nn.Module, args: tuple, y: Tensor) -> None:

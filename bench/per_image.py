@@ -1,9 +1,10 @@
 """A depth for each image of a batch: what is saved when some images bypass the refinement blocks.
 
 `refinement` is what refinement blocks cost, of which a share of the images bypasses all: the time of a forward minus
-that of one in which all images do, over the same for one in which none does; 1 - share at best. Ways: `mask`, decided
-on the device, by kernels that exit at once; `split`, where the host knows, into two smaller batches per stage; `auto`,
-the one of the two that was measured to be faster.
+that of one in which all images do, over the same for one in which none does; 1 - share at best. Both of these are
+forwards of the deploy form at one depth for all, so what a way costs by itself counts. Ways: `mask`, decided on the
+device, by kernels that exit at once; `split`, where the host knows, into two smaller batches per stage; `auto`, the one
+of the two that was measured to be faster.
 
     python bench/per_image.py --csv bench/results/per_image_cpu.csv
     python bench/per_image.py --device cuda --dtype bfloat16 --batch-size 64 --csv bench/results/per_image_h200.csv
@@ -21,7 +22,7 @@ import numpy as np
 import timm
 import torch
 from common import columns, header, write_rows
-from models import randomised, timed, timed_on_gpu
+from models import at, randomised, timed, timed_on_gpu
 
 import adn
 from adn.runtime.fuse import FusedNet, fuse
@@ -29,19 +30,19 @@ from adn.runtime.fuse import FusedNet, fuse
 MODELS = ("resnet50", "mobilenetv2_100", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
 
 
-def ways(fused: FusedNet, x: torch.Tensor, shares: Iterable[float]) -> dict[str, dict[str, Callable[[], object]]]:
-    """By way and share, a forward."""
+def ways(fused: FusedNet, x: torch.Tensor, shares: Iterable[float]) -> dict[str, Callable[[], object]]:
+    """Forwards by "<way> <share>"."""
     stages, n = len(adn.get_depth(fused)), len(x)
-    found: dict[str, dict[str, Callable[[], object]]] = {}
+    found: dict[str, Callable[[], object]] = {
+        f"one depth {share}": partial(at, fused, adn.Depth([share == 1] * stages), x) for share in (0, 1)}
     for share in shares:
         bypassed = [i < round(share * n) for i in range(n)]
         depths = [adn.Depth([flag] * stages) for flag in bypassed]
         flags = torch.tensor([bypassed] * stages, dtype=torch.int32, device=x.device)
-        calls = {"mask": partial(fused.per_image, x, flags)}
+        found[f"mask {share}"] = partial(fused.per_image, x, flags)
         if not x.is_cuda:  # only what needs no host can be captured
-            calls |= {"split": partial(split_only, fused, x, depths), "auto": partial(fused.per_image, x, depths)}
-        for way, call in calls.items():
-            found.setdefault(way, {})[str(share)] = call
+            found[f"split {share}"] = partial(split_only, fused, x, depths)
+            found[f"auto {share}"] = partial(fused.per_image, x, depths)
     return found
 
 
@@ -61,14 +62,15 @@ def main() -> None:
         dtype = getattr(torch, args.dtype)
         net = adn.convert(randomised(timm.create_model(name).eval())).to(args.device, dtype)
         x = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device, dtype=dtype)
-        for way, calls in ways(fuse(net), x, sorted({0.0, 1.0, *args.shares})).items():
-            with torch.inference_mode():
-                measured = (timed_on_gpu if x.is_cuda else timed)(calls, args.rounds)
-            ms = {float(share): float(np.median(each)) for share, each in measured.items()}
-            for share in args.shares:
-                refinement = (ms[share] - ms[1.0]) / (ms[0.0] - ms[1.0])
-                rows.append({"model": name, "batch": len(x), "dtype": args.dtype, "way": way, "share_bypassed": share,
-                             "p50_ms": round(ms[share], 4), "refinement": round(refinement, 3)})
+        calls = ways(fuse(net), x, args.shares)
+        with torch.inference_mode():
+            measured = (timed_on_gpu if x.is_cuda else timed)(calls, args.rounds)
+        ms = {call: float(np.median(each)) for call, each in measured.items()}
+        full, base = ms["one depth 0"], ms["one depth 1"]
+        for call, each in ms.items():
+            way, share = call.rsplit(" ", 1)
+            rows.append({"model": name, "batch": len(x), "dtype": args.dtype, "way": way, "share_bypassed": share,
+                         "p50_ms": round(each, 4), "refinement": round((each - base) / (full - base), 3)})
     print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
     if args.csv:
         write_rows(args.csv, rows, header(args.device))

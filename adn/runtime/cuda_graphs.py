@@ -121,5 +121,5 @@ class CudaGraphs:
         """What the pool has taken from the device."""
         if not self._alive:
             return 0
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot()
-                   if tuple(segment["segment_pool_id"]) == tuple(self._pool))
+        segments = torch.cuda.memory_snapshot(mempool_id=self._pool, include_traces=False)
+        return sum(segment["total_size"] for segment in segments)

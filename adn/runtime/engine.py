@@ -357,7 +357,8 @@ class Engine:
         else:
             set_depth(self.net, depth)
             y = self.net(x)
-        return map_tensors(functools.partial(own, copy=False), y)
+        memory = x.untyped_storage().data_ptr()
+        return map_tensors(lambda t: own(t, copy=t.untyped_storage().data_ptr() == memory), y)
 
     def _replay(self, x: Tensor, form: Form, depth: Depth | Tensor, own: Callable[[Tensor], Tensor]) -> Any:
         self._graphs.follow(self._buffers)
