@@ -102,8 +102,6 @@ class FusedNet(nn.Module):
         Raises:
             RuntimeError: if x requires a gradient.
         """
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("a deploy form computes no gradients: pass x.detach(), or differentiate the net itself")
         switches = self._adn.switches
         return self._run(x, lambda segment, inputs: segment.run(switches[segment.flag].skip, *inputs))
 
@@ -184,8 +182,8 @@ class FusedNet(nn.Module):
         return ways[self._faster[key]]()
 
     def compile(self, **options: Any) -> None:
-        """Compile every path of every segment, in place, as one region without breaks; what has no segment of its own
-        (`per_image`) stays as it is. On a CPU this helps nets without batch norm: convolutions are fused already.
+        """Compile both paths of every segment, in place, each as one region; `per_image` stays as it is. On a CPU it
+        helps nets without batch norm: convolutions are fused already.
 
         Args:
             options: of `torch.compile`.
