@@ -275,6 +275,12 @@ def _uses_batch(module: nn.Module) -> bool:
     return isinstance(module, (*BATCH_NORMS, *EVO_BATCH_NORMS))
 
 
+def mixing_norm(net: nn.Module) -> str | None:
+    """The name of a norm by which samples of a batch influence each other in evaluation mode too; None without one."""
+    return next((name for name, module in net.named_modules()
+                 if isinstance(module, (*BATCH_NORMS, *EVO_BATCH_NORMS)) and module.running_var is None), None)
+
+
 def _rebuild(mixins: tuple[type, ...], base: type) -> nn.Module:
     cls = _subclass(mixins, base)
     return cls.__new__(cls)

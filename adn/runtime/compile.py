@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .. import paths
-from ..nn import BATCH_NORMS
+from ..nn import mixing_norm
 from ..state import DepthLike, at_depth, state_of, unwrap
 from ..state import depths as all_depths
 from .fuse import FusedNet
@@ -203,10 +203,9 @@ def _check_sizes(net: nn.Module, sizes: Sequence[int]) -> None:
     if len(set(sizes)) > limit:
         raise ValueError(f"{len(set(sizes))} batch sizes; torch.compile keeps {torch._dynamo.config.recompile_limit} "
                          f"variants of a region, training included: pass at most {limit}")
-    for name, module in net.named_modules():
-        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
-            raise ValueError(f"norm {name!r} has no running statistics, so a padded batch would change its results; "
-                             "compile without batch_sizes")
+    if (norm := mixing_norm(net)) is not None:
+        raise ValueError(f"norm {norm!r} has no running statistics, so a padded batch would change its results; "
+                         "compile without batch_sizes")
 
 
 def _compile_for_sizes(compiler: paths.Compiler, function: Callable) -> Callable:

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_map
 
 from ..depth import Depth
 from ..evaluate import read_depths
-from ..nn import BATCH_NORMS
+from ..nn import BATCH_NORMS, mixing_norm
 from ..profile import Profile, device_name, fit_budget, profile
 from ..state import DepthLike, get_depth, set_depth, state_of, unwrap
 from ..state import depths as all_depths
 from .cuda_graphs import CudaGraphs, Graph
 from .fuse import FusedNet
-from .per_image import checked_flags, mixing_norm
+from .per_image import checked_flags
 from .staged import Form, Place, Segment, map_tensors, staged, zeros
 from .watch import Watch
 

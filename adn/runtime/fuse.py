@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from ..convert import detach
 from ..depth import Depth
 from ..export import unwrap_blocks
-from ..nn import is_norm
+from ..nn import is_norm, mixing_norm
 from ..state import DepthLike, State, state_of, unwrap
 from ..switch import Switch
 from .graph import (
@@ -42,7 +42,6 @@ from .per_image import (
     EitherNormAct,
     checked_flags,
     fastest,
-    mixing_norm,
     split_run,
 )
 from .watch import Watch
@@ -409,7 +408,7 @@ class _Builder:
             if module is None or not nothing_in_eval(module):
                 makes_new = module is not None and (is_norm(module) or isinstance(module, nn.Conv2d | nn.Linear)
                                                     or activation_of_module(module) is not None)
-                return (makes_new or addition_of(value) is not None) and not value.name.startswith("getitem")
+                return (makes_new or addition_of(value) is not None)
             names.add(value)
             value = value.args[0]
         return False
@@ -437,7 +436,7 @@ class _Builder:
                 continue
             if split_norm(module) is not None:
                 self._fuse_norm(graph, modules, node, second, flags)
-            elif is_layer_norm(module):
+            elif is_layer_norm(module) and not hooked(module):
                 self._fuse_layer_norm(graph, modules, node, second, flags)
             elif second is not None:
                 node.target = self._name(modules, node, EitherNorm(module, second))
@@ -486,7 +485,7 @@ class _Builder:
         """[+ residual [-> reshape] ->] layer norm."""
         total = addition = norm.args[0]
         kwargs: dict[str, Any] = {} if second is None else {"bank": flags}
-        if total.op == "call_method" and total.target in ("reshape", "view") and len(total.args[0].users) == 1:
+        if total.op == "call_method" and total.target == "reshape" and len(total.args[0].users) == 1:
             addition, *shape = total.args
             kwargs["shape"] = tuple(shape)
         summands = addition_of(addition)

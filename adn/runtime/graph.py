@@ -133,7 +133,7 @@ def trace(module: nn.Module, watched: Collection[str] = ()) -> Traced:
     module.__class__ = own  # how it is called is not what it computes
     try:
         graph = tracer.trace(module, concrete_args=given)
-    except Exception as error:
+    except Exception as error:  # the model's own code, which may raise anything at a value it does not expect
         raise CannotTrace(f"{own.__name__}: {error}") from error
     finally:
         module.__class__ = swapped

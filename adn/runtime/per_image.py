@@ -26,7 +26,7 @@ from adn_kernels.activation import act_reference
 from adn_kernels.epilogue import write_active
 from adn_kernels.launch import memory_format
 
-from ..nn import BATCH_NORMS, EVO_BATCH_NORMS
+from .graph import hooked
 from .layers import ConvNormAct, Layer, conv_shape, folded_norm, is_plain_conv, is_square
 from .norms import is_layer_norm
 
@@ -44,12 +44,6 @@ def checked_flags(flags: Tensor, shape: tuple[int, ...], device: torch.device) -
     if flags.dtype not in (torch.int32, torch.bool):
         raise ValueError(f"flags are {flags.dtype}; pass int32 or bool")
     return (flags != 0).to(torch.int32).contiguous()
-
-
-def mixing_norm(net: nn.Module) -> str | None:
-    """The name of a norm by which samples of a batch influence each other in evaluation mode too; None without one."""
-    return next((name for name, module in net.named_modules()
-                 if isinstance(module, (*BATCH_NORMS, *EVO_BATCH_NORMS)) and module.running_var is None), None)
 
 
 def split_run(run: Callable[..., tuple], inputs: Sequence[Any], bypassed: Sequence[bool]) -> tuple:
@@ -229,11 +223,11 @@ class _Mask(threading.local):
 class _MaskedConv(nn.Module):
     """A fused convolution, or one alone, that computes active samples only."""
 
-    def __init__(self, layer: ConvNormAct | nn.Conv2d, mask: _Mask, accumulates: bool = False) -> None:
+    def __init__(self, layer: ConvNormAct | nn.Conv2d, mask: _Mask) -> None:
         super().__init__()
         self.layer = layer
         self.mask = mask
-        self.accumulates = accumulates
+        self.accumulates = False  # into the residual; for a layer that comes last
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         layer = self.layer
@@ -290,9 +284,9 @@ def _mask(module: nn.Module, mask: _Mask) -> nn.Module:
     if isinstance(module, ConvNormAct) or is_plain_conv(module):
         conv = module.source[0] if isinstance(module, ConvNormAct) else module
         return _MaskedConv(module, mask) if is_square(conv) else module
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear and not hooked(module):
         return _MaskedLinear(module, mask)
-    if is_layer_norm(module):
+    if is_layer_norm(module) and not hooked(module):
         return _MaskedLayerNorm(module, mask)
     if isinstance(module, _WITH_LAYERS_ON_SAMPLES):
         module = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})

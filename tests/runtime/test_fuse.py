@@ -257,6 +257,14 @@ class TestHooks:
         net.get_submodule(name).register_forward_hook(lambda module, args, output: output * 2)
         assert difference(forward(fuse(net), self.x, "super"), forward(net, self.x, "super")) < 1e-5
 
+    @pytest.mark.parametrize("name", ["blocks.0.norm2", "blocks.2.norm1", "blocks.2.norm2"])
+    def test_of_layer_norms_are_called(self, name: str) -> None:
+        net, x = converted("vit_tiny_patch16_224")
+        net.get_submodule(name).register_forward_hook(lambda module, args, output: output * 2)
+        assert difference(forward(fuse(net), x, "super"), forward(net, x, "super")) < 1e-5
+        flags = torch.zeros(4, 2, dtype=torch.int32)
+        assert difference(fuse(net).per_image(x, flags), forward(net, x, "super")) < 1e-5
+
     @pytest.mark.parametrize("name", ["", "layer1", "layer2.0"])
     def test_of_what_is_taken_apart_are_refused(self, name: str) -> None:
         net, _ = converted("resnet18")
