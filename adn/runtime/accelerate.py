@@ -23,7 +23,7 @@ from ..nn import Rerouted, is_norm, original_class, swap
 from ..plan import Plan
 from ..state import state_of, unwrap
 from . import norms
-from .graph import CannotTrace, activation_of, addition_of, trace
+from .graph import CannotTrace, activation_of, addition_of, hooked, trace
 
 _enabled: bool | None = None
 
@@ -176,8 +176,7 @@ def _check(replaced: list[tuple[nn.Module, str, nn.Module]]) -> Callable[[], boo
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or "forward" in module.__dict__)
+    return hooked(module) or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _parts(net: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module]]:

@@ -524,7 +524,8 @@ class _Builder:
 
 def _check_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if hooked(module) and not is_norm(module) and any(map(is_norm, module.modules())):
+        has_hooks = module._forward_hooks or module._forward_pre_hooks
+        if has_hooks and not is_norm(module) and any(map(is_norm, module.modules())):
             raise CannotTrace(f"{name or type(module).__name__!r} has forward hooks, which a deploy form would not "
                               "call: remove them before adn.fuse")
 

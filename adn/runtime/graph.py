@@ -188,8 +188,8 @@ def nothing_in_eval(module: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Does calling a module do more than its forward?"""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Does calling a module do more, or something else, than the forward of its class?"""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def without_writes(traced: Traced) -> None:

@@ -257,6 +257,14 @@ class TestHooks:
         net.get_submodule(name).register_forward_hook(lambda module, args, output: output * 2)
         assert difference(forward(fuse(net), self.x, "super"), forward(net, self.x, "super")) < 1e-5
 
+    @pytest.mark.parametrize("name", ["layer1.0.conv1", "layer1.0.act1"])
+    def test_a_forward_of_the_modules_own_is_called(self, name: str) -> None:
+        net, _ = converted("resnet18")
+        module = net.get_submodule(name)
+        original = module.forward
+        module.forward = lambda x: 2 * original(x)
+        assert difference(forward(fuse(net), self.x, "super"), forward(net, self.x, "super")) < 1e-5
+
     @pytest.mark.parametrize("name", ["blocks.0.norm2", "blocks.2.norm1", "blocks.2.norm2"])
     def test_of_layer_norms_are_called(self, name: str) -> None:
         net, x = converted("vit_tiny_patch16_224")
