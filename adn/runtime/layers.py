@@ -87,7 +87,7 @@ class ConvNormAct(Layer):
         self.activation = activation
         self.place = conv.stride, conv.padding, conv.dilation, conv.groups
         self.__dict__["source"] = conv, norm
-        self.packed: dict[str, Any] = {}
+        self.packed: Tensor | None = None
         self.refresh()
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class ConvNormAct(Layer):
         weight, bias = ops.fold(conv.weight, *folded_norm(norm, conv.bias))
         self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
         self._keep("bias", bias)
-        self.packed = {}
+        self.packed = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None and tuple(residual.shape) != conv_shape(x, self.weight, *self.place[:3]):
@@ -124,12 +124,11 @@ class ConvNormAct(Layer):
 
     def _on_cpu(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         stride, padding, dilation, groups = self.place
-        weight = self.packed.get("weight")
-        if weight is None:
+        if self.packed is None:
             # The layout oneDNN wants; without it every call would bring the weight into it.
-            weight = self.packed["weight"] = torch.ops.mkldnn._reorder_convolution_weight(
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, padding, stride, dilation, groups, list(x.shape))
-        args = x, weight, self.bias, padding, stride, dilation, groups
+        args = x, self.packed, self.bias, padding, stride, dilation, groups
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(*args, *_ONEDNN[activation])
         if residual.shape[2:].numel() == 1:  # torch 2.11 cannot tell the layout of such a one
@@ -142,7 +141,7 @@ class ConvNormAct(Layer):
         return y if inside == activation else act_reference(y, activation)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "packed": {}}  # its layout cannot be copied
+        return {**super().__getstate__(), "packed": None}  # its layout cannot be copied
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.place[0]}, groups={self.place[3]}, {self.activation}"
