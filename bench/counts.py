@@ -32,7 +32,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adn
-from adn.evaluate import chain
 from adn.runtime.accelerate import accelerate, use_kernels
 from adn.runtime.compile import compile as compile_net
 from adn.runtime.compile import count
@@ -95,7 +94,7 @@ def launches(call: Callable[[], object], device: torch.device) -> int:
 def launched(net: nn.Module, x: Tensor) -> Iterator[dict[str, object]]:
     """Rows of the second table."""
     fused, fast = fuse(net), accelerate(copy.deepcopy(net))
-    for depth in chain(net):
+    for depth in adn.depths(net):
         for each in (net, fused, fast):
             adn.set_depth(each, depth)
         with use_kernels(True):

@@ -82,7 +82,7 @@ def steps(out: Path, tag: str, data: Path | None) -> Iterator[Step]:
         f"{out}/switch_storm_{tag}.csv"))
     yield Step("models", "a depth for each image", 60, 20, script(
         "per_image", *on_gpu, "--batch-size", "64", "--csv", f"{out}/per_image_{tag}.csv"))
-    yield Step("models", "counts", 60, 20, script("counts", "--device", "cuda", "--csv", f"{out}/counts_{tag}.csv"))
+    yield Step("models", "counts", 90, 35, script("counts", "--device", "cuda", "--csv", f"{out}/counts_{tag}.csv"))
     yield Step("models", "training step", 150, 40, script(
         "training_step", "--device", "cuda", "--csv", f"{out}/training_step_{tag}.csv"))
     yield Step("models", "overhead of conversion", 60, 15, script(
@@ -164,6 +164,8 @@ def main() -> int:
             print(f"{step.group:8} {step.limit:4.0f} s  {' '.join(step.command)}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
+    # Shells ignore it for what runs in the background; steps, which inherit that, are to hear when time is up.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     kernels, log = out / f"kernels_{tag}.csv", out / f"gpu_{tag}.log"
     log.write_bytes(b"")
     deadline, rows = time.monotonic() + args.seconds, []
