@@ -82,7 +82,7 @@ def steps(out: Path, tag: str, data: Path | None) -> Iterator[Step]:
         f"{out}/switch_storm_{tag}.csv"))
     yield Step("models", "a depth for each image", 60, 20, script(
         "per_image", *on_gpu, "--batch-size", "64", "--csv", f"{out}/per_image_{tag}.csv"))
-    yield Step("models", "counts", 90, 23, script("counts", "--device", "cuda", "--csv", f"{out}/counts_{tag}.csv"))
+    yield Step("models", "counts", 90, 20, script("counts", "--device", "cuda", "--csv", f"{out}/counts_{tag}.csv"))
     yield Step("models", "training step", 150, 40, script(
         "training_step", "--device", "cuda", "--csv", f"{out}/training_step_{tag}.csv"))
     yield Step("models", "overhead of conversion", 60, 15, script(
