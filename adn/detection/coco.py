@@ -1,0 +1,334 @@
+"""Images with boxes: any file in COCO's instances format beside a folder of images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from torchvision.tv_tensors import BoundingBoxes
+
+from ..data import UNREADABLE
+
+Target = dict[str, torch.Tensor]
+Transform = Callable[[Image.Image, Target], tuple[Any, Target]]
+
+# Where the images and annotations of a split are found: COCO's own layout, the same with names of one's own, the one
+# that `adn.detection.scenes` writes, and Roboflow's export.
+_LAYOUTS = (
+    ("annotations/instances_{split}2017.json", "{split}2017"),
+    ("annotations/instances_{split}.json", "{split}"),
+    ("instances_{split}.json", "images/{split}"),
+    ("{split}/_annotations.coco.json", "{split}"),
+)
+_VALIDATION = ("val", "valid", "validation")
+# Boxes are often written with rounding: to be called outside, one must reach over the edge by more than this (pixels).
+_SLACK = 0.5
+
+
+class Category(NamedTuple):
+    """What a label stands for: the category's id in the file, and its name."""
+
+    id: int
+    name: str
+
+
+class CocoImages(Dataset):
+    """Images with the boxes of their objects; items are `transform(image, target)`.
+
+    Untransformed, `image` is an RGB `PIL.Image` and `target` holds `boxes`, tv_tensors `BoundingBoxes` (n, 4) float32,
+    xyxy in pixels and within the image; `labels` (n,) int64; `image_id`, int64 scalar; `size` (2,) int64, width and
+    height in pixels. Images without objects have n = 0.
+
+    Labels 0..C-1 follow ascending category id, whatever gaps the ids have. Targets leave out crowds and boxes that have
+    no area within the image; `ground_truth`, which evaluation compares with, has every annotation as the file has it.
+
+    Pixels are taken as stored: like the COCO tools, this ignores an orientation in the EXIF data, unless turning the
+    image by it gives the width and height that the annotations are for, and the stored pixels do not.
+
+    An image that is missing or cannot be decoded gives None instead of an item, which `collate` drops, and is
+    remembered. Annotations are kept in a few arrays, without masks: about 80 bytes per object, shared by processes
+    that are forked.
+
+    Attributes:
+        categories: by label, id in the file and name.
+        class_names: by label.
+        image_ids: by index.
+        notes: what was put right or left out, one sentence each; empty if the file is in order.
+        transform: what turns image and target into an item; None leaves them as they are.
+    """
+
+    def __init__(self, images: str | os.PathLike[str], annotations: str | os.PathLike[str],
+                 transform: Transform | None = None) -> None:
+        """Read the annotations.
+
+        Args:
+            images: the folder that the file names in `annotations` are relative to.
+            annotations: a json file with lists `images`, `annotations` and `categories`.
+
+        Raises:
+            ValueError: if the file is missing, cut short or of another format, contradicts itself (the same id or
+                file twice, annotations of unknown images or categories), or none of its images is in the folder.
+        """
+        self.folder, self.file, self.transform = os.fspath(images), os.fspath(annotations), transform
+        content = _read_json(self.file)
+        self._take_categories(content["categories"])
+        self._take_images(content["images"])
+        self._take_objects(content["annotations"])
+        self.notes = self._describe_faults()
+        if not any(os.path.exists(self._path(index)) for index in range(len(self))):
+            raise ValueError(f"none of the {len(self)} images of {self.file} is in {self.folder!r}, the first would be "
+                             f"{self._path(0)}: pass the folder that the file names are relative to")
+        # In shared memory: the processes of a DataLoader write here what the main process reads.
+        self._failed = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Any, Target] | None:
+        index = range(len(self))[index]
+        size = self._size(index)
+        try:
+            with Image.open(self._path(index)) as file:
+                image = (file if file.size == size else ImageOps.exif_transpose(file)).convert("RGB")
+        except UNREADABLE:
+            self._failed[index] = True
+            return None
+        if image.size != size:
+            raise ValueError(f"{self._path(index)} has {image.width} x {image.height} pixels, but {self.file} is for "
+                             f"{size[0]} x {size[1]}: images and annotations do not belong together, or one of them "
+                             "was resized alone")
+        target = self._target(index)
+        return (image, target) if self.transform is None else self.transform(image, target)
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Paths of the images that could not be read so far, in any process of a DataLoader; each once."""
+        return [self._path(index) for index in self._failed.nonzero().flatten().tolist()]
+
+    def ground_truth(self, image_ids: Iterable[int] | None = None) -> dict[str, list[dict[str, Any]]]:
+        """Images, annotations and categories in COCO's format, for evaluation: crowds included, nothing clipped.
+
+        Annotations are numbered from 1 on, for the COCO tools take a match with number 0 for none. Where the file does
+        not say so, an object is no crowd and has the area of its box.
+
+        Args:
+            image_ids: which images; None = all.
+        """
+        wanted = None if image_ids is None else set(image_ids)
+        chosen = [i for i, image_id in enumerate(self.image_ids.tolist()) if wanted is None or image_id in wanted]
+        images, objects = [], []
+        for i in chosen:
+            image_id = int(self.image_ids[i])
+            width, height = self._size(i)
+            images.append({"id": image_id, "file_name": self._name(i), "width": width, "height": height})
+            part = slice(self._start[i], self._start[i + 1])
+            for label, box, area, crowd in zip(self._labels[part].tolist(), self._boxes[part].tolist(),
+                                               self._areas[part].tolist(), self._crowd[part].tolist(), strict=True):
+                objects.append({"id": len(objects) + 1, "image_id": image_id, "category_id": self.categories[label].id,
+                                "bbox": box, "area": area, "iscrowd": int(crowd)})
+        return {"images": images, "annotations": objects, "categories": [c._asdict() for c in self.categories]}
+
+    def _take_categories(self, entries: Sequence[Any]) -> None:
+        ids = _column(self.file, "categories", entries, "id", _integer)
+        names = _column(self.file, "categories", entries, "name", _text)
+        _refuse_repeated(ids, f"{self.file}: category id")
+        self.categories = sorted(map(Category, ids, names))
+        self.class_names = [category.name for category in self.categories]
+
+    def _take_images(self, entries: Sequence[Any]) -> None:
+        if not entries:
+            raise ValueError(f"{self.file} lists no image")
+        ids, names, widths, heights = (
+            _column(self.file, "images", entries, name, check) for name, check in (
+                ("id", _integer), ("file_name", _text), ("width", _positive), ("height", _positive)))
+        _refuse_repeated(ids, f"{self.file}: image id")
+        _refuse_repeated(names, f"{self.file}: image file")
+        self.image_ids = np.array(ids, dtype=np.int64)
+        self._sizes = np.array([widths, heights], dtype=np.int64).T
+        # One text: looking at one of 100,000 would unshare, by its reference count, a page between forked processes.
+        self._names = "".join(names)
+        self._name_ends = np.cumsum([len(name) for name in names])
+
+    def _take_objects(self, entries: Sequence[Any]) -> None:
+        image_ids, category_ids, boxes, crowd, areas = (
+            _column(self.file, "annotations", entries, name, check, default) for name, check, default in (
+                ("image_id", _integer, None), ("category_id", _integer, None), ("bbox", _box, None),
+                ("iscrowd", _flag, 0), ("area", _number, math.nan)))
+        index = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
+        label = {category.id: i for i, category in enumerate(self.categories)}
+        for known, ids, what in ((index, image_ids, "image"), (label, category_ids, "category")):
+            if unknown := [i for i in ids if i not in known]:
+                raise ValueError(f"{self.file} has {len(unknown)} annotations of {what} ids that it does not list, such "
+                                 f"as {unknown[0]}: leave them out, or complete the list")
+        images = np.array([index[i] for i in image_ids], dtype=np.int64)
+        order = images.argsort(kind="stable")
+        self._start = np.searchsorted(images[order], np.arange(len(self) + 1))
+        self._labels = np.array([label[i] for i in category_ids], dtype=np.int64)[order]
+        self._boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)[order]  # xywh, as in the file
+        self._crowd = np.array(crowd, dtype=bool)[order]
+        areas = np.array(areas, dtype=np.float64)[order]
+        self._areas = np.where(np.isnan(areas), self._boxes[:, 2] * self._boxes[:, 3], areas)
+
+    def _describe_faults(self) -> list[str]:
+        sizes = np.repeat(self._sizes, np.diff(self._start), axis=0)
+        corners = _corners(self._boxes)
+        clipped = _clip(corners, sizes)
+        empty = ~_has_area(clipped) & ~self._crowd
+        moved = (abs(clipped - corners) > _SLACK).any(axis=1) & ~empty & ~self._crowd
+        notes = []
+        if moved.any():
+            notes.append(f"{moved.sum()} boxes reach over the edge of their image and are clipped")
+        if empty.any():
+            notes.append(f"{empty.sum()} boxes have no area within their image and are not trained on")
+        return notes
+
+    def _target(self, index: int) -> Target:
+        part = slice(self._start[index], self._start[index + 1])
+        boxes = _clip(_corners(self._boxes[part]), self._sizes[index])
+        chosen = _has_area(boxes) & ~self._crowd[part]
+        width, height = self._size(index)
+        return {
+            "boxes": BoundingBoxes(torch.from_numpy(boxes[chosen]).float(), format="XYXY", canvas_size=(height, width)),
+            "labels": torch.from_numpy(self._labels[part][chosen]),
+            "image_id": torch.tensor(int(self.image_ids[index])),
+            "size": torch.tensor([width, height]),
+        }
+
+    def _size(self, index: int) -> tuple[int, int]:
+        width, height = self._sizes[index].tolist()
+        return width, height
+
+    def _name(self, index: int) -> str:
+        return self._names[self._name_ends[index - 1] if index else 0 : self._name_ends[index]]
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.folder, self._name(index))
+
+
+def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | None = None) -> CocoImages:
+    """Open one split of a folder in one of the usual layouts.
+
+    These are `ROOT/annotations/instances_SPLIT2017.json` with images in `ROOT/SPLIT2017`,
+    `ROOT/annotations/instances_SPLIT.json` with `ROOT/SPLIT`, `ROOT/instances_SPLIT.json` with `ROOT/images/SPLIT`, and
+    `ROOT/SPLIT/_annotations.coco.json` with the images beside it.
+
+    Args:
+        root: the folder.
+        split: "train", "val", ...; "val", "valid" and "validation" find each other.
+        transform: see `CocoImages`.
+
+    Raises:
+        ValueError: if there is no such layout, saying what was looked for; otherwise as `CocoImages`.
+    """
+    names = dict.fromkeys((split, *(_VALIDATION if split in _VALIDATION else ())))
+    places = [tuple(part.format(split=name) for part in layout) for name in names for layout in _LAYOUTS]
+    for file, folder in places:
+        if Path(root, file).is_file() and Path(root, folder).is_dir():
+            return CocoImages(Path(root, folder), Path(root, file), transform)
+    looked = "; ".join(f"{file} with images in {folder}" for file, folder in places[: len(_LAYOUTS)])
+    raise ValueError(f"{os.fspath(root)!r} {'has' if Path(root).is_dir() else 'is no folder, so it has'} no COCO split "
+                     f"{split!r}. Looked for {looked}. Other places: CocoImages(IMAGES, ANNOTATIONS)")
+
+
+def collate(batch: Sequence[tuple[torch.Tensor, Target] | None]) -> tuple[torch.Tensor, list[Target]] | None:
+    """For a DataLoader: the readable items as a batch.
+
+    Returns:
+        Images (B, 3, H, W) and the targets as a list; None if no item was readable.
+    """
+    items = [item for item in batch if item is not None]
+    if not items:
+        return None
+    images, targets = zip(*items, strict=True)
+    return torch.stack(images), list(targets)
+
+
+def _read_json(path: str) -> dict[str, list[Any]]:
+    try:
+        with open(path, "rb") as file:
+            content = json.load(file, object_hook=_without_mask)
+    except OSError as error:
+        raise ValueError(f"no annotations in {path}: {error.strerror}") from error
+    except ValueError as error:  # also bytes that are no text
+        raise ValueError(f"{path} is no json file, or cut short ({error}): copy or download it again") from error
+    if not isinstance(content, dict):
+        content = {}
+    if lacking := [name for name in ("images", "annotations", "categories") if not isinstance(content.get(name), list)]:
+        raise ValueError(f"{path} is not in COCO's instances format: it has no list of {' and '.join(lacking)}")
+    return content
+
+
+def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
+    # While reading, since the masks are nine tenths of COCO's files.
+    entry.pop("segmentation", None)
+    return entry
+
+
+def _integer(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _positive(value: Any) -> bool:
+    return _integer(value) and value > 0
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _flag(value: Any) -> bool:
+    return value in (0, 1)
+
+
+def _text(value: Any) -> bool:
+    return type(value) is str and value != ""
+
+
+def _box(value: Any) -> bool:
+    return type(value) is list and len(value) == 4 and all(_number(v) and math.isfinite(v) for v in value)
+
+
+_MEANING = {_integer: "an integer", _positive: "a positive integer", _number: "a number", _flag: "0 or 1",
+            _text: "a text", _box: "four finite numbers, x, y, width, height"}
+
+
+def _column(path: str, kind: str, entries: Sequence[Any], name: str, check: Callable[[Any], bool], default: Any = None
+            ) -> list[Any]:
+    """One field of all entries of a list in the file; raises ValueError on the first that is not as it should be."""
+    values = []
+    for i, entry in enumerate(entries):
+        value = entry.get(name, default) if isinstance(entry, Mapping) else entry
+        if not isinstance(entry, Mapping) or not check(value):
+            raise ValueError(f"{path}: {name} of {kind}[{i}] must be {_MEANING[check]}, found {str(value)[:80]}")
+        values.append(value)
+    return values
+
+
+def _refuse_repeated(values: Sequence[Any], what: str) -> None:
+    if len(set(values)) == len(values):
+        return
+    seen: set[Any] = set()
+    repeated = next(value for value in values if value in seen or seen.add(value))
+    raise ValueError(f"{what} {repeated!r} is listed more than once: every one may occur once only")
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    """xywh to xyxy."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def _clip(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """xyxy (n, 4) within images of width and height (2,) or (n, 2)."""
+    return corners.clip(0, np.concatenate([sizes, sizes], axis=-1))
+
+
+def _has_area(corners: np.ndarray) -> np.ndarray:
+    return (corners[:, 2:] > corners[:, :2]).all(axis=1)

@@ -1,0 +1,107 @@
+"""How images and boxes are prepared: RT-DETR's augmentation, its evaluation, and sizes that vary by step.
+
+Whatever is drawn comes from torch's global generator, which `adn.train.fit` and the workers of a DataLoader seed from
+(seed, epoch, process), or from a generator that is passed: a run repeats its epochs exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchvision.ops import box_convert
+from torchvision.transforms import v2
+
+from .coco import Target
+
+STRIDE = 32  # sides of images must be multiples of it
+
+
+class _IoUCrop(v2.RandomIoUCrop):
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        # torchvision divides by the height of the crop, which is cut down to 0 in images of up to 3 pixels.
+        return super().make_params(flat_inputs) if min(v2.query_size(flat_inputs)) * self.min_scale >= 1 else {}
+
+
+def train_transform(size: int = 640) -> v2.Transform:
+    """RT-DETR's augmentation, for `CocoImages`.
+
+    Photometric distortion (each part with probability 0.5), zoom-out onto black (0.5), IoU crop (0.8), horizontal flip
+    (0.5), resizing without keeping the aspect ratio. Objects whose centre is cropped away, or of less than a pixel in
+    width or height before or after resizing, are left out.
+
+    Args:
+        size: side of the images that the net gets, in pixels.
+
+    Returns:
+        From (`PIL.Image`, target of `CocoImages`) to the image (3, size, size) float32 in 0..1, and the target with
+        `boxes` (n, 4) float32 cxcywh, in 0..1 of the augmented image.
+    """
+    return v2.Compose([
+        v2.RandomPhotometricDistort(p=0.5),
+        v2.RandomZoomOut(fill=0),
+        v2.RandomApply([_IoUCrop()], p=0.8),
+        v2.SanitizeBoundingBoxes(min_size=1),
+        v2.RandomHorizontalFlip(),
+        *_resize(size),
+        # Rounding may put an edge a hair outside of the resized image, for which the box would be taken out.
+        v2.ClampBoundingBoxes(),
+        v2.SanitizeBoundingBoxes(min_size=1),
+        _as_net_input,
+    ])
+
+
+def eval_transform(size: int = 640) -> v2.Transform:
+    """Resizing without keeping the aspect ratio (Pillow's bilinear filter, smoothed when shrinking).
+
+    Args:
+        size: side of the images that the net gets, in pixels.
+
+    Returns:
+        As `train_transform`.
+    """
+    return v2.Compose([*_resize(size), _as_net_input])
+
+
+def multi_scale_sizes(base: int = 640) -> list[int]:
+    """Sizes to draw from in training: from 3/4 to 5/4 of `base` in steps of 32, `base` itself three times.
+
+    >>> multi_scale_sizes(256)
+    [192, 224, 256, 256, 256, 288, 320]
+
+    Raises:
+        ValueError: if `base` is not a multiple of 32.
+    """
+    if base <= 0 or base % STRIDE:
+        raise ValueError(f"images of {base} x {base}: sides must be multiples of {STRIDE}, such as "
+                         f"{max(1, round(base / STRIDE)) * STRIDE}")
+    reach = base // 4 // STRIDE
+    return sorted([base, base, *(base + STRIDE * k for k in range(-reach, reach + 1))])
+
+
+def draw_size(sizes: Sequence[int], generator: torch.Generator | None = None) -> int:
+    """One of `sizes`, all equally likely; None = from torch's global generator."""
+    return sizes[int(torch.randint(len(sizes), (), generator=generator))]
+
+
+def rescale(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images (B, 3, H, W) as (B, 3, size, size), by the nearest pixel as in the reference.
+
+    Boxes relative to the image remain what they are. A training step draws a size for the super-net and another one,
+    independently, for the base-net.
+    """
+    return images if images.shape[-2:] == (size, size) else F.interpolate(images, size=(size, size))
+
+
+def _resize(size: int) -> list[v2.Transform]:
+    return [v2.Resize((size, size)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+
+
+def _as_net_input(image: torch.Tensor, target: Target) -> tuple[torch.Tensor, Target]:
+    boxes = target["boxes"]
+    height, width = boxes.canvas_size
+    corners = boxes.as_subclass(torch.Tensor)
+    relative = box_convert(corners, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+    return image.as_subclass(torch.Tensor), {**target, "boxes": relative}
