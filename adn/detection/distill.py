@@ -1,0 +1,181 @@
+"""What a step of training a detector computes: the detectors' `adn.SelfDistillation`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..state import at_depth
+from .criterion import DetectionLoss, DistillationLoss, Outputs
+from .targets import Targets
+
+# The published sizes; as large as the images themselves, 640, three times as often.
+MULTI_SCALE = (*range(480, 640, 32), 640, 640, 640, *range(672, 801, 32))
+
+
+class _Step(nn.Module):
+    """A detector, and how a pass through it is drawn."""
+
+    def __init__(self, net: nn.Module, multi_scale: Sequence[int], generator: torch.Generator | None) -> None:
+        super().__init__()
+        if bad := [size for size in multi_scale if size < 32 or size % 32]:
+            raise ValueError(f"multi_scale has {bad}; pass multiples of 32")
+        self.net = net
+        self.multi_scale = tuple(multi_scale)
+        self.generator = generator
+
+    def _run(self, images: torch.Tensor, targets: Targets) -> Outputs:
+        """One pass, at a size and with denoising queries of its own."""
+        if self.multi_scale:
+            of = self.generator.device if self.generator is not None else "cpu"
+            size = self.multi_scale[int(torch.randint(len(self.multi_scale), (), generator=self.generator, device=of))]
+            if images.shape[2:] != (size, size):
+                images = F.interpolate(images, (size, size))
+        return self.net(images, targets, draws=self.generator)
+
+
+class DetectionSupervised(_Step):
+    """The training loss of a plain detector, the counterpart of `DetectionDistillation`.
+
+        step = DetectionSupervised(net)
+        step(images, targets)["loss"].backward()
+
+    Args, and what images and targets are: as for `DetectionDistillation`.
+
+    Returns (of a call):
+        A dict of scalars: every weighted term of the criterion, and their sum `loss`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        criterion: DetectionLoss | None = None,
+        *,
+        multi_scale: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(net, multi_scale, generator)
+        self.criterion = DetectionLoss() if criterion is None else criterion
+
+    def forward(self, images: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        terms = self.criterion(self._run(images, targets), targets)
+        return {**terms, "loss": _sum(terms)}
+
+
+class DetectionDistillation(_Step):
+    """The training loss of an any-depth detector: `loss = criterion(super) + distillation(base, super)`.
+
+        kd = DetectionDistillation(net)
+        losses = kd(images, targets)         # runs the super-net, then the base-net
+        losses["loss"].backward()
+
+    The two passes differ in the size of the images, if `multi_scale`, and in the random numbers of the denoising
+    queries. For many GPUs wrap this module, not the net, in DistributedDataParallel. `backward` is the way with a lower
+    peak of memory.
+
+    Args:
+        net: a converted detector: `net(images, targets, draws=...)` in training returns what `DistillationLoss` takes.
+            How many layers of its decoder run in training is its own setting.
+        criterion: of the super-net; None = `DetectionLoss()`.
+        distillation: of the base-net; None = `DistillationLoss()`.
+        multi_scale: sides that images are resized to (nearest neighbour), one drawn for each pass; `MULTI_SCALE` has
+            the published ones. () = as they come.
+        generator: of the sizes and the denoising queries; None = the global ones. May be changed at any time.
+
+    Returns (of a call):
+        A dict of scalars: every weighted term by the name its criterion gives, prefixed `super.` or `base.`; the sums
+        `super` and `base`; their sum `loss`.
+
+    Raises:
+        ValueError: sizes that are no multiples of 32.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        criterion: DetectionLoss | None = None,
+        distillation: DistillationLoss | None = None,
+        *,
+        multi_scale: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(net, multi_scale, generator)
+        self.criterion = DetectionLoss() if criterion is None else criterion
+        self.distillation = DistillationLoss() if distillation is None else distillation
+
+    def forward(self, images: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        """Both passes: images (B, 3, H, W), targets one dict per image. The depth is what it was, afterwards.
+
+        Raises:
+            FloatingPointError: predictions are not finite.
+            ValueError: targets do not fit the detector.
+        """
+        of_super = self._run_at(images, targets, "super")
+        terms = self._super_terms(of_super, targets)
+        terms |= self._base_terms(self._run_at(images, targets, "base"), targets, of_super)
+        return {**terms, "loss": terms["super"] + terms["base"]}
+
+    def backward(self, images: torch.Tensor, targets: Targets, scaler: Any = None) -> dict[str, torch.Tensor]:
+        """Both passes, each with its backward at once: the same gradients, the memory of one pass.
+
+        Adds to `.grad`; the caller zeroes and steps. Autocast, if any, is the caller's context.
+
+        Args:
+            scaler: a `torch.amp.GradScaler`; each loss is scaled before its backward.
+
+        Returns:
+            What a call returns, detached.
+
+        Raises:
+            As a call; and ValueError if the net is in DistributedDataParallel without `find_unused_parameters` (each
+            pass leaves some parameters out).
+        """
+        scale = scaler.scale if scaler is not None else lambda loss: loss
+        quiet = contextlib.nullcontext()
+        if isinstance(self.net, DistributedDataParallel):
+            if not self.net.find_unused_parameters:
+                raise ValueError(
+                    "each of the two passes leaves some parameters out: wrap the net with find_unused_parameters=True, "
+                    "or wrap DetectionDistillation itself in DistributedDataParallel and call it instead"
+                )
+            quiet = self.net.no_sync()
+        with quiet:
+            of_super = self._run_at(images, targets, "super")
+            terms = self._super_terms(of_super, targets)
+            scale(terms["super"]).backward()
+        of_super = _what_teaches(of_super)
+        terms |= self._base_terms(self._run_at(images, targets, "base"), targets, of_super)
+        scale(terms["base"]).backward()
+        terms["loss"] = terms["super"] + terms["base"]
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _run_at(self, images: torch.Tensor, targets: Targets, depth: str) -> Outputs:
+        with at_depth(self.net, depth):
+            return self._run(images, targets)
+
+    def _super_terms(self, of_super: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
+        return _prefixed("super", self.criterion(of_super, targets))
+
+    def _base_terms(self, of_base: Outputs, targets: Targets, of_super: Outputs) -> dict[str, torch.Tensor]:
+        return _prefixed("base", self.distillation(of_base, targets, of_super))
+
+
+def _prefixed(net: str, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**{f"{net}.{name}": value for name, value in terms.items()}, net: _sum(terms)}
+
+
+def _sum(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([*terms.values()]).sum()
+
+
+def _what_teaches(outputs: Outputs) -> dict[str, Any]:
+    """The part of the super-net's outputs that the base-net learns from, without their graph."""
+    kept = {name: outputs[name].detach() for name in ("pred_logits", "pred_boxes")}
+    return kept | {name: [map.detach() for map in outputs[name]]
+                   for name in ("backbone_features", "encoder_features") if name in outputs}
