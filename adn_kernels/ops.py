@@ -11,6 +11,7 @@ from .blocks import ConvParams, basic, basic_, bottleneck, bottleneck_, inverted
 from .conv import conv, conv_, cudnn_conv, fold
 from .conv1x1 import conv1x1, conv1x1_, linear, linear_
 from .conv3x3 import conv3x3, conv3x3_
+from .deformable_attention import deformable_attention
 from .depthwise import depthwise, depthwise_, tap_major
 from .distillation_kl import distillation_kl, feature_kl
 from .epilogue import fold_norm
@@ -33,6 +34,7 @@ __all__ = [
     "conv3x3_",
     "conv_",
     "cudnn_conv",
+    "deformable_attention",
     "depthwise",
     "depthwise_",
     "distillation_kl",
