@@ -13,12 +13,14 @@ from .errors import ConversionError
 from .families import FAMILIES, find_plan
 from .nn import (
     BATCH_NORMS,
+    TWINS,
     Bypass,
     CountOnce,
     Fork,
     ShapeChecked,
     SharedNorm,
     SkipNorm,
+    Stack,
     Swapped,
     reset_norm,
     shared_norms,
@@ -29,10 +31,9 @@ from .nn import (
 from .paths import install
 from .plan import Plan, StagePlan
 from .state import State, is_converted, state_of, state_with_modules, unwrap
-from .switch import Switch
+from .switch import Cut, Switch
 
 PlanLike = Plan | Sequence[StagePlan | str] | Mapping[str, int]
-TWINS = ("copy", "fresh")
 
 
 def plan(model: nn.Module) -> Plan:
@@ -64,7 +65,9 @@ def convert(
             stage's blocks (`["layer1", "layer2"]`), a mapping from them to the number of essential blocks, or
             `StagePlan`s.
         twins: how the second norms start: "copy" of the first, or "fresh" (scale 1, shift 0, mean 0, variance 1) as
-            in the reference implementation. Also how they are filled when a state dict without them is loaded.
+            in the reference implementation. Also how they are filled when a state dict without them is loaded. Where a
+            norm has fixed statistics and parameters (`FrozenBatchNorm2d`, as in detectors), its twin is one that
+            learns; "frozen" is "copy" with fixed twins of fixed norms, for weights that have been trained elsewhere.
         inplace: False converts a deep copy and leaves the model alone.
 
     Returns:
@@ -86,7 +89,7 @@ def convert(
                                   "hooks into models?), so it could not follow the depth; convert the model first")
     if not inplace:
         model = copy.deepcopy(model)
-    pairs = {name: twin_of(model.get_submodule(name), fresh=twins == "fresh")
+    pairs = {name: twin_of(model.get_submodule(name), twins)
              for stage in resolved.flagged for name in stage.norms}
     edited = plan is not None and _is_edited(model, resolved)
     _attach(model, resolved, twins, pairs)
@@ -132,24 +135,28 @@ def detach(net: nn.Module) -> tuple[State, dict[str, nn.Module]]:
 
 
 def _attach(
-    model: nn.Module, plan: Plan, twins: str, pairs: dict[str, nn.Module], switches: list[Switch] | None = None
+    model: nn.Module, plan: Plan, twins: str, pairs: dict[str, nn.Module], switches: list[Switch | Cut] | None = None
 ) -> State:
-    state = State(plan, switches or [Switch() for _ in plan.flagged], twins, {})
+    full = plan.full(model)
+    state = State(plan, switches or [Switch() if n is False else Cut(n) for n in full], full, twins, {})
 
-    def place(name: str, behaviour: type, switch: Switch) -> nn.Module:
+    def place(name: str, behaviour: type, switch: Switch | Cut) -> nn.Module:
         module = model.get_submodule(name)
         swap(module, behaviour, switch)
         parent, _, child = name.rpartition(".")
         state.placed[name] = model.get_submodule(parent), child, module
         return module
 
-    for stage, switch in zip(plan.flagged, state.switches, strict=True):
+    by_flag = zip(plan.flags, state.switches)
+    for stage, switch in ((stage, switch) for group, switch in by_flag for stage in group):
         for name in stage.norms:
             norm = place(name, SkipNorm, switch)
             norm.add_module("skip", pairs[name])
             state.placed[f"{name}.skip"] = norm, "skip", pairs[name]
         for name in (*stage.drop_paths, *stage.refinement_blocks):
             place(name, Bypass, switch)
+    for stack, cut in zip(plan.stacks, state.switches[len(plan.flags):], strict=True):
+        place(stack.name, Stack, cut)
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and module.track_running_stats:
             swap(module, CountOnce)
@@ -170,7 +177,10 @@ def _attach(
 def _is_edited(model: nn.Module, plan: Plan) -> bool:
     """Is this another plan than that of the family it names?"""
     known = FAMILIES.get(plan.family)
-    return known is None or [stage.resolve(model) for stage in known.find(model)] != list(plan)
+    if known is None:
+        return True
+    found = known.find(model)
+    return [stage.resolve(model) for stage in found] != list(plan) or list(getattr(found, "stacks", ())) != plan.stacks
 
 
 def _with_plain_norms(net: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:

@@ -15,7 +15,7 @@ def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = Fa
     """A plain module that computes what the net computes at one depth, with no trace of this library in it.
 
     A copy: the net is not changed. Bypassed blocks become `nn.Identity`, so that the names and positions of all
-    others stay; norms hold the parameters of the set in use, under the source model's names.
+    others stay; norms hold the parameters of the set in use, under the source model's names. Stacks of layers are cut.
 
     Args:
         net: a converted net.
@@ -33,21 +33,20 @@ def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = Fa
     model = copy.deepcopy(inner)
     unwrap_blocks(model)
     state, twins = detach(model)
-    for stage, bypassed in zip(state.plan.flagged, depth, strict=True):
-        if bypassed:
+    entries = list(depth)
+    for group in state.plan.flags:
+        if not entries.pop(0):
+            continue
+        for stage in group:
             for name in stage.norms:
                 _put(state, name, twins[name])
             for name in stage.drop_paths:
                 _put(state, name, nn.Identity())
             for name in stage.refinement_blocks:
-                parent, child, _ = state.placed[name]
-                if not remove:
-                    _put(state, name, nn.Identity())
-                elif isinstance(parent, nn.Sequential):
-                    del parent._modules[child]
-                else:
-                    raise ValueError(f"{name!r} is in a {type(parent).__name__}, not in an nn.Sequential, and may be "
-                                     "called by name: it cannot be removed")
+                _bypass(state, name, remove)
+    for stack, layers in zip(state.plan.stacks, entries, strict=True):
+        for name in stack.lists:
+            del model.get_submodule(name)[layers:]
     return model
 
 
@@ -57,6 +56,17 @@ def unwrap_blocks(model: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is not None and "_orig_mod" in child._modules:
                 parent._modules[name] = child._modules["_orig_mod"]
+
+
+def _bypass(state: State, name: str, remove: bool) -> None:
+    parent, child, _ = state.placed[name]
+    if not remove:
+        _put(state, name, nn.Identity())
+    elif isinstance(parent, nn.Sequential):
+        del parent._modules[child]
+    else:
+        raise ValueError(f"{name!r} is in a {type(parent).__name__}, not in an nn.Sequential, and may be called by "
+                         "name: it cannot be removed")
 
 
 def _put(state: State, name: str, module: nn.Module) -> None:

@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 from torch.fx import Proxy
 
-from .switch import Both, Switch, recomputing
+from .switch import Both, Cut, Switch, recomputing
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 FROZEN_NORMS = (torchvision.ops.FrozenBatchNorm2d, timm.layers.FrozenBatchNormAct2d)
@@ -113,6 +113,14 @@ class Fork(Swapped):
         return super().__call__(*args, **kwargs)
 
 
+class Stack(Swapped):
+    """A module that runs a stack of layers, cut short."""
+
+    def running(self) -> int:
+        cut = self._adn_switch
+        return super().running() if self.training and not cut.in_training else cut.entry
+
+
 class ShapeChecked(Swapped):
     """A refinement block of a hand-written plan: refuses to change the shape, without which it cannot be bypassed."""
 
@@ -203,7 +211,7 @@ class CountOnce(Swapped):
 
 
 # In the order in which they are called; `adn.paths` puts its own before these.
-BEHAVIOURS: list[type[Swapped]] = [Bypass, Fork, ShapeChecked, Rerouted, SkipNorm, SharedNorm, CountOnce]
+BEHAVIOURS: list[type[Swapped]] = [Bypass, Fork, Stack, ShapeChecked, Rerouted, SkipNorm, SharedNorm, CountOnce]
 
 
 def _subclass(mixins: tuple[type, ...], base: type) -> type:
@@ -297,8 +305,8 @@ def original_class(module: nn.Module) -> type:
     return next(c for c in type(module).__mro__ if not issubclass(c, Swapped))
 
 
-def swap(module: nn.Module, behaviour: type, switch: Switch | None = None) -> None:
-    """Add a behaviour to a module in place. `switch` is what `SkipNorm` and `Bypass` follow."""
+def swap(module: nn.Module, behaviour: type, switch: Switch | Cut | None = None) -> None:
+    """Add a behaviour to a module in place. `switch` is what `SkipNorm`, `Bypass` and `Stack` follow."""
     wanted = {*behaviours(module), behaviour}
     module.__class__ = _subclass(tuple(b for b in BEHAVIOURS if b in wanted), original_class(module))
     if switch is not None:
@@ -316,14 +324,23 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS)
 
 
-def twin_of(norm: nn.Module, fresh: bool = False) -> nn.Module:
-    """A second parameter set for `norm`: a copy of it, or freshly initialised; hooks are not copied."""
+TWINS = ("copy", "fresh", "frozen")
+
+
+def twin_of(norm: nn.Module, twins: str = "copy") -> nn.Module:
+    """A second parameter set for `norm`, one of `TWINS`; hooks are not copied.
+
+    A copy of a norm with fixed statistics and parameters could never become another one: its twin is one that learns,
+    except if "frozen" twins are wanted.
+    """
     twin = copy.deepcopy(norm)
     for module in twin.modules():
         for name, value in module.__dict__.items():
             if name.endswith("_hooks") or name.startswith(("_forward_hooks_", "_forward_pre_hooks_")):
                 value.clear()
-    if fresh:
+    if twins != "frozen" and isinstance(twin, FROZEN_NORMS):
+        twin = timm.layers.unfreeze_batch_norm_2d(twin).train(norm.training)
+    if twins == "fresh":
         reset_norm(twin)
     return twin
 

@@ -31,9 +31,9 @@ from torch._dynamo.decorators import skip as _not_traced
 from torch._dynamo.eval_frame import skip_code
 
 from . import nn as adn_nn
-from .nn import Bypass, SkipNorm, Swapped, _input, original_class, swap
+from .nn import Bypass, SkipNorm, Stack, Swapped, _input, original_class, swap
 from .plan import Plan
-from .switch import Both, Switch, recomputing
+from .switch import Both, Cut, Switch, recomputing
 
 Compiler = Callable[[Callable], Callable]
 
@@ -168,7 +168,7 @@ class _Regions(dict):
     """The compiled regions of one piece of a net, by the state of the switches that it reads and by the mode: so that
     code has to be compiled again for shapes only."""
 
-    def __init__(self, switches: Sequence[Switch], compiler: Compiler | None) -> None:
+    def __init__(self, switches: Sequence[Switch | Cut], compiler: Compiler | None) -> None:
         super().__init__()
         self.switches = switches
         self.compiler = compiler
@@ -181,6 +181,9 @@ class _Regions(dict):
             torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
         ]
         for switch in self.switches:
+            if isinstance(switch, Cut):
+                state.append(switch.entry if switch.in_training or not training else None)
+                continue
             skip = switch.skip
             # Of a forward that runs both nets only the fact: how many samples each has is a size like others.
             state.append(skip if skip is True or skip is False else Both)
@@ -195,7 +198,7 @@ class _Regions(dict):
 class _Segment:
     """A run of children that read the same switches, and its regions."""
 
-    def __init__(self, blocks: list[nn.Module], switches: Sequence[Switch], compiler: Compiler | None) -> None:
+    def __init__(self, blocks: list[nn.Module], switches: Sequence[Switch | Cut], compiler: Compiler | None) -> None:
         self.blocks = blocks
         self.regions = _Regions(switches, compiler)
         self.end = _stage_end(blocks[-1])
@@ -243,7 +246,7 @@ def _parts(container: Paths) -> list[Callable[[torch.Tensor], torch.Tensor]]:
 def _cut(children: Sequence[nn.Module], compiler: Compiler | None) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     """Children in segments. A segment ends with its stage, and where the next child reads other switches; what
     dispatches by itself stays alone."""
-    runs: list[tuple[list[nn.Module], list[Switch] | None]] = []
+    runs: list[tuple[list[nn.Module], list[Switch | Cut] | None]] = []
     for child in children:
         alone = any(isinstance(module, (_Dispatch, OwnCode)) for module in child.modules())
         switches = None if alone else _switches(child)
@@ -260,9 +263,9 @@ def _lay_regions(module: Region) -> _Regions:
     return regions
 
 
-def _switches(module: nn.Module) -> list[Switch]:
-    """Whose flags modules in this one follow."""
-    return list(dict.fromkeys(m._adn_switch for m in module.modules() if isinstance(m, (SkipNorm, Bypass))))
+def _switches(module: nn.Module) -> list[Switch | Cut]:
+    """What modules in this one follow."""
+    return list(dict.fromkeys(m._adn_switch for m in module.modules() if isinstance(m, (SkipNorm, Bypass, Stack))))
 
 
 def _stage_end(block: nn.Module) -> nn.Module | None:
@@ -336,10 +339,15 @@ def _install(module: nn.Module, around: set[nn.Module]) -> None:
     elif original_class(module).forward is not nn.Module.forward and not isinstance(module, fx.GraphModule):
         swap(module, OwnCode)
     for child in module.children():
-        if child in around:
+        if child in around and not _is_one_region(child):
             _install(child, around)
         elif not in_turn and _switches(child):
             swap(child, Region)
+
+
+def _is_one_region(module: nn.Module) -> bool:
+    """Do several stages in a module, and all else in it, follow one flag? Then it has two paths as a whole."""
+    return len(_switches(module)) == 1 and sum(isinstance(m, StageEnd) for m in module.modules()) > 1
 
 
 def _calls_children_in_turn(module: nn.Module) -> bool:

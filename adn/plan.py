@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from .depth import Depth
 from .errors import ConversionError
 from .nn import DROP_PATHS, is_norm
 
 # Children of a block that hold its shortcut: their norms see the stage's input, which does not depend on the flag.
-SHORTCUTS = ("downsample", "shortcut")
+SHORTCUTS = ("downsample", "shortcut", "short")
 
 BY_HAND = "by hand"
 
@@ -40,6 +41,7 @@ class StagePlan:
         drop_paths: module names of the stochastic-depth modules switched off while the refinement path is bypassed;
             None = every one in its essential blocks.
         channel_dim: where the channels of the stage's output are: 1 for (B, C, H, W), -1 for (B, T, C), (B, H, W, C).
+        flag: stages that name the same flag share it; None = one of its own.
     """
 
     name: str
@@ -48,6 +50,7 @@ class StagePlan:
     norms: list[str] | None = None
     drop_paths: list[str] | None = None
     channel_dim: int = 1
+    flag: str | None = None
 
     @property
     def has_flag(self) -> bool:
@@ -102,15 +105,52 @@ class StagePlan:
         return dataclasses.replace(self, essential=self._split, norms=list(norms), drop_paths=list(drops))
 
 
+@dataclasses.dataclass
+class StackPlan:
+    """A stack of alike layers that may be cut short, each with heads of its own: the decoder of a detector.
+
+    Attributes:
+        name: module name of what runs the layers, a module with a method `running()`: how many of them run.
+        lists: module names of the `nn.ModuleList`s that have one entry per layer.
+        base: how many layers the base-net runs.
+    """
+
+    name: str
+    lists: list[str]
+    base: int
+
+    def resolve(self, model: nn.Module) -> StackPlan:
+        """Checked against the model; raises `ConversionError`."""
+        here = f"stack {self.name!r}"
+        if not hasattr(_get(model, self.name, here), "running"):
+            raise ConversionError(f"{here}: a {type(model.get_submodule(self.name)).__name__} has no method running()")
+        lengths = {len(_get(model, name, here)) for name in self.lists}
+        if len(lengths) != 1:
+            raise ConversionError(f"{here}: {', '.join(self.lists)} are not of one length")
+        if not 1 <= self.base <= (most := lengths.pop()):
+            raise ConversionError(f"{here}: base={self.base}, but there are {most} layers")
+        return self
+
+    def layers(self, model: nn.Module) -> int:
+        """How many there are."""
+        return len(model.get_submodule(self.lists[0]))
+
+
 class Plan(list[StagePlan]):
     """The stages of a model, nearest the input first. A list: edit it before passing it to `convert`.
 
     Stages without a refinement path (one block) may be listed; they get no flag.
+
+    Attributes:
+        family: who found it.
+        stacks: stacks of layers that may be cut short.
     """
 
-    def __init__(self, stages: Iterable[StagePlan] = (), family: str = BY_HAND) -> None:
+    def __init__(self, stages: Iterable[StagePlan] = (), family: str = BY_HAND, stacks: Iterable[StackPlan] = ()
+                 ) -> None:
         super().__init__(stages)
         self.family = family
+        self.stacks = list(stacks)
 
     @classmethod
     def read(cls, model: nn.Module, plan: Plan | Sequence[StagePlan | str] | Mapping[str, int]) -> Plan:
@@ -135,12 +175,21 @@ class Plan(list[StagePlan]):
 
     @property
     def flagged(self) -> list[StagePlan]:
-        """The stages that have a flag, in the order of `Depth`."""
+        """The stages that have a flag."""
         return [stage for stage in self if stage.has_flag]
+
+    @property
+    def flags(self) -> list[list[StagePlan]]:
+        """The stages of each flag, in the order of `Depth`."""
+        groups: dict[object, list[StagePlan]] = {}
+        for stage in self.flagged:
+            groups.setdefault(id(stage) if stage.flag is None else stage.flag, []).append(stage)
+        return list(groups.values())
 
     def resolve(self, model: nn.Module) -> Plan:
         """The same plan, complete and checked against the model; raises `ConversionError`."""
-        resolved = Plan((stage.resolve(model) for stage in self), self.family)
+        resolved = Plan((stage.resolve(model) for stage in self), self.family,
+                        (stack.resolve(model) for stack in self.stacks))
         if self.family == BY_HAND:
             for stage in resolved:
                 for block in stage.refinement_blocks:
@@ -162,33 +211,47 @@ class Plan(list[StagePlan]):
                         raise ConversionError(f"{name!r} belongs to stages {owner!r} and {stage.name!r}")
         return resolved
 
+    def full(self, model: nn.Module) -> Depth:
+        """The depth of the whole of this model."""
+        return Depth([*(False for _ in self.flags), *(stack.layers(model) for stack in self.stacks)])
+
+    @property
+    def base(self) -> Depth:
+        return Depth([*(True for _ in self.flags), *(stack.base for stack in self.stacks)])
+
     def to_dict(self) -> dict:
-        return {"family": self.family, "stages": [dataclasses.asdict(stage) for stage in self]}
+        return {"family": self.family, "stages": [dataclasses.asdict(stage) for stage in self],
+                "stacks": [dataclasses.asdict(stack) for stack in self.stacks]}
 
     @classmethod
     def from_dict(cls, value: dict) -> Plan:
-        return cls((StagePlan(**stage) for stage in value["stages"]), value["family"])
+        # What was stored before there were stacks has none.
+        return cls((StagePlan(**stage) for stage in value["stages"]), value["family"],
+                   (StackPlan(**stack) for stack in value.get("stacks", ())))
 
     def __str__(self) -> str:
         rows = [("flag", "stage", "blocks", "essential", "refinement", "switched norms")]
-        flag = 0
+        flags = {id(stage): str(k) for k, group in enumerate(self.flags) for stage in group}
         for stage in self:
             rows.append((
-                str(flag) if stage.has_flag else "-",
+                flags.get(id(stage), "-"),
                 stage.name,
                 str(len(stage.blocks)),
                 _span(stage.essential_blocks),
                 _span(stage.refinement_blocks) or "-",
                 str(len(stage.norms)) if stage.norms is not None else "by default",
             ))
-            flag += stage.has_flag
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        depths = 2**flag
-        return "\n".join([f"{self.family}: {flag} stages to switch, {depths} depths", *lines])
+        lines += [f"and {stack.name}, a stack that may be cut short, to {stack.base} layers in the base-net"
+                  for stack in self.stacks]
+        count = len(self.flags)
+        what = f"{count} stages to switch" if count == len(self.flagged) else f"{count} flags"
+        depths = "" if self.stacks else f", {2**count} depths"
+        return "\n".join([f"{self.family}: {what}{depths}", *lines])
 
     def __repr__(self) -> str:
-        return f"<Plan {self.family!r}, {len(self)} stages, {len(self.flagged)} flags>"
+        return f"<Plan {self.family!r}, {len(self)} stages, {len(self.flags)} flags>"
 
 
 def _get(model: nn.Module, name: str, where: str) -> nn.Module:

@@ -231,12 +231,15 @@ def in_use(net: nn.Module, depth: DepthLike) -> Callable[[str], bool]:
     depth = Depth.parse(depth, (state.full, state.base))
     idle: set[str] = set()
     second_set_only: set[str] = set()
-    for stage, bypassed in zip(state.plan.flagged, depth, strict=True):
-        if bypassed:
-            idle.update(stage.refinement_blocks)
-            second_set_only.update(stage.norms)
-        else:
-            idle.update(f"{norm}.skip" for norm in stage.norms)
+    for group, bypassed in zip(state.plan.flags, depth.flags, strict=True):
+        for stage in group:
+            if bypassed:
+                idle.update(stage.refinement_blocks)
+                second_set_only.update(stage.norms)
+            else:
+                idle.update(f"{norm}.skip" for norm in stage.norms)
+    for stack, running, most in zip(state.plan.stacks, depth.layers, state.full.layers, strict=True):
+        idle.update(f"{name}.{i}" for name in stack.lists for i in range(running, most))
 
     def used(name: str) -> bool:
         owners = {name[:i] for i, letter in enumerate(name) if letter == "."}

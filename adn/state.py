@@ -17,7 +17,7 @@ from torch import nn
 from .depth import Depth
 from .nn import SharedNorm, original_class, shared_norms
 from .plan import Plan, StagePlan
-from .switch import Both, Switch
+from .switch import Both, Cut, Switch
 
 DepthLike = Depth | str | Iterable[bool | int]
 
@@ -28,8 +28,9 @@ class State:
 
     Attributes:
         plan: the resolved plan it was converted by.
-        switches: one per stage with a flag.
+        switches: one per flag, then one per stack: what the entries of the depth are set on.
         twins: "copy" or "fresh": how twins absent from a state dict are filled.
+        full: the depth of all of it.
         placed: by name, (parent, child name, module) of every module that follows a switch and of every twin; their
             place does not change if somebody wraps a block.
         origin: what `create_model` was called with, so that `load` can call it again; None if unknown.
@@ -39,7 +40,8 @@ class State:
     """
 
     plan: Plan
-    switches: list[Switch]
+    switches: list[Switch | Cut]
+    full: Depth
     twins: str
     placed: dict[str, tuple[nn.Module, str, nn.Module]]
     origin: dict[str, Any] | None = None
@@ -65,12 +67,8 @@ class State:
             )
 
     @property
-    def full(self) -> Depth:
-        return Depth([False] * len(self.switches))
-
-    @property
     def base(self) -> Depth:
-        return Depth([True] * len(self.switches))
+        return self.plan.base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +134,13 @@ def set_depth(net: nn.Module, depth: DepthLike) -> None:
     state = state_of(net)
     depth = Depth.parse(depth, (state.full, state.base))
     state.check_intact()
-    for switch, skip in zip(state.switches, depth, strict=True):
-        switch.set(skip)
+    for switch, entry in zip(state.switches, depth, strict=True):
+        switch.set(entry)
 
 
 def get_depth(net: nn.Module) -> Depth:
     """The depth the net runs at."""
-    return Depth([bool(switch.skip) for switch in state_of(net).switches])
+    return Depth([switch.entry for switch in state_of(net).switches])
 
 
 @contextlib.contextmanager
@@ -170,8 +168,11 @@ def super_and_base(net: nn.Module, samples: int) -> Iterator[nn.Module]:
     Raises:
         RuntimeError: if other code has replaced modules that follow the depth, or added a batch norm, which would mix
             the samples of the two.
+        ValueError: if the net has a stack that may be cut short.
     """
     inner, state = unwrap(net), state_of(net)
+    if state.plan.stacks:
+        raise ValueError("a net with a stack of layers to cut runs one depth at a time: use two forwards")
     state.check_intact()
     if not torch.compiler.is_compiling():
         _check_shared(inner)
@@ -198,22 +199,23 @@ def _check_shared(net: nn.Module) -> None:
 
 
 def depths(net: nn.Module) -> list[Depth]:
-    """Every depth of the net, from FF..F (all of it) to TT..T (base), counting in binary.
+    """Every depth of the net, from FF..F (all of it) to TT..T, counting in binary; where it has a stack, at each number
+    of its layers.
 
     Raises:
         ValueError: if there are more than a million.
     """
     full = state_of(net).full
-    if len(full) > 20:
-        raise ValueError(f"this net has {len(full)} stages to switch, too many to list all depths; choose among them")
+    if len(full.flags) > 20:
+        raise ValueError(f"this net has {len(full.flags)} flags, too many to list all depths; choose among them")
     return Depth.every(full)
 
 
 def stages(net: nn.Module) -> list[Stage]:
-    """The stages that have a flag, in the order of the flags."""
+    """The stages that have a flag, in the order of the flags; those that share one have the same index."""
     inner, state = unwrap(net), state_with_modules(net)
     return [
         Stage(i, plan, tuple(map(inner.get_submodule, plan.essential_blocks)),
               tuple(map(inner.get_submodule, plan.refinement_blocks)), switch)
-        for i, (plan, switch) in enumerate(zip(state.plan.flagged, state.switches, strict=True))
+        for i, (group, switch) in enumerate(zip(state.plan.flags, state.switches)) for plan in group
     ]

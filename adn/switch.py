@@ -1,4 +1,5 @@
-"""The run-time state of a stage: is its refinement path bypassed, or does one forward do both?
+"""The run-time state of a stage: is its refinement path bypassed, or does one forward do both? And of a stack: how many
+of its layers run?
 
 Changing it writes Python attributes and nothing else: no allocation on a device, no compilation, no
 synchronisation.
@@ -93,6 +94,11 @@ class Switch:
         if len(self._numbers) > _REMEMBERED_CHANGES:
             del self._numbers[: _REMEMBERED_CHANGES // 2], self._states[: _REMEMBERED_CHANGES // 2]
 
+    @property
+    def entry(self) -> bool:
+        """Its entry in the depth of the net."""
+        return bool(self.skip)
+
     def bypassed(self) -> bool | Both:
         """Is the refinement path bypassed in the forward that is running?"""
         return self._at_forward() if recomputing() else self.skip
@@ -117,6 +123,24 @@ class Switch:
 
     def __reduce__(self) -> tuple:
         return Switch, (bool(self.skip),)  # a copy made while one forward runs both nets begins as any other
+
+
+class Cut:
+    """Of a stack of layers: how many run.
+
+    Attributes:
+        entry: how many of them run, in evaluation.
+        in_training: does that hold in training too? If not, all run there.
+    """
+
+    __slots__ = ("entry", "in_training")
+
+    def __init__(self, entry: int, in_training: bool = False) -> None:
+        self.entry = entry
+        self.in_training = in_training
+
+    def set(self, entry: int) -> None:
+        self.entry = entry
 
 
 def _refuse_checkpoint_in_reentrant_checkpoint() -> None:

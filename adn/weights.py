@@ -12,6 +12,7 @@ has the most of. What carries over, exactly (the same function, up to the order 
 | ConvNeXt     | -                                        | `convnext_tiny` <-> `convnext_tiny`, ...           |
 | RegNet       | -                                        | `regnet_y_400mf` <-> `regnety_004`, ...            |
 | EfficientNet | -                                        | `efficientnet_b0` .. `b4` <-> the same names       |
+| RT-DETR      | yes (AnyDepth-DETR); official as it is   | -                                                  |
 
 Models that share names and shapes but not the function cannot be told apart by a state dict: timm's EfficientNets from
 `b5` on have other epsilons than torchvision's, its `tf_*` models another padding as well.
@@ -90,10 +91,10 @@ class LoadReport:
 def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, strict: bool = True) -> LoadReport:
     """Load weights that were not written by `save`: of the plain model, or any-depth ones of the reference.
 
-    Recognised are this library's names, those of the reference implementation (`*_skip` twins), torchvision's and
-    timm's, for timm's and torchvision's models; see the table above. Twins that the source does not have are filled
-    by the `twins` setting of the net ("copy": from the plain norm; "fresh": reset). Absent counters and tables that
-    follow from the model's sizes are no mismatch.
+    Recognised are this library's names, those of the reference implementations (`*_skip`, `*_skippable` twins),
+    torchvision's and timm's, for timm's and torchvision's models, and those of RT-DETR; see the table above. Twins that
+    the source does not have are filled by the `twins` setting of the net ("fresh": reset; else from the plain norm).
+    Absent counters and tables that follow from the model's sizes are no mismatch.
 
     Args:
         net: a converted net, or a model not converted.
@@ -230,7 +231,7 @@ def _without_prefixes(state: State, own: State) -> dict[str, torch.Tensor]:
 def _translate(given: Iterable[str], own: State) -> tuple[str, list[str]]:
     """Whose names these are, and what the net calls each; the names as they are if it has none of them."""
     given = list(given)
-    ours = [re.sub(r"_skip\.", ".skip.", name) for name in given]
+    ours = [re.sub(r"_skip(?:pable)?\.", ".skip.", name) for name in given]
     reference = ours != given
     naming = "reference" if reference else "adn" if any(".skip." in name for name in given) else "plain names"
     best, hits = ours, len(own.keys() & set(ours))
@@ -266,11 +267,19 @@ def _translations() -> list[tuple[str, str, tuple[Table, ...]]]:
     for family, table in reference.items():
         found += [("reference", family, (table,)), ("reference", family, (table, to_timm[family]))]
     found.append(("reference", "ResNet vd", (_VD,)))
+    found.append(("reference", "RT-DETR", (_RTDETR,)))
     return found
 
 
 # The reference's shortcut has no pooling where the stride is 1; timm keeps an identity in its place.
 _VD = {"layer1.0.downsample.0": "layer1.0.downsample.1", "layer1.0.downsample.1": "layer1.0.downsample.2"}
+
+# Official names but for the backbone, and for what the official neck has as a sequence.
+_RTDETR = {
+    **{f"backbone.{old}": f"backbone.{new}" for old, new in _VD.items()},
+    **{f"encoder.input_proj.{i}.{old}": f"encoder.input_proj.{i}.{new}"
+       for i in range(3) for old, new in (("conv", 0), ("norm", 1))},
+}
 
 _MOST_BLOCKS = 64  # of a stage; tables are written out so that they can be turned round
 

@@ -1,9 +1,9 @@
 """Where the stages of known models are: one short file per family.
 
-A family is a function from a model to its `StagePlan`s (none if the model is of another family), registered by
-`@family`. Files of this package are imported when it is, so a new family is a new file and nothing else. Stages are
-found by structure (containers and block classes), not by the class of the model, so feature extractors built from
-the same blocks convert too.
+A family is a function from a model to its `StagePlan`s (none if the model is of another family), or to a `Plan` where
+there are stacks too, registered by `@family`. Files of this package are imported when it is, so a new family is a new
+file and nothing else. Stages are found by structure (containers and block classes), not by the class of the model, so
+feature extractors built from the same blocks convert too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import ConversionError
 from ..nn import is_norm
 from ..plan import Plan, StagePlan
 
-Finder = Callable[[nn.Module], list[StagePlan]]
+Finder = Callable[[nn.Module], list[StagePlan] | Plan]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +44,15 @@ def family(*timm_modules: str) -> Callable[[Finder], Finder]:
 
 
 def find_plan(model: nn.Module) -> Plan:
-    """The plan of the first family that knows the model's blocks.
+    """The plan of the family that knows the model's blocks; of several, that which finds the most flags.
 
     Raises:
         ConversionError: if none does; it says what was looked for and what to pass.
     """
-    found = [Plan(stages, known.name) for known in FAMILIES.values() if (stages := known.find(model))]
+    found = [Plan(stages, known.name, getattr(stages, "stacks", ()))
+             for known in FAMILIES.values() if (stages := known.find(model))]
     if found:
-        return next((plan for plan in found if plan.flagged), found[0]).resolve(model)
+        return max(found, key=lambda plan: len(plan.flags)).resolve(model)
     containers = [name for name, m in model.named_modules()
                   if name and isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1][:6]
     raise ConversionError(

@@ -1,0 +1,54 @@
+"""Where the stages of RT-DETR are: those of its backbone, its neck under one flag, its decoder as a stack.
+
+The neck's CSP blocks bypass their last bottlenecks together; every norm of the neck that always runs switches. The
+decoder's norms do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..families import FAMILIES, family, runs
+from ..nn import is_norm
+from ..plan import Plan, StackPlan, StagePlan
+from .encoder import CSPRepLayer, HybridEncoder
+from .presnet import Block
+from .rtdetr import RTDETR
+
+
+@family()
+def presnet(model: nn.Module) -> list[StagePlan]:
+    return list(runs(model, (Block,), lambda block: block.short is None))
+
+
+@family()
+def rtdetr(model: nn.Module) -> list[StagePlan] | Plan:
+    if not isinstance(model, RTDETR):
+        return []
+    others = (known.find(model) for known in FAMILIES.values() if known.find is not rtdetr)
+    backbone = next(filter(None, others), [])
+    return Plan([*backbone, *_neck(model.encoder)], "rtdetr", [_decoder(len(model.decoder.decoder.layers))])
+
+
+def _neck(encoder: HybridEncoder) -> Iterator[StagePlan]:
+    """The runs of bottlenecks; each has the norms of its CSP block, the first also those that lie in none."""
+    csp = {f"encoder.{name}": block for name, block in encoder.named_modules() if isinstance(block, CSPRepLayer)}
+    norms = [f"encoder.{name}" for name, module in encoder.named_modules() if is_norm(module)]
+    loose = [norm for norm in norms if not any(norm.startswith(f"{name}.") for name in csp)]
+    for name, block in csp.items():
+        count = len(block.bottlenecks)
+        blocks = [f"{name}.bottlenecks.{i}" for i in range(count)]
+        essential = min(count, max(1, (count + 1) // 2 - 1))
+        own = [norm for norm in norms if norm.startswith(f"{name}.")
+               and not any(norm.startswith(f"{skipped}.") for skipped in blocks[essential:])]
+        yield StagePlan(name, blocks, essential, [*loose, *own], flag="neck")
+        loose = []
+
+
+def _decoder(layers: int) -> StackPlan:
+    """The base-net runs two thirds of the layers, as published for six."""
+    return StackPlan("decoder", ["decoder.decoder.layers", "decoder.dec_score_head", "decoder.dec_bbox_head"],
+                     math.ceil(2 * layers / 3))

@@ -1,0 +1,189 @@
+"""RT-DETR (Zhao et al., CVPR 2024, arXiv:2304.08069) and AnyDepth-DETR, built by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import timm.layers
+import torch
+from torch import Tensor, fx, nn
+
+from ..convert import convert
+from ..state import state_of
+from .decoder import Decoder
+from .denoising import Denoising, Draws, make_queries
+from .encoder import HybridEncoder
+from .presnet import PResNet
+from .targets import Targets
+
+STRIDE = 32  # of the coarsest map
+
+
+class RTDETR(nn.Module):
+    """A detector: images (B, 3, H, W), RGB in 0..1, sides multiples of 32, to a set of objects.
+
+    In evaluation a dict: `pred_logits` (B, Q, C) before the sigmoid, `pred_boxes` (B, Q, 4) as (cx, cy, w, h) in 0..1,
+    `query_index` int64 (B, Q), the token of the flattened maps that each query came from.
+
+    In training the same, and: `aux_outputs`, such dicts of the earlier decoder layers, then of the encoder's heads;
+    where an image has an object, `dn_aux_outputs`, of the denoising queries, one for each layer, and `dn_meta`, their
+    `Denoising`; `backbone_features` and `encoder_features`, lists of three maps.
+
+    Args:
+        backbone: "presnet18", 34, 50 or 101, the official ones; or a model of timm, of which the maps of strides 8, 16
+            and 32 are used.
+        num_classes: C.
+        queries: Q.
+        hidden: channels of the neck.
+        decoder_hidden: width of the decoder.
+        heads: of all attention.
+        feedforward, decoder_feedforward: hidden width of the neck's and of the decoder's perceptrons.
+        expansion, depth_mult: of the neck's CSP blocks.
+        decoder_layers, points: layers of the decoder; points that a query looks at, per map and head.
+        num_denoising, label_noise, box_noise: of the denoising queries in training, see `make_queries`.
+        freeze_norm: norms of the backbone keep statistics and parameters.
+        freeze_stem: so does what comes before the backbone's stages.
+        backbone_args: further arguments of the backbone.
+
+    Raises:
+        ValueError: of a call, on images of another shape.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "presnet50",
+        *,
+        num_classes: int = 80,
+        queries: int = 300,
+        hidden: int = 256,
+        decoder_hidden: int = 256,
+        heads: int = 8,
+        feedforward: int = 1024,
+        decoder_feedforward: int = 1024,
+        expansion: float = 1.0,
+        depth_mult: float = 1.0,
+        decoder_layers: int = 6,
+        points: int = 4,
+        num_denoising: int = 100,
+        label_noise: float = 0.5,
+        box_noise: float = 1.0,
+        freeze_norm: bool = False,
+        freeze_stem: bool = False,
+        backbone_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_denoising, self.label_noise, self.box_noise = num_denoising, label_noise, box_noise
+        self.backbone, channels = _backbone(backbone, dict(backbone_args or {}))
+        self.encoder = HybridEncoder(channels, hidden, heads, feedforward, 1, expansion, depth_mult)
+        self.decoder = Decoder([hidden] * 3, num_classes, queries, decoder_hidden, heads, decoder_layers,
+                               decoder_feedforward, points)
+        if freeze_norm:
+            self.backbone = timm.layers.freeze_batch_norm_2d(self.backbone)
+        if freeze_stem:
+            for module in _stem(self.backbone):
+                module.requires_grad_(False)
+
+    def forward(self, images: Tensor, targets: Targets | None = None, draws: Draws | torch.Generator | None = None
+                ) -> dict[str, Any]:
+        """
+        Args:
+            targets: of the images, in training: one dict each with `labels` int64 (n,) and `boxes` (n, 4); None = no
+                denoising.
+            draws: the random numbers of denoising, see `make_queries`.
+        """
+        images = checked(images, self.decoder.queries)
+        features = self.backbone(images)
+        maps = self.encoder(features)
+        if not self.training:
+            return self.decoder(maps)
+        denoising = None if targets is None else self._denoising(targets, draws)
+        return {**self.decoder(maps, denoising), "backbone_features": list(features), "encoder_features": maps}
+
+    @torch.compiler.disable
+    def _denoising(self, targets: Targets, draws: Draws | torch.Generator | None) -> Denoising | None:
+        return make_queries(
+            targets, self.num_classes, self.decoder.queries, self.decoder.denoising_class_embed,
+            num_denoising=self.num_denoising, label_noise_ratio=self.label_noise, box_noise_scale=self.box_noise,
+            draws=draws)
+
+
+@fx.wrap
+def checked(images: Tensor, queries: int) -> Tensor:
+    """The images, if a detector can take them."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {tuple(images.shape)}; pass (B, 3, H, W)")
+    h, w = images.shape[-2:]
+    if h % STRIDE or w % STRIDE or not h or not w:
+        raise ValueError(f"images of {w} x {h} pixels; both sides must be multiples of {STRIDE}")
+    tokens = sum((h // stride) * (w // stride) for stride in (8, 16, 32))
+    if tokens < queries:
+        raise ValueError(f"images of {w} x {h} pixels have {tokens} places for {queries} queries: pass larger images, "
+                         "or build the detector with fewer queries")
+    return images
+
+
+def _backbone(name: str, args: dict[str, Any]) -> tuple[nn.Module, Sequence[int]]:
+    if name.startswith("presnet"):
+        net = PResNet(int(name.removeprefix("presnet") or 0), **args)
+        return net, net.channels
+    if not timm.is_model(name):
+        raise ValueError(f"no backbone {name!r}: pass presnet18, 34, 50 or 101, or a model of timm")
+    net = timm.create_model(name, features_only=True, out_indices=(-3, -2, -1), **args)
+    if tuple(net.feature_info.reduction()) != (8, 16, 32):
+        raise ValueError(f"the last maps of {name} have strides {net.feature_info.reduction()}, not 8, 16 and 32")
+    return net, net.feature_info.channels()
+
+
+def _stem(backbone: nn.Module) -> Sequence[nn.Module]:
+    if isinstance(backbone, PResNet):
+        return backbone.stem
+    return [module for name, module in backbone.named_children() if name in ("conv1", "bn1", "stem", "conv_stem")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model by name: arguments of `RTDETR`, and whether it is any-depth from the start."""
+
+    args: Mapping[str, Any]
+    any_depth: bool = False
+
+
+_FROZEN = {"freeze_norm": True, "freeze_stem": True}
+_LARGE = {"hidden": 384, "feedforward": 2048, **_FROZEN}
+_ADN = {"backbone_args": {"avg_down": True}}
+
+PRESETS = {
+    "rtdetr_r18vd": Preset({"backbone": "presnet18", "expansion": 0.5, "decoder_layers": 3}),
+    "rtdetr_r34vd": Preset({"backbone": "presnet34", "expansion": 0.5, "decoder_layers": 4}),
+    "rtdetr_r50vd_m": Preset({"backbone": "presnet50", "expansion": 0.5, **_FROZEN}),
+    "rtdetr_r50vd": Preset({"backbone": "presnet50", **_FROZEN}),
+    "rtdetr_r101vd": Preset({"backbone": "presnet101", **_LARGE}),
+    "anydepth_rtdetr_r50vd": Preset({"backbone": "resnet50", **_ADN, **_FROZEN}, any_depth=True),
+    "anydepth_rtdetr_r101vd": Preset({"backbone": "resnet101", **_ADN, **_LARGE}, any_depth=True),
+}
+
+
+def build(name: str, twins: str = "frozen", **kwargs: Any) -> nn.Module:
+    """A detector by name, with fresh weights.
+
+    Args:
+        name: one of `PRESETS`.
+        twins: of an any-depth one, see `adn.convert`.
+        kwargs: arguments of `RTDETR` in place of the preset's.
+
+    Raises:
+        ValueError: on an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no detector {name!r}; pass one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    model = RTDETR(**{**preset.args, **kwargs})
+    if not preset.any_depth:
+        return model
+    net = convert(model, twins=twins)
+    state_of(net).origin = {"name": name, "kwargs": kwargs}
+    return net
