@@ -166,8 +166,8 @@ class CocoImages(Dataset):
         label = {category.id: i for i, category in enumerate(self.categories)}
         for known, ids, what in ((index, image_ids, "image"), (label, category_ids, "category")):
             if unknown := [i for i in ids if i not in known]:
-                raise ValueError(f"{self.file} has {len(unknown)} annotations of {what} ids that it does not list, such "
-                                 f"as {unknown[0]}: leave them out, or complete the list")
+                raise ValueError(f"{self.file} has {len(unknown)} annotations of {what} ids that it does not list, "
+                                 f"such as {unknown[0]}: leave them out, or complete the list")
         images = np.array([index[i] for i in image_ids], dtype=np.int64)
         order = images.argsort(kind="stable")
         self._start = np.searchsorted(images[order], np.arange(len(self) + 1))

@@ -1,0 +1,314 @@
+"""Average precision of a detector at every depth, in one pass over the data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
+from torchvision.ops import box_convert
+from tqdm import tqdm
+
+from ..checkpoint import atomic_write
+from ..depth import Depth
+from ..evaluate import autocast, evaluating, no_image, read_depths, try_forward
+from ..profile import table
+from ..state import DepthLike, set_depth, state_of
+from ..state import depths as all_depths
+from .coco import CocoImages, Target
+from .postprocess import postprocess
+
+BACKENDS = ("pycocotools", "faster_coco_eval")
+
+# By image id, the detections in it: (n, 6) float32 of x1, y1, x2, y2 in pixels, score, label.
+Found = dict[int, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionRow:
+    """How well a detector does at one depth.
+
+    Accuracies are None where there is no object, or none of that size, to find.
+
+    Attributes:
+        depth: None for a net of one depth.
+        ap: COCO's average precision in percent, mean over the classes and IoU 0.50, 0.55, ..., 0.95.
+        ap50, ap75: at one IoU.
+        aps, apm, apl: of objects with an area of up to 32^2, up to 96^2, and more pixels.
+        ar100: average recall in percent, of at most 100 detections per image and class.
+        images: how many were evaluated.
+        macs, latency_ms: multiply-adds per image, and time, where the caller fills them in.
+    """
+
+    depth: Depth | None
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    aps: float | None
+    apm: float | None
+    apl: float | None
+    ar100: float | None
+    images: int
+    macs: int | None = None
+    latency_ms: float | None = None
+
+
+# The accuracies of a row, and their places among the numbers that the COCO tools give.
+_STATS = {"ap": 0, "ap50": 1, "ap75": 2, "aps": 3, "apm": 4, "apl": 5, "ar100": 8}
+
+
+def evaluate_detector(
+    net: nn.Module,
+    loader: Iterable[tuple[torch.Tensor, list[Target]] | None],
+    depths: Iterable[DepthLike] | None = None,
+    device: torch.device | str | None = None,
+    *,
+    amp: torch.dtype | str | None = None,
+    progress: bool = True,
+    results_dir: str | os.PathLike[str] | None = None,
+    backend: str = "pycocotools",
+    distributed: bool = False,
+) -> list[DetectionRow]:
+    """Average precision of a detector at several depths; every batch is read once and runs at all of them.
+
+    In evaluation mode and without gradients. Depth and mode of the net are afterwards what they were. The detections,
+    up to 300 per image, are compared with all annotations of the images that the loader gave, crowds included, each
+    image once. They are kept until the end, 7 kB per image and depth.
+
+    Args:
+        net: a detector, any-depth or of one depth, that gives `pred_logits` (B, Q, C) and `pred_boxes` (B, Q, 4).
+        loader: a DataLoader over `CocoImages`, or a `Subset` of them, with `collate`.
+        depths: which; None = every depth of the net.
+        device: where batches go (their dtype becomes the net's); None = where the net's parameters are.
+        amp: run under autocast: "bf16", "fp16" or a dtype.
+        progress: show progress bars, if in a terminal.
+        results_dir: write COCO's results format there, `results_FFFFF-6.json` for the depth FFFFF|6 (`results.json`
+            for a net of one depth).
+        backend: "pycocotools", or "faster_coco_eval" for the same numbers sooner.
+        distributed: all processes of the group call this, each with its share of the images, and get the same rows;
+            the first one does the comparison. False = this process stands alone.
+
+    Returns:
+        One row per depth, in the order given; a single one, of depth None, for a net of one depth.
+
+    Raises:
+        ValueError: if data and net do not have the same classes, the net cannot take images of this size or gives
+            boxes that are not finite, the loader has no `CocoImages`, or there is no image at all.
+        ImportError: if the backend is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; pass one of {', '.join(map(repr, BACKENDS))}")
+    require_backend(backend)
+    data = _images_of(loader)
+    if _is_any_depth(net):
+        chosen: list[Depth | None] = [*(all_depths(net) if depths is None else read_depths(net, depths))]
+    elif depths is None:
+        chosen = [None]
+    else:
+        raise ValueError(f"this {type(net).__name__} is not any-depth: leave out depths={list(depths)}")
+    found = _detect(net, loader, data, chosen, device, amp, progress)
+    rows: list[DetectionRow] = []
+    if distributed:
+        found = _gather(found)
+    if not distributed or dist.get_rank() == 0:
+        if not found[0]:
+            raise ValueError(no_image("evaluate on", loader))
+        bar = tqdm(zip(chosen, found, strict=True), "compare", len(chosen), unit="depth", leave=False,
+                   disable=None if progress else True)
+        for depth, of_depth in bar:
+            results = to_results(data, of_depth)
+            if results_dir is not None:
+                _write(Path(results_dir, _file_name(depth)), results)
+            rows.append(DetectionRow(depth, **score(data, results, of_depth, backend), images=len(of_depth)))
+    return _broadcast(rows) if distributed else rows
+
+
+def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Iterable[int], backend: str = "pycocotools"
+          ) -> dict[str, float | None]:
+    """The accuracies of a `DetectionRow`, by the COCO tools.
+
+    Args:
+        data: with the objects to find.
+        results: detections in COCO's results format.
+        image_ids: of the images to count; those without a detection count, too.
+        backend: see `evaluate_detector`.
+    """
+    if backend == "pycocotools":
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    else:
+        from faster_coco_eval import COCO
+        from faster_coco_eval import COCOeval_faster as COCOeval
+    truth = data.ground_truth(image_ids)
+    # What COCO.loadRes makes, which fails on an empty list and gives every box a polygon.
+    detections = {**truth, "annotations": [
+        {**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+        for i, result in enumerate(results, 1)]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        tools = []
+        for content in (truth, detections):
+            coco = COCO()
+            coco.dataset = content
+            coco.createIndex()
+            tools.append(coco)
+        evaluation = COCOeval(*tools, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    numbers = {name: float(evaluation.stats[place]) for name, place in _STATS.items()}
+    return {name: None if number < 0 else 100 * number for name, number in numbers.items()}
+
+
+def to_results(data: CocoImages, found: Found) -> list[dict[str, Any]]:
+    """COCO's results format: category ids of the file, boxes as x, y, width, height in pixels."""
+    results = []
+    for image_id, rows in found.items():
+        boxes = box_convert(torch.from_numpy(rows[:, :4]).double(), "xyxy", "xywh").tolist()
+        for box, number, label in zip(boxes, rows[:, 4].tolist(), rows[:, 5].tolist(), strict=True):
+            results.append({"image_id": image_id, "category_id": data.categories[int(label)].id, "bbox": box,
+                            "score": number})
+    return results
+
+
+def detection_table(rows: Sequence[DetectionRow]) -> str:
+    """Rows as text in columns; multiply-adds (in billions) and latency where they are known."""
+    head = ["depth", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
+    counted, timed = (any(getattr(row, name) is not None for row in rows) for name in ("macs", "latency_ms"))
+    lines = [[*head, *(["GMACs"] if counted else []), *(["ms"] if timed else [])]]
+    for row in rows:
+        line = ["-" if row.depth is None else str(row.depth), *(_digits(getattr(row, name), 1) for name in _STATS)]
+        if counted:
+            line.append(_digits(None if row.macs is None else row.macs / 1e9, 3))
+        if timed:
+            line.append(_digits(row.latency_ms, 2))
+        lines.append(line)
+    return table(lines)
+
+
+def require_backend(name: str) -> None:
+    """Raise ImportError, saying what to install, where detections could not be compared with annotations."""
+    try:
+        __import__(name)
+    except ImportError as error:
+        install = "adn[detect]" if name == "pycocotools" else "faster-coco-eval"
+        raise ImportError(f'average precision needs {name}: pip install "{install}"') from error
+
+
+def _detect(net: nn.Module, loader: Iterable[tuple[torch.Tensor, list[Target]] | None], data: CocoImages,
+            depths: Sequence[Depth | None], device: torch.device | str | None, amp: torch.dtype | str | None,
+            progress: bool) -> list[Found]:
+    run = net.module if isinstance(net, DistributedDataParallel) else net
+    parameter = next(run.parameters())
+    device = torch.device(device) if device is not None else parameter.device
+    found: list[Found] = [{} for _ in depths]
+    bar = tqdm(loader, "evaluate", unit="batch", leave=False, disable=None if progress else True)
+    with _evaluating(net), torch.inference_mode(), autocast(device, amp):
+        for batch in bar:
+            if batch is None:
+                continue
+            images, targets = batch
+            images = images.to(device, parameter.dtype, non_blocking=True)
+            sizes = [target["size"] for target in targets]
+            for of_depth, depth in zip(found, depths, strict=True):
+                if depth is None:
+                    outputs = run(images)
+                else:
+                    set_depth(net, depth)
+                    outputs = try_forward(run, images)
+                _check_classes(net, outputs["pred_logits"], data)
+                for target, one in zip(targets, postprocess(outputs, sizes), strict=True):
+                    columns = (one["boxes"], one["scores"][:, None], one["labels"][:, None])
+                    rows = torch.cat([column.float() for column in columns], dim=1).cpu().numpy()
+                    if not np.isfinite(rows).all():
+                        raise ValueError(f"the net gives boxes or scores that are not finite"
+                                         f"{'' if depth is None else f' at depth {depth}'}: its weights, or the amp "
+                                         "setting, are not usable")
+                    of_depth[int(target["image_id"])] = rows
+    return found
+
+
+def _images_of(loader: Any) -> CocoImages:
+    data = getattr(loader, "dataset", None)
+    while isinstance(data, Subset):
+        data = data.dataset
+    if not isinstance(data, CocoImages):
+        raise ValueError("the loader does not tell what is in its images: pass a torch DataLoader over CocoImages, or "
+                         "over a Subset of them")
+    return data
+
+
+def _is_any_depth(net: nn.Module) -> bool:
+    try:
+        state_of(net)
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """`adn.evaluate.evaluating`, also for a net of one depth."""
+    if _is_any_depth(net):
+        with evaluating(net):
+            yield
+        return
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        net.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_classes(net: nn.Module, logits: torch.Tensor, data: CocoImages) -> None:
+    names = data.class_names
+    if logits.shape[-1] != len(names):
+        raise ValueError(f"{data.file} has {len(names)} categories, the net {logits.shape[-1]} classes")
+    known = state_of(net).class_names if _is_any_depth(net) else None
+    if known and known != names:
+        i = next(i for i, (ours, theirs) in enumerate(zip(known, names, strict=True)) if ours != theirs)
+        raise ValueError(f"class {i} is {names[i]!r} in {data.file} and {known[i]!r} in the net: the labels, which "
+                         "follow ascending category id, do not mean the same")
+
+
+def _gather(found: list[Found]) -> list[Found]:
+    """The detections of all processes together; of an image that several had, those of the first."""
+    every: list[list[Found]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, found)
+    merged: list[Found] = [{} for _ in found]
+    for share in reversed(every):
+        for whole, part in zip(merged, share, strict=True):
+            whole.update(part)
+    return merged
+
+
+def _broadcast(rows: list[DetectionRow]) -> list[DetectionRow]:
+    box = [rows]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _file_name(depth: Depth | None) -> str:
+    return "results.json" if depth is None else f"results_{depth}.json".replace("|", "-")
+
+
+def _write(path: Path, results: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(results), encoding="utf-8")
+
+
+def _digits(value: float | None, count: int) -> str:
+    return "-" if value is None else f"{value:.{count}f}"
