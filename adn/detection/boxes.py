@@ -37,5 +37,6 @@ def _extent(start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """`log(x / (1 - x))` for x in 0..1, both x and 1 - x taken as at least `eps`."""
+    """`log(x / (1 - x))` of x clipped to 0..1, both x and 1 - x taken as at least `eps`."""
+    x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

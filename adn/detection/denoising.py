@@ -90,8 +90,8 @@ def make_queries(
     """The denoising queries of a batch, on the device of `class_embed`.
 
     Labels are replaced by random ones with probability `label_noise_ratio / 2`. Each side of a box moves by up to half
-    of the box's width or height, times `box_noise_scale`, if positive, by once to twice as much if negative; boxes are
-    clipped to the image.
+    of the box's width or height, times `box_noise_scale`, if positive, by once to twice as much if negative, and is
+    clipped to the image; where opposite sides have passed each other, the width or height is 0.
 
     Args:
         targets: one dict per image: `labels` int64 (n,), `boxes` (n, 4) cxcywh in 0..1; n may be 0.
