@@ -361,25 +361,25 @@ def deformable_attention_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward op in plain PyTorch."""
     batch, _, heads, dim = value.shape
-    queries = weights.shape[1]
+    queries, _, _, points = weights.shape[1:]
     wide = _wide(value, locations, weights)
     g = dout.to(wide).transpose(1, 2).reshape(batch * heads, dim, queries, 1)
     dvalues, dgrids, dweights = [], [], []
     for (maps, grid), weight in zip(_maps(value, shapes, locations, wide), weights.to(wide).unbind(3)):
-        if needs[2]:
-            dweights.append((_sample(maps, grid) * g).sum(1).view(batch, heads, queries, -1))
-        weight = weight.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+        weight = weight.transpose(1, 2).reshape(batch * heads, 1, queries, points)
         dmaps, dgrid = torch.ops.aten.grid_sampler_2d_backward(
             g * weight, maps, grid, 0, 0, False, [needs[0], needs[1]])
         if needs[0]:
-            dvalues.append(dmaps.view(batch, heads, dim, -1).permute(0, 3, 1, 2))
-        dgrids.append(dgrid.view(batch, heads, queries, -1, 2))
+            dvalues.append(dmaps.flatten(2).unflatten(0, (batch, heads)).permute(0, 3, 1, 2))
+        if needs[1]:
+            dgrids.append(dgrid.unflatten(0, (batch, heads)).transpose(1, 2))
+        if needs[2]:
+            dweights.append((_sample(maps, grid) * g).sum(1).unflatten(0, (batch, heads)).transpose(1, 2))
     return (
         torch.empty_like(value).copy_(torch.cat(dvalues, 1)) if needs[0] else value.new_empty(0),
-        locations.new_empty(locations.shape).copy_(2 * torch.stack(dgrids, 3).transpose(1, 2))
-        if needs[1] else locations.new_empty(0),
-        weights.new_empty(weights.shape).copy_(torch.stack(dweights, 3).transpose(1, 2))
-        if needs[2] else weights.new_empty(0),
+        # The points of `grid_sample` lie between -1 and 1.
+        (2 * torch.stack(dgrids, 3)).to(locations.dtype).contiguous() if needs[1] else locations.new_empty(0),
+        torch.stack(dweights, 3).to(weights.dtype).contiguous() if needs[2] else weights.new_empty(0),
     )
 
 
