@@ -68,7 +68,7 @@ class _Criterion(nn.Module):
         self, outputs: Outputs, objects: Objects, num_boxes: torch.Tensor | float
     ) -> dict[str, torch.Tensor]:
         """Terms of the denoising heads, whose queries belong to objects by construction."""
-        if "dn_aux_outputs" not in outputs:
+        if not outputs.get("dn_aux_outputs"):
             return {}
         meta: Denoising = outputs["dn_meta"]
         logits, boxes = _stacked(outputs["dn_aux_outputs"])
