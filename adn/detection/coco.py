@@ -166,8 +166,8 @@ class CocoImages(Dataset):
         label = {category.id: i for i, category in enumerate(self.categories)}
         for known, ids, what in ((index, image_ids, "image"), (label, category_ids, "category")):
             if unknown := [i for i in ids if i not in known]:
-                raise ValueError(f"{self.file} has {len(unknown)} annotations of {what} ids that it does not list, "
-                                 f"such as {unknown[0]}: leave them out, or complete the list")
+                raise ValueError(f"{self.file} has annotations of an unlisted {what}, id {unknown[0]} "
+                                 f"({len(unknown)} in all): leave them out, or complete the list")
         images = np.array([index[i] for i in image_ids], dtype=np.int64)
         order = images.argsort(kind="stable")
         self._start = np.searchsorted(images[order], np.arange(len(self) + 1))
@@ -185,9 +185,9 @@ class CocoImages(Dataset):
         moved = (abs(clipped - corners) > _SLACK).any(axis=1) & ~empty & ~self._crowd
         notes = []
         if moved.any():
-            notes.append(f"{moved.sum()} boxes reach over the edge of their image and are clipped")
+            notes.append(f"boxes that reach over the edge of their image, and are clipped: {moved.sum()}")
         if empty.any():
-            notes.append(f"{empty.sum()} boxes have no area within their image and are not trained on")
+            notes.append(f"boxes without area in their image, which are not trained on: {empty.sum()}")
         return notes
 
     def _target(self, index: int) -> Target:
