@@ -248,7 +248,7 @@ def _verified_origin(net: nn.Module) -> dict[str, Any] | None:
     try:
         # Saving must not disturb a training run: whatever building draws, it draws elsewhere.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            again = convert(build_source(origin["name"], origin["kwargs"]), plan=state.plan)
+            again = convert(build_source(origin["name"], origin["kwargs"]), plan=state.plan, twins=state.twins)
     except (ConversionError, ValueError, TypeError, RuntimeError):
         return None
     if _shapes(again) != _shapes(net) or (state.origin is None and _structure(again) != _structure(net)):

@@ -92,7 +92,7 @@ def convert(
     pairs = {name: twin_of(model.get_submodule(name), twins)
              for stage in resolved.flagged for name in stage.norms}
     edited = plan is not None and _is_edited(model, resolved)
-    _attach(model, resolved, twins, pairs)
+    _attach(model, resolved, twins, pairs).origin = getattr(model, "adn_origin", None)
     if edited:
         for name in (block for stage in resolved.flagged for block in stage.refinement_blocks):
             swap(model.get_submodule(name), ShapeChecked)

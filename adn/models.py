@@ -1,4 +1,4 @@
-"""Converted classifiers by name: timm's model names with the prefix `anydepth_`."""
+"""Models by name: timm's classifiers, converted, with the prefix `anydepth_`; detectors by names of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import timm
 from torch import nn
 
 from .convert import convert
+from .detection.presets import PRESETS
 from .families import FAMILIES
 from .state import state_of
 
@@ -31,24 +32,31 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def create_model(
-    name: str, *, num_classes: int | None = None, pretrained: bool = False, twins: str = "copy", **kwargs: Any
+    name: str, *, num_classes: int | None = None, pretrained: bool = False, twins: str | None = None, **kwargs: Any
 ) -> nn.Module:
-    """A classifier of timm, converted.
+    """A classifier of timm, converted; or a detector.
 
     Args:
         name: one of `list_models()`, such as "anydepth_resnet50"; a timm tag may follow ("anydepth_resnet50.a1_in1k").
-        num_classes: size of the head; None = timm's default for the name.
+            Detectors: "anydepth_rtdetr_r50vd"; "rtdetr_r50vd" is the plain model, for `convert`.
+        num_classes: size of the head; None = timm's default for the name, 80 for a detector.
         pretrained: start from timm's weights of that name and tag (downloaded).
-        twins: how the second norms start, see `convert`.
-        kwargs: passed on to `timm.create_model`. What cannot be written as JSON (a layer class) makes `save` store no
-            recipe for the model: `load` then needs the model passed.
+        twins: how the second norms start, see `convert`. None = "copy"; for a detector "frozen", as in the reference,
+            whose checkpoints say what is in them. Pass "copy" for training with a backbone that is not any-depth yet.
+        kwargs: passed on to `timm.create_model`, or to `adn.detection.RTDETR`. What cannot be written as JSON (a layer
+            class) makes `save` store no recipe for the model: `load` then needs the model passed.
 
     Returns:
-        The net at full depth, on the CPU, in training mode. It maps (B, 3, H, W) to logits (B, num_classes).
+        The net at full depth, on the CPU, in training mode. It maps (B, 3, H, W) to logits (B, num_classes); a detector
+        to what `adn.detection.RTDETR` says.
 
     Raises:
         ValueError: on an unknown name; the message lists close ones.
     """
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if name in PRESETS:
+        return _detector(name, pretrained, twins or "frozen", kwargs)
     if not isinstance(name, str) or name.partition(".")[0] not in _names():
         raise ValueError(_unknown(name))
     timm_name = name.removeprefix(PREFIX)
@@ -57,15 +65,21 @@ def create_model(
     except RuntimeError as error:
         tags = ", ".join(timm.list_pretrained(f"{timm_name.partition('.')[0]}.*"))
         raise ValueError(f"{error} timm has {tags or 'none'}") from error
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
-    net = convert(timm.create_model(timm_name, pretrained=pretrained, **kwargs), twins=twins)
+    net = convert(timm.create_model(timm_name, pretrained=pretrained, **kwargs), twins=twins or "copy")
     state_of(net).origin = {"name": name, "kwargs": {k: v for k, v in kwargs.items() if k not in _ABOUT_WEIGHTS}}
     return net
 
 
+def _detector(name: str, pretrained: bool, twins: str, kwargs: dict[str, Any]) -> nn.Module:
+    if pretrained:
+        raise ValueError(f"this library has no weights of {name} to download; build it and adn.load_weights(net, path)")
+    model = build_source(name, kwargs)
+    return convert(model, twins=twins) if PRESETS[name].any_depth else model
+
+
 def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """The plain model, with fresh weights, that an origin ("anydepth_<timm name>" and arguments) describes.
+    """The plain model, with fresh weights, that an origin ("anydepth_<timm name>" or a detector's name, and arguments)
+    describes.
 
     Any name of timm's registry will do, since a plan written by hand converts models of no family; a name that
     would make timm download or read a file will not.
@@ -73,6 +87,12 @@ def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: on a name timm does not have or arguments that are not about the model.
     """
+    if name in PRESETS:
+        from .detection.rtdetr import RTDETR  # here, as it loads the kernels
+
+        model = RTDETR(**{**PRESETS[name].args, **kwargs})
+        model.adn_origin = {"name": name, "kwargs": kwargs}
+        return model
     timm_name = name.removeprefix(PREFIX)
     if not timm.is_model(timm_name):
         raise ValueError(f"timm {timm.__version__} has no model {timm_name!r}")
@@ -85,7 +105,7 @@ def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
 def _names() -> tuple[str, ...]:
     known = {name for family in FAMILIES.values() for module in family.timm_modules
              for name in timm.list_models(module=module, exclude_filters=list(_EXCLUDED))}
-    return tuple(PREFIX + name for name in timm.list_models() if name in known)
+    return (*(PREFIX + name for name in timm.list_models() if name in known), *PRESETS)
 
 
 def _unknown(name: object) -> str:

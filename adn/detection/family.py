@@ -14,9 +14,9 @@ from torch import nn
 from ..families import FAMILIES, family, runs
 from ..nn import is_norm
 from ..plan import Plan, StackPlan, StagePlan
+from .decoder import Decoder
 from .encoder import CSPRepLayer, HybridEncoder
 from .presnet import Block
-from .rtdetr import RTDETR
 
 
 @family()
@@ -26,7 +26,8 @@ def presnet(model: nn.Module) -> list[StagePlan]:
 
 @family()
 def rtdetr(model: nn.Module) -> list[StagePlan] | Plan:
-    if not isinstance(model, RTDETR):
+    if not (isinstance(getattr(model, "encoder", None), HybridEncoder)
+            and isinstance(getattr(model, "decoder", None), Decoder)):
         return []
     others = (known.find(model) for known in FAMILIES.values() if known.find is not rtdetr)
     backbone = next(filter(None, others), [])

@@ -1,8 +1,7 @@
-"""RT-DETR (Zhao et al., CVPR 2024, arXiv:2304.08069) and AnyDepth-DETR, built by name."""
+"""RT-DETR (Zhao et al., CVPR 2024, arXiv:2304.08069), which `adn.convert` makes AnyDepth-DETR."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,7 @@ import timm.layers
 import torch
 from torch import Tensor, fx, nn
 
-from ..convert import convert
-from ..state import state_of
+from . import family as _family  # registers it
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
 from .encoder import HybridEncoder
@@ -75,6 +73,7 @@ class RTDETR(nn.Module):
         backbone_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.adn_origin: dict[str, Any] | None = None  # what `adn.create_model` was called with
         self.num_classes = num_classes
         self.num_denoising, self.label_noise, self.box_noise = num_denoising, label_noise, box_noise
         self.backbone, channels = _backbone(backbone, dict(backbone_args or {}))
@@ -142,48 +141,3 @@ def _stem(backbone: nn.Module) -> Sequence[nn.Module]:
     if isinstance(backbone, PResNet):
         return backbone.stem
     return [module for name, module in backbone.named_children() if name in ("conv1", "bn1", "stem", "conv_stem")]
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """A model by name: arguments of `RTDETR`, and whether it is any-depth from the start."""
-
-    args: Mapping[str, Any]
-    any_depth: bool = False
-
-
-_FROZEN = {"freeze_norm": True, "freeze_stem": True}
-_LARGE = {"hidden": 384, "feedforward": 2048, **_FROZEN}
-_ADN = {"backbone_args": {"avg_down": True}}
-
-PRESETS = {
-    "rtdetr_r18vd": Preset({"backbone": "presnet18", "expansion": 0.5, "decoder_layers": 3}),
-    "rtdetr_r34vd": Preset({"backbone": "presnet34", "expansion": 0.5, "decoder_layers": 4}),
-    "rtdetr_r50vd_m": Preset({"backbone": "presnet50", "expansion": 0.5, **_FROZEN}),
-    "rtdetr_r50vd": Preset({"backbone": "presnet50", **_FROZEN}),
-    "rtdetr_r101vd": Preset({"backbone": "presnet101", **_LARGE}),
-    "anydepth_rtdetr_r50vd": Preset({"backbone": "resnet50", **_ADN, **_FROZEN}, any_depth=True),
-    "anydepth_rtdetr_r101vd": Preset({"backbone": "resnet101", **_ADN, **_LARGE}, any_depth=True),
-}
-
-
-def build(name: str, twins: str = "frozen", **kwargs: Any) -> nn.Module:
-    """A detector by name, with fresh weights.
-
-    Args:
-        name: one of `PRESETS`.
-        twins: of an any-depth one, see `adn.convert`.
-        kwargs: arguments of `RTDETR` in place of the preset's.
-
-    Raises:
-        ValueError: on an unknown name.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"no detector {name!r}; pass one of {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    model = RTDETR(**{**preset.args, **kwargs})
-    if not preset.any_depth:
-        return model
-    net = convert(model, twins=twins)
-    state_of(net).origin = {"name": name, "kwargs": kwargs}
-    return net
