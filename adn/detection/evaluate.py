@@ -66,6 +66,7 @@ class DetectionRow:
 
 # The accuracies of a row, and their places among the numbers that the COCO tools give.
 _STATS = {"ap": 0, "ap50": 1, "ap75": 2, "aps": 3, "apm": 4, "apl": 5, "ar100": 8}
+_DECIMALS = 10
 
 
 def evaluate_detector(
@@ -167,7 +168,8 @@ def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Ite
         evaluation.accumulate()
         evaluation.summarize()
     numbers = {name: float(evaluation.stats[place]) for name, place in _STATS.items()}
-    return {name: None if number < 0 else 100 * number for name, number in numbers.items()}
+    # Rounded, as one of the packages adds 2e-16 to what it divides by, for which all found would not be 100 %.
+    return {name: None if number < 0 else round(100 * number, _DECIMALS) for name, number in numbers.items()}
 
 
 def to_results(data: CocoImages, found: Found) -> list[dict[str, Any]]:
