@@ -249,7 +249,7 @@ def _cut(children: Sequence[nn.Module], compiler: Compiler | None) -> list[Calla
     runs: list[tuple[list[nn.Module], list[Switch | Cut] | None]] = []
     for child in children:
         alone = any(isinstance(module, (_Dispatch, OwnCode)) for module in child.modules())
-        switches = None if alone else _switches(child)
+        switches = None if alone else switches_in(child)
         if runs and not alone and runs[-1][1] == switches and _stage_end(runs[-1][0][-1]) is None:
             runs[-1][0].append(child)
         else:
@@ -259,11 +259,11 @@ def _cut(children: Sequence[nn.Module], compiler: Compiler | None) -> list[Calla
 
 @torch.compiler.disable
 def _lay_regions(module: Region) -> _Regions:
-    regions = module.__dict__["_adn_regions"] = _Regions(_switches(module), vars(module).get("_adn_compiler"))
+    regions = module.__dict__["_adn_regions"] = _Regions(switches_in(module), vars(module).get("_adn_compiler"))
     return regions
 
 
-def _switches(module: nn.Module) -> list[Switch | Cut]:
+def switches_in(module: nn.Module) -> list[Switch | Cut]:
     """What modules in this one follow."""
     return list(dict.fromkeys(m._adn_switch for m in module.modules() if isinstance(m, (SkipNorm, Bypass, Stack))))
 
@@ -339,15 +339,15 @@ def _install(module: nn.Module, around: set[nn.Module]) -> None:
     elif original_class(module).forward is not nn.Module.forward and not isinstance(module, fx.GraphModule):
         swap(module, OwnCode)
     for child in module.children():
-        if child in around and not _is_one_region(child):
+        if child in around and not is_one_region(child):
             _install(child, around)
-        elif not in_turn and _switches(child):
+        elif not in_turn and switches_in(child):
             swap(child, Region)
 
 
-def _is_one_region(module: nn.Module) -> bool:
+def is_one_region(module: nn.Module) -> bool:
     """Do several stages in a module, and all else in it, follow one flag? Then it has two paths as a whole."""
-    return len(_switches(module)) == 1 and sum(isinstance(m, StageEnd) for m in module.modules()) > 1
+    return len(switches_in(module)) == 1 and sum(isinstance(m, StageEnd) for m in module.modules()) > 1
 
 
 def _calls_children_in_turn(module: nn.Module) -> bool:

@@ -140,6 +140,24 @@ class Decoder(nn.Module):
             boxes = torch.sigmoid(self.dec_bbox_head[i](x) + inverse_sigmoid(boxes))
         return {"pred_logits": self.dec_score_head[last](x), "pred_boxes": boxes, "query_index": queries.index}
 
+    def per_image(self, maps: Sequence[Tensor], layers: Tensor) -> dict[str, Tensor]:
+        """In evaluation, for each image the objects of the layer that it stops at.
+
+        Args:
+            layers: int (B,), on the device of the maps: 1 is the first. All layers run.
+        """
+        memory, shapes = self.tokens(maps)
+        queries = self.select(memory, shapes)
+        x, boxes = queries.content, queries.box_unact.sigmoid()
+        layers = layers.reshape(-1, 1, 1)
+        found = None
+        for i in range(len(self.decoder.layers)):
+            x = self._layer(i, x, boxes, memory, shapes)
+            boxes = torch.sigmoid(self.dec_bbox_head[i](x) + inverse_sigmoid(boxes))
+            now = self.dec_score_head[i](x), boxes
+            found = now if found is None else [torch.where(layers > i, a, b) for a, b in zip(now, found)]
+        return {"pred_logits": found[0], "pred_boxes": found[1], "query_index": queries.index}
+
     def tokens(self, maps: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
         """(B, L, dim): those of all maps, row by row, and the sizes of the maps."""
         projected = [project(maps[i]) for i, project in enumerate(self.input_proj)]

@@ -159,7 +159,7 @@ class Engine:
                 raise ValueError(f"{len(x)} images, each with a depth; pass at most {self._sizes[-1]} at once")
             self._counts["calls"] += 1
             if torch.is_tensor(depths):
-                flags = checked_flags(depths, (len(self._depth), len(x)), x.device)
+                flags = checked_flags(depths, (len(self._depth), len(x)), x.device, len(self._depth.layers))
                 result = self._run(x, flags, copy=self._copy_output)
             else:
                 result = self._inner.per_image(x, depths)
@@ -410,8 +410,8 @@ class Engine:
             yield (form, depth), functools.partial(self._run_net, form, depth)
             return
         for i, segment in enumerate(self._staged.segments):
-            bypassed = segment.flag is not None and depth[segment.flag]
-            yield (form, i, bypassed), functools.partial(self._run_segment, form, segment, bypassed)
+            entry = segment.flag is not None and depth[segment.flag]
+            yield (form, i, entry), functools.partial(self._run_segment, form, segment, entry)
 
     def _run_net(self, form: Form, depth: Depth) -> Any:
         set_depth(self.net, depth)
@@ -424,8 +424,8 @@ class Engine:
             place.flags = torch.zeros(len(self._depth), form.shape[0], dtype=torch.int32, device=self._device)
         return map_tensors(lambda tensor: tensor, self._inner.per_image(place.x, place.flags))
 
-    def _run_segment(self, form: Form, segment: Segment, bypassed: bool) -> None:
-        self._places[form].leave(segment.gives, segment.run(bypassed, *self._places[form].take(segment.takes)))
+    def _run_segment(self, form: Form, segment: Segment, entry: bool | int) -> None:
+        self._places[form].leave(segment.gives, segment.run(entry, *self._places[form].take(segment.takes)))
 
     def _capture(self, form: Form, x: Tensor, pieces: dict[tuple, Callable[[], Any]]) -> None:
         if form not in self._places:

@@ -7,6 +7,8 @@ every convolution + norm + activation (+ residual) is one call. A forward runs o
 
 from __future__ import annotations
 
+import collections
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 from ..depth import Depth
 from ..nn import mixing_norm
 from ..state import DepthLike, State, state_of, unwrap
-from ..switch import Switch
 from .layers import Layer
 from .per_image import checked_flags, fastest, split_run
 from .segments import Segment, filled, segments_of
@@ -63,7 +64,7 @@ class FusedNet(nn.Module):
         self._compile_options: dict[str, Any] | None = None
         # Not a child: what is fused of it is here.
         self.__dict__["_adn"] = State(
-            state.plan, [Switch(switch.skip) for switch in state.switches], state.twins, {}, state.origin,
+            state.plan, [copy.copy(switch) for switch in state.switches], state.full, state.twins, {}, state.origin,
             state.class_names, made_from=source)
         if any(module.training for module in source.modules()):
             raise ValueError("a deploy form is for inference: call net.eval() first")
@@ -77,18 +78,19 @@ class FusedNet(nn.Module):
             RuntimeError: if x requires a gradient.
         """
         switches = self._adn.switches
-        return self._run(x, lambda segment, inputs: segment.run(switches[segment.flag].skip, *inputs))
+        return self._run(x, lambda segment, inputs: segment.run(switches[segment.flag].entry, *inputs))
 
     def per_image(self, x: Tensor, depths: Tensor | Callable[[int, Tensor], Tensor] | Sequence[DepthLike]) -> Any:
         """Every image of a batch at a depth of its own; the depth of the net does not matter.
 
         Args:
             x: (N, ...).
-            depths: int32 (stages, N) on the device of x, 1 where image n bypasses the refinement path of stage k, else
-                0: any kernel may have written it, and nothing waits for it. Or a router, called `router(k, features)`
-                before what depends on flag k, `features` being its input, for the (N,) of that flag. Or, where the host
-                knows, N depths: then the batch is split in every stage or, where that has been measured to be faster,
-                run as a whole; the first calls measure.
+            depths: int32 (flags and stacks, N) on the device of x, 1 where image n bypasses the refinement path of flag
+                k, else 0, and in the row of a stack after how many of its layers n is done (they all run): any kernel
+                may have written it, and nothing waits for it. Or a router, called `router(k, features)` before what
+                depends on flag k, `features` being its input, for the (N,) of that flag. Or, where the host knows, N
+                depths: then the batch is split in every stage or, where that has been measured to be faster, run as a
+                whole; the first calls measure.
 
         Raises:
             ValueError: if a shape, type or device does not fit, or samples of a batch influence each other.
@@ -103,14 +105,15 @@ class FusedNet(nn.Module):
                 raise ValueError(f"{len(table)} depths for {len(x)} images; pass one for each")
             return self._run(x, lambda segment, inputs: self._split(segment, inputs, [d[segment.flag] for d in table]))
         if isinstance(depths, Tensor):
-            flags = checked_flags(depths, (len(self._adn.switches), len(x)), x.device)
+            flags = checked_flags(depths, (len(self._adn.switches), len(x)), x.device, len(self._adn.plan.stacks))
             return self._run(x, lambda segment, inputs: segment.per_image(*inputs, flags[segment.flag]))
         found: dict[int, Tensor] = {}
 
         def routed(segment: Segment, inputs: list[Any]) -> tuple:
             k = segment.flag
             if k not in found:
-                found[k] = checked_flags(depths(k, inputs[0]), (len(x),), x.device)
+                is_stack = k >= len(self._adn.plan.flags)
+                found[k] = checked_flags(depths(k, inputs[0]), (len(x),), x.device, len(x) if is_stack else 0)
             return segment.per_image(*inputs, found[k])
 
         return self._run(x, routed)
@@ -139,18 +142,19 @@ class FusedNet(nn.Module):
         """What the forward returns, of the values that segments gave."""
         return filled(self._result, values)
 
-    def _split(self, segment: Segment, inputs: list[Any], bypassed: list[bool]) -> tuple:
-        """A segment whose flags the host knows, the faster way."""
-        count, n = sum(bypassed), len(bypassed)
-        if count in (0, n):
-            return segment.run(count > 0, *inputs)
+    def _split(self, segment: Segment, inputs: list[Any], entries: list[bool | int]) -> tuple:
+        """A segment whose entries of the depth the host knows, the faster way."""
+        n, counts = len(entries), collections.Counter(entries)
+        if len(counts) == 1:
+            return segment.run(entries[0], *inputs)
         ways = {
-            "split": lambda: split_run(segment.run, inputs, bypassed),
+            "split": lambda: split_run(segment.run, inputs, entries),
             "whole": lambda: segment.per_image(
-                *inputs, torch.tensor(bypassed, dtype=torch.int32).to(inputs[0].device, non_blocking=True)),
+                *inputs, torch.tensor(entries, dtype=torch.int32).to(inputs[0].device, non_blocking=True)),
         }
         # Eighths: so that not every number of images has to be measured.
-        key = id(segment), n, 8 * count // n, inputs[0].shape, inputs[0].dtype
+        eighths = tuple(sorted((entry, 8 * count // n) for entry, count in counts.items()))
+        key = id(segment), n, eighths, inputs[0].shape, inputs[0].dtype
         if key not in self._faster:
             self._faster[key] = fastest(ways, inputs[0].device)
         return ways[self._faster[key]]()

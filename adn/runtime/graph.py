@@ -57,7 +57,7 @@ class Traced:
 
     Attributes:
         root: the module.
-        graph: its only placeholder is the first argument of the forward.
+        graph: its placeholders are the arguments of the forward that were asked for.
         calls: for each module asked for, by name: (input, output), the nodes its only call takes and makes.
     """
 
@@ -87,16 +87,18 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, watched: Collection[str]) -> None:
+    def __init__(self, watched: Collection[str], leaves: Collection[str], method: str) -> None:
         super().__init__(autowrap_functions=tuple(timm.layers.get_notrace_functions()))
+        self.traced_func_name = method
         self.watched = set(watched)
+        self.leaves = set(leaves)
         self.calls: dict[str, tuple[fx.Node, fx.Node]] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return is_norm(module) or not any(is_norm(child) for child in module.modules())
+        return name in self.leaves or is_norm(module) or not any(is_norm(child) for child in module.modules())
 
     def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict):
         result = super().call_module(module, forward, args, kwargs)
@@ -110,26 +112,31 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def trace(module: nn.Module, watched: Collection[str] = ()) -> Traced:
-    """The forward of a module, of its first argument; others keep their defaults.
+def trace(module: nn.Module, watched: Collection[str] = (), leaves: Collection[str] = (), method: str = "forward",
+          arguments: int = 1) -> Traced:
+    """The forward of a module, of its first arguments; others keep their defaults.
 
     What the forward asks of Python (`self.training`, whether a child is None) is answered now, once and for all.
 
     Args:
         watched: names of submodules whose input and output the caller wants to know.
+        leaves: names of further submodules that are not looked into.
+        method: what to trace in place of the forward.
+        arguments: how many.
 
     Raises:
         CannotTrace: it says why.
     """
-    tracer = _Tracer(watched)
+    tracer = _Tracer(watched, leaves, method)
     own, swapped = original_class(module), type(module)
-    parameters = list(inspect.signature(own.forward).parameters.values())[2:]
+    parameters = list(inspect.signature(getattr(own, method)).parameters.values())[1 + arguments :]
     # Without a default they would be placeholders, and the code would run as if they were given.
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     given = {p.name: p.default for p in parameters if p.kind not in kinds}
     required = [name for name, default in given.items() if default is inspect.Parameter.empty]
     if required:
-        raise CannotTrace(f"{own.__name__} takes more than one argument: {', '.join(required)}")
+        raise CannotTrace(f"{own.__name__} takes more than {arguments} argument{'s' * (arguments > 1)}: "
+                          f"{', '.join(required)}")
     module.__class__ = own  # how it is called is not what it computes
     try:
         graph = tracer.trace(module, concrete_args=given)
@@ -137,7 +144,7 @@ def trace(module: nn.Module, watched: Collection[str] = ()) -> Traced:
         raise CannotTrace(f"{own.__name__}: {error}") from error
     finally:
         module.__class__ = swapped
-    for node in graph.find_nodes(op="placeholder")[1:]:
+    for node in graph.find_nodes(op="placeholder")[arguments:]:
         # Those with a value of their own: torch.fx leaves a check of it behind.
         _erase_with_users(graph, node)
     return Traced(module, graph, tracer.calls)

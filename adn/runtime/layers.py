@@ -147,6 +147,34 @@ class ConvNormAct(Layer):
         return f"{tuple(self.weight.shape)}, stride={self.place[0]}, groups={self.place[3]}, {self.activation}"
 
 
+class RepConvNormAct(ConvNormAct):
+    """`act(norm(conv(x)) + norm'(conv'(x)))` with a 1x1 convolution beside it, as one convolution (RepVGG)."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, conv1x1: nn.Conv2d, norm1x1: nn.Module, activation: str
+                 ) -> None:
+        self.__dict__["beside"] = conv1x1, norm1x1
+        super().__init__(conv, norm, activation)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        conv = self.source[0]
+        wide = torch.promote_types(conv.weight.dtype, torch.float32)
+        (weight, bias), (center, shift) = (ops.fold(c.weight.to(wide), *folded_norm(norm, c.bias))
+                                           for c, norm in (self.source, self.beside))
+        margin = conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]
+        weight = (weight + F.pad(center, margin)).to(conv.weight.dtype)
+        self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
+        self._keep("bias", (bias + shift).to(conv.weight.dtype))
+        self.packed = None
+
+    @staticmethod
+    def fits(conv: nn.Conv2d, conv1x1: nn.Conv2d) -> bool:
+        """Does the pixel that the 1x1 convolution reads lie in the middle of what the other reads?"""
+        return (conv1x1.kernel_size == (1, 1) and conv1x1.padding == (0, 0) and conv.dilation == (1, 1)
+                and conv.stride == conv1x1.stride and conv.groups == conv1x1.groups
+                and all(size == 2 * pad + 1 for size, pad in zip(conv.kernel_size, conv.padding)))
+
+
 class NormAct(Layer):
     """`act(norm(x) + residual)`, a batch norm with fixed statistics that no convolution precedes."""
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from adn_kernels import ops
 from adn_kernels.activation import act_reference
@@ -31,8 +32,9 @@ from .layers import ConvNormAct, Layer, conv_shape, folded_norm, is_plain_conv, 
 from .norms import is_layer_norm
 
 
-def checked_flags(flags: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Flags as int32 of the given shape; raises ValueError for anything else."""
+def checked_flags(flags: Tensor, shape: tuple[int, ...], device: torch.device, stacks: int = 0) -> Tensor:
+    """Flags as int32 of the given shape, the last `stacks` rows numbers of layers; raises ValueError for anything else.
+    """
     if not isinstance(flags, Tensor):
         raise ValueError(f"flags are a {type(flags).__name__}; pass an int32 tensor of shape {shape}")
     if tuple(flags.shape) != shape:
@@ -43,38 +45,42 @@ def checked_flags(flags: Tensor, shape: tuple[int, ...], device: torch.device) -
                          "depths instead, one for each image")
     if flags.dtype not in (torch.int32, torch.bool):
         raise ValueError(f"flags are {flags.dtype}; pass int32 or bool")
-    return (flags != 0).to(torch.int32).contiguous()
+    entries = (flags != 0).to(torch.int32)
+    if stacks:
+        entries[-stacks:] = flags[-stacks:]
+    return entries.contiguous()
 
 
-def split_run(run: Callable[..., tuple], inputs: Sequence[Any], bypassed: Sequence[bool]) -> tuple:
-    """`run(flag, *inputs)` for the samples of either flag by themselves, and the results in the order of the samples.
+def split_run(run: Callable[..., tuple], inputs: Sequence[Any], entries: Sequence[bool | int]) -> tuple:
+    """`run(entry, *inputs)` for the samples of each entry by themselves, and the results in the order of the samples.
 
-    Tensors have the samples in their first axis; other values go to both.
+    Tensors have the samples in their first axis; other values go to all.
     """
-    n = len(bypassed)
-    results = []
+    n = len(entries)
+    indices, results = [], []
     device = next(value.device for value in inputs if isinstance(value, Tensor))
-    for flag in (False, True):
-        index = torch.tensor([i for i, own in enumerate(bypassed) if own == flag]).to(device, non_blocking=True)
+    for entry in sorted(set(entries)):
+        index = torch.tensor([i for i, own in enumerate(entries) if own == entry]).to(device, non_blocking=True)
         part = []
         for value in inputs:
             if isinstance(value, Tensor) and len(value) != n:
                 raise ValueError(f"a batch of {n} images cannot be split: the net hands a tensor of shape "
                                  f"{tuple(value.shape)} from one stage to the next")
             part.append(value[index] if isinstance(value, Tensor) else value)
-        results.append((index, run(flag, *part)))
-    merged = []
-    (first, outputs), (second, others) = results
-    for a, b in zip(outputs, others):
-        if not isinstance(a, Tensor):
-            merged.append(a)
-            continue
-        out = a.new_empty((n, *a.shape[1:]))
-        if a.ndim == 4 and a.is_contiguous(memory_format=torch.channels_last):
+        indices.append(index)
+        results.append(run(entry, *part))
+
+    def merge(first: Any, *others: Any) -> Any:
+        if not isinstance(first, Tensor):
+            return first
+        out = first.new_empty((n, *first.shape[1:]))
+        if first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
             out = out.to(memory_format=torch.channels_last)
-        out[first], out[second] = a, b
-        merged.append(out)
-    return tuple(merged)
+        for index, part in zip(indices, (first, *others)):
+            out[index] = part
+        return out
+
+    return pytree.tree_map(merge, *results)
 
 
 def fastest(ways: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import fx, nn
 from ..convert import detach
 from ..export import unwrap_blocks
 from ..nn import is_norm
+from ..paths import is_one_region, switches_in
 from .graph import (
     CannotTrace,
     Traced,
@@ -29,7 +30,7 @@ from .graph import (
     trace,
     without_writes,
 )
-from .layers import AddLayerNorm, ConvNormAct, Layer, NormAct, is_plain_conv, split_norm
+from .layers import AddLayerNorm, ConvNormAct, Layer, NormAct, RepConvNormAct, is_plain_conv, split_norm
 from .norms import is_layer_norm
 from .per_image import BypassedBlock, ConvEitherNormAct, EitherNorm, EitherNormAct
 
@@ -48,34 +49,36 @@ def segments_of(net: nn.Module) -> tuple[list[Segment], Any]:
 
 
 class Segment(nn.Module):
-    """A part of a forward that depends on one flag at most.
+    """A part of a forward that depends on one entry of the depth at most.
 
     Attributes:
-        flag: its index, None if the segment runs the same way at every depth.
+        flag: the index of that entry, None if the segment runs the same way at every depth.
         takes, gives: the names of the values that `run` takes and returns.
         last_uses: those of `takes` that nothing after it needs.
-        full, base: the paths for a flag of F and T.
-        per_image: the path that takes, after its inputs, int32 (N,), the flag of each image. None without a flag.
+        paths: by the entry; False alone if there is none.
+        per_image: the path that takes, after its inputs, int32 (N,), the entry of each image. None without a flag.
     """
 
     def __init__(self, flag: int | None, takes: Sequence[str], gives: Sequence[str], last_uses: Iterable[str],
-                 full: nn.Module, base: nn.Module, per_image: nn.Module | None) -> None:
+                 paths: Mapping[bool | int, nn.Module], per_image: nn.Module | None) -> None:
         super().__init__()
         self.flag = flag
         self.takes, self.gives, self.last_uses = tuple(takes), tuple(gives), tuple(last_uses)
-        self.full, self.base, self.per_image = full, base, per_image
-        self._calls = full, base
+        self.entries = tuple(paths)
+        self.paths = nn.ModuleList(paths.values())
+        self.per_image = per_image
+        self._calls = dict(paths)
 
-    def run(self, bypassed: bool, *inputs: Any) -> tuple:
-        return self._calls[bypassed](*inputs)
+    def run(self, entry: bool | int, *inputs: Any) -> tuple:
+        return self._calls[entry](*inputs)
 
     def compile(self, **options: Any) -> None:
         # Of the functions: each has code of its own, for which alone its compilations count.
-        paths = {path: torch.compile(path.forward, **options) for path in (self.full, self.base)}
-        self._calls = paths[self.full], paths[self.base]
+        compiled = {path: torch.compile(path.forward, **options) for path in self.paths}
+        self._calls = {entry: compiled[path] for entry, path in zip(self.entries, self.paths)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_calls": (self.full, self.base)}
+        return {**super().__getstate__(), "_calls": dict(zip(self.entries, self.paths))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +124,19 @@ class _Builder:
         except RuntimeError as error:
             raise CannotTrace(f"this net cannot be copied: {error}") from error
         unwrap_blocks(model)
+        whole = {name: module for name, module in model.named_modules() if is_one_region(module)}
+        whole = {name: switches_in(module)[0] for name, module in whole.items()}
         state, self.twins = detach(model.eval())
         _check_hooks(model)
-        self.flags = {norm: k for k, stage in enumerate(state.plan.flagged) for norm in stage.norms}
-        self.stages = {block: k for k, stage in enumerate(state.plan.flagged) for block in stage.blocks}
-        self.refinement = {block for stage in state.plan.flagged for block in stage.refinement_blocks}
-        self.traced: Traced = trace(model, self.stages)
-        without_writes(self.traced)
-        for node in self.traced.graph.find_nodes(op="call_method", target="view"):
-            node.target = "reshape"  # what is channels-last here has other strides than in the model
+        by_flag = [(k, stage) for k, group in enumerate(state.plan.flags) for stage in group]
+        self.flags = {norm: k for k, stage in by_flag for norm in stage.norms}
+        self.stages = {block: k for k, stage in by_flag for block in stage.blocks}
+        # What lies between stages of one flag, too.
+        self.parts = self.stages | {name: state.switches.index(switch) for name, switch in whole.items()}
+        self.stacks = {stack.name: (len(state.plan.flags) + i, stack.layers(model))
+                       for i, stack in enumerate(state.plan.stacks)}
+        self.refinement = {block for _, stage in by_flag for block in stage.refinement_blocks}
+        self.traced = _traced(model, self.stages, self.stacks)
         self.bypass = {self.traced.calls[block][1]: self.traced.calls[block][0] for block in self.refinement}
         self.layers: dict[tuple, Layer] = {}
         _, *self.nodes, output = self.traced.graph.nodes
@@ -140,19 +147,30 @@ class _Builder:
         place = {node: i for i, cut in enumerate(self.cuts) for node in cut.nodes}
         for i, cut in enumerate(self.cuts):
             last = [node for node in cut.takes if all(place.get(user, len(self.cuts)) <= i for user in node.users)]
-            full = self._path(cut, FULL)
-            base, per_image = full, None
-            if cut.flag is not None:
-                base, per_image = self._path(cut, BASE), self._path(cut, PER_IMAGE)
             names = [[node.name for node in nodes] for nodes in (cut.takes, cut.gives, last)]
-            yield Segment(cut.flag, *names, full, base, per_image)
+            stack = self.stacks.get(cut.nodes[0].target)
+            if stack is not None:
+                name, (_, layers) = cut.nodes[0].target, stack
+                paths = {n: self._stack_path(cut, _at(self.traced.root.get_submodule(name), n))
+                         for n in range(1, layers + 1)}
+                yield Segment(cut.flag, *names, paths, self._stack_path(cut, None))
+            elif cut.flag is None:
+                yield Segment(None, *names, {False: self._path(cut, FULL)}, None)
+            else:
+                yield Segment(cut.flag, *names, {False: self._path(cut, FULL), True: self._path(cut, BASE)},
+                              self._path(cut, PER_IMAGE))
 
     def _cuts(self) -> list[_Cut]:
         """The nodes in their order, cut where the flag changes they depend on."""
         cuts: list[tuple[int | None, list[fx.Node]]] = []
         pending: list[fx.Node] = []  # depend on no flag
         for node in self.nodes:
-            stage = next((self.stages[path] for path in _owners(node) if path in self.stages), None)
+            if node.target in self.stacks:
+                # Alone: its paths are traced by themselves.
+                cuts += [(None, pending)] * bool(pending) + [(self.stacks[node.target][0], [node])]
+                pending = []
+                continue
+            stage = next((self.parts[path] for path in _owners(node) if path in self.parts), None)
             flag = stage if stage is not None else self.flags.get(node.target)
             if flag is None:
                 pending.append(node)
@@ -209,6 +227,28 @@ class _Builder:
         self._fuse(graph, modules, seconds, flags)
         return fx.GraphModule(modules, graph, class_name="Path")
 
+    def _stack_path(self, cut: _Cut, stack: nn.Module | None) -> fx.GraphModule:
+        """A path that runs a stack at some number of layers, or takes the number for each image."""
+        node, = cut.nodes
+        graph = fx.Graph()
+        env = {taken: graph.placeholder(taken.name) for taken in cut.takes}
+        args = fx.node.map_arg(node.args, env.__getitem__)
+        if stack is None:
+            args = (*args, graph.placeholder("layers"))
+            traced = _traced(self.traced.root.get_submodule(node.target), method="per_image", arguments=len(args))
+        else:
+            traced = _traced(stack, arguments=len(args))
+        inner, modules = fx.Graph(), {}
+        output = inner.graph_copy(traced.graph, {})
+        for call in inner.nodes:
+            if call.op in ("call_module", "get_attr"):
+                value, call.target = _attribute(traced.root, call.target), call.target.replace(".", "_")
+                modules[call.target] = value
+        inner.output(output)
+        self._fuse(inner, modules, {}, None)
+        graph.output((graph.call_module("stack", args),))
+        return fx.GraphModule({"stack": fx.GraphModule(modules, inner, class_name="Stack")}, graph, class_name="Path")
+
     def _block(self, graph: fx.Graph, modules: dict[str, Any], block: str, nodes: list[fx.Node],
                value: Callable[[fx.Node], fx.Node], flags: fx.Node) -> fx.Node:
         """A call of a refinement block that leaves samples alone whose flag is set."""
@@ -262,7 +302,24 @@ class _Builder:
             elif second is not None:
                 node.target = self._name(modules, node, EitherNorm(module, second))
                 node.kwargs = {"bank": flags}
+        for node in list(graph.nodes):
+            self._merge_branches(graph, modules, node)
         graph.lint()
+
+    def _merge_branches(self, graph: fx.Graph, modules: dict[str, Any], node: fx.Node) -> None:
+        """Two convolutions of one value, added to each other, as one."""
+        if node.op != "call_module" or len(node.args) != 2 or type(modules[node.target]) is not ConvNormAct:
+            return
+        value, other = node.args
+        if (other.op != "call_module" or type(modules[other.target]) is not ConvNormAct or other.args != (value,)
+                or len(other.users) > 1):
+            return
+        layer, beside = modules[node.target], modules[other.target]
+        if beside.activation == "identity" and RepConvNormAct.fits(layer.source[0], beside.source[0]):
+            node.target = self._name(
+                modules, node, self._layer(RepConvNormAct, *layer.source, *beside.source, layer.activation))
+            node.args = (value,)
+            graph.erase_node(other)
 
     def _fuse_norm(self, graph: fx.Graph, modules: dict[str, Any], norm: fx.Node, second: nn.Module | None,
                    flags: fx.Node | None) -> None:
@@ -341,6 +398,21 @@ class _Builder:
         if key not in self.layers:
             self.layers[key] = kind(*args)
         return self.layers[key]
+
+
+def _traced(module: nn.Module, watched: Collection[str] = (), leaves: Collection[str] = (), **options: Any) -> Traced:
+    traced = trace(module, watched, leaves, **options)
+    without_writes(traced)
+    for node in traced.graph.find_nodes(op="call_method", target="view"):
+        node.target = "reshape"  # what is channels-last here has other strides than in the model
+    return traced
+
+
+def _at(stack: nn.Module, layers: int) -> nn.Module:
+    """A stack that runs some of its layers; shares everything with it."""
+    short = copy.copy(stack)
+    short.running = lambda: layers
+    return short
 
 
 def _check_hooks(model: nn.Module) -> None:

@@ -46,7 +46,7 @@ def staged(net: nn.Module, max_graphs: int) -> Staged | None:
     depths = math.prod(2 if isinstance(entry, bool) else entry for entry in state_of(net).full)
     if depths <= max_graphs or not all(hasattr(net, name) for name in ("segments", "take", "give")):
         return None
-    return net if sum(1 + (segment.flag is not None) for segment in net.segments) <= max_graphs else None
+    return net if sum(len(segment.paths) for segment in net.segments) <= max_graphs else None
 
 
 class Form(NamedTuple):
