@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -39,6 +40,17 @@ class _Step(nn.Module):
                 images = F.interpolate(images, (size, size))
         return self.net(images, targets, draws=self.generator)
 
+    def _reaching_all(self, loss: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """The loss, so that several processes can average gradients.
+
+        Without an object in a process's batch there are no denoising queries, and their parameters have no gradient;
+        DistributedDataParallel waits for one of every parameter.
+        """
+        alone = not (dist.is_available() and dist.is_initialized())
+        if alone or any(len(target["labels"]) for target in targets):
+            return loss
+        return loss + 0 * sum(p.sum() for p in self.net.parameters() if p.requires_grad)
+
 
 class DetectionSupervised(_Step):
     """The training loss of a plain detector, the counterpart of `DetectionDistillation`.
@@ -65,7 +77,7 @@ class DetectionSupervised(_Step):
 
     def forward(self, images: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
         terms = self.criterion(self._run(images, targets), targets)
-        return {**terms, "loss": _sum(terms)}
+        return {**terms, "loss": self._reaching_all(_sum(terms), targets)}
 
 
 class DetectionDistillation(_Step):
@@ -119,7 +131,7 @@ class DetectionDistillation(_Step):
         of_super = self._run_at(images, targets, "super")
         terms = self._super_terms(of_super, targets)
         terms |= self._base_terms(self._run_at(images, targets, "base"), targets, of_super)
-        return {**terms, "loss": terms["super"] + terms["base"]}
+        return {**terms, "loss": self._reaching_all(terms["super"] + terms["base"], targets)}
 
     def backward(self, images: torch.Tensor, targets: Targets, scaler: Any = None) -> dict[str, torch.Tensor]:
         """Both passes, each with its backward at once: the same gradients, the memory of one pass.

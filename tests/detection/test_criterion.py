@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
@@ -363,7 +362,6 @@ def processes(rank: int, folder: str) -> None:
 
 def test_objects_are_counted_over_processes(tmp_path) -> None:
     """5 and 2 objects: 3.5 each."""
-    sys.path.insert(0, str(tmp_path))
     mp.spawn(processes, (str(tmp_path),), nprocs=2)
     for rank, (counts, own) in enumerate((([0, 2], 2), ([4, 1], 5))):
         targets = some_targets(counts)
