@@ -277,8 +277,8 @@ _VD = {"layer1.0.downsample.0": "layer1.0.downsample.1", "layer1.0.downsample.1"
 # Official names but for the backbone, and for what the official neck has as a sequence.
 _RTDETR = {
     **{f"backbone.{old}": f"backbone.{new}" for old, new in _VD.items()},
-    **{f"encoder.input_proj.{i}.{old}": f"encoder.input_proj.{i}.{new}"
-       for i in range(3) for old, new in (("conv", 0), ("norm", 1))},
+    **{f"{encoder}input_proj.{i}.{old}": f"{encoder}input_proj.{i}.{new}"
+       for encoder in ("encoder.", "") for i in range(3) for old, new in (("conv", 0), ("norm", 1))},
 }
 
 _MOST_BLOCKS = 64  # of a stage; tables are written out so that they can be turned round

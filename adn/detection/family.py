@@ -25,27 +25,33 @@ def presnet(model: nn.Module) -> list[StagePlan]:
 
 
 @family()
+def hybrid_encoder(model: nn.Module) -> list[StagePlan]:
+    return list(_neck(model)) if isinstance(model, HybridEncoder | CSPRepLayer) else []
+
+
+@family()
 def rtdetr(model: nn.Module) -> list[StagePlan] | Plan:
     if not (isinstance(getattr(model, "encoder", None), HybridEncoder)
             and isinstance(getattr(model, "decoder", None), Decoder)):
         return []
     others = (known.find(model) for known in FAMILIES.values() if known.find is not rtdetr)
     backbone = next(filter(None, others), [])
-    return Plan([*backbone, *_neck(model.encoder)], "rtdetr", [_decoder(len(model.decoder.decoder.layers))])
+    return Plan([*backbone, *_neck(model, "encoder")], "rtdetr", [_decoder(len(model.decoder.decoder.layers))])
 
 
-def _neck(encoder: HybridEncoder) -> Iterator[StagePlan]:
+def _neck(model: nn.Module, where: str = "") -> Iterator[StagePlan]:
     """The runs of bottlenecks; each has the norms of its CSP block, the first also those that lie in none."""
-    csp = {f"encoder.{name}": block for name, block in encoder.named_modules() if isinstance(block, CSPRepLayer)}
-    norms = [f"encoder.{name}" for name, module in encoder.named_modules() if is_norm(module)]
-    loose = [norm for norm in norms if not any(norm.startswith(f"{name}.") for name in csp)]
-    for name, block in csp.items():
+    named = [(name, m) for name, m in model.named_modules() if not where or name.startswith(f"{where}.")]
+    csp = {f"{name}." if name else "": block for name, block in named if isinstance(block, CSPRepLayer)}
+    norms = [name for name, module in named if is_norm(module)]
+    loose = [norm for norm in norms if not norm.startswith(tuple(csp))]
+    for prefix, block in csp.items():
         count = len(block.bottlenecks)
-        blocks = [f"{name}.bottlenecks.{i}" for i in range(count)]
+        blocks = [f"{prefix}bottlenecks.{i}" for i in range(count)]
         essential = min(count, max(1, (count + 1) // 2 - 1))
-        own = [norm for norm in norms if norm.startswith(f"{name}.")
-               and not any(norm.startswith(f"{skipped}.") for skipped in blocks[essential:])]
-        yield StagePlan(name, blocks, essential, [*loose, *own], flag="neck")
+        skipped = tuple(f"{block}." for block in blocks[essential:])
+        own = [norm for norm in norms if norm.startswith(prefix) and not norm.startswith(skipped)]
+        yield StagePlan(f"{prefix}bottlenecks", blocks, essential, [*loose, *own], flag="neck")
         loose = []
 
 

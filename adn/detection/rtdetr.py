@@ -10,7 +10,7 @@ import timm.layers
 import torch
 from torch import Tensor, fx, nn
 
-from . import family as _family  # registers it
+from . import family  # noqa: F401, which is to know the models of this file
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
 from .encoder import HybridEncoder

@@ -1,0 +1,343 @@
+"""RT-DETR and AnyDepth-DETR: the reference's numbers, what converts, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise
+from detr_cases import Golden
+from torch import nn
+
+import adn
+from adn.detection.criterion import DetectionLoss, DistillationLoss
+from adn.detection.denoising import Draws
+from adn.detection.encoder import CSPRepLayer, HybridEncoder, PositionTable
+from adn.detection.presets import PRESETS
+from adn.detection.rtdetr import RTDETR
+from adn.runtime.fuse import fuse
+from adn.runtime.layers import RepConvNormAct
+from adn.state import state_of
+
+TINY = {"hidden": 32, "decoder_hidden": 32, "heads": 4, "feedforward": 48, "decoder_feedforward": 48, "queries": 20,
+        "num_classes": 5, "num_denoising": 8, "points": 2}
+PARAMETERS = {"rtdetr_r18vd": 20_184_464, "rtdetr_r50vd": 42_891_372, "rtdetr_r101vd": 76_556_268,
+              "anydepth_rtdetr_r50vd": 42_885_068, "anydepth_rtdetr_r101vd": 76_556_364}
+
+
+def tiny(name: str = "rtdetr_r18vd", twins: str | None = None, **kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    if name.startswith("rtdetr"):
+        kwargs["backbone_args"] = {"width": 8}
+    model = randomise(adn.create_model(name, twins=twins, **TINY, **kwargs)).eval()
+    with torch.no_grad():
+        for head in (model.decoder.enc_bbox_head, *model.decoder.dec_bbox_head):
+            head.layers[-1].weight.normal_(0, 0.3)
+        for layer in model.decoder.decoder.layers:
+            layer.cross_attn.sampling_offsets.weight.normal_(0, 0.1)
+            layer.cross_attn.attention_weights.weight.normal_(0, 0.3)
+    return model
+
+
+def in_order(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Queries by their token: which of two with nearly the same score comes first is a matter of rounding."""
+    order = outputs["query_index"].argsort(1)
+    return {name: torch.stack([rows[i] for rows, i in zip(value, order)]) for name, value in outputs.items()}
+
+
+# ------------------------------------------------------------------------------------------- the reference's numbers
+
+
+@pytest.mark.parametrize("name", ["rtdetr_r18vd", "rtdetr_r50vd", "anydepth_rtdetr_r50vd"])
+def test_every_configuration_of_the_reference(name: str, golden, seeded) -> None:
+    manifest, arrays = golden(name)
+    net = adn.create_model(name).eval()
+    assert adn.load_weights(net, seeded.reference_state(manifest)).complete
+    assert len(net.state_dict()) == len(manifest["state"])
+    x = seeded.seeded_input(manifest["inputs"]["x"], manifest["seed"])
+    tolerance = manifest["tolerance"]
+    for config in manifest["configs"]:
+        if config != "full":
+            adn.set_depth(net, config)
+        with torch.inference_mode():
+            features = net.backbone(x)
+            maps = net.encoder(features)
+            outputs = in_order(net(x))
+        every = manifest["feature_step"]
+        for what, kind in ((features, "backbone"), (maps, "encoder")):
+            for i, feature in enumerate(what):
+                np.testing.assert_allclose(feature.flatten()[::every], arrays[f"{config}/{kind}_{i}"], **tolerance,
+                                           err_msg=f"{config} {kind} {i}")
+        np.testing.assert_array_equal(outputs["query_index"], arrays[f"{config}/tokens"], err_msg=config)
+        np.testing.assert_allclose(outputs["pred_boxes"], arrays[f"{config}/boxes"], **tolerance, err_msg=config)
+        np.testing.assert_allclose(outputs["pred_logits"].flatten()[:: manifest["logits_step"]],
+                                   arrays[f"{config}/logits"], **tolerance, err_msg=config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_neck_on_maps_that_are_not_square(dtype: torch.dtype, golden, seeded) -> None:
+    manifest, arrays = golden("anydepth_hybrid_encoder")
+    net = adn.convert(HybridEncoder([16, 24, 32], 32, 4, 48)).eval()
+    adn.load_weights(net, seeded.reference_state(manifest))
+    net.to(dtype)
+    maps = [seeded.seeded_input(manifest["inputs"][f"c{i}"], manifest["seed"]).to(dtype) for i in range(3)]
+    for depth in manifest["configs"]:
+        with torch.inference_mode(), adn.at_depth(net, depth):
+            for i, out in enumerate(net(maps)):
+                np.testing.assert_allclose(out, arrays[f"{depth}/p{i}"], **manifest["tolerance"])
+
+
+def reference_csp(golden, seeded) -> tuple[nn.Module, dict, dict]:
+    manifest, arrays = golden("anydepth_csprep")
+    net = adn.convert(CSPRepLayer(24, 16, 3, 1.0))
+    adn.load_weights(net, seeded.reference_state(manifest))
+    return net, manifest, arrays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_csp_block_learns_as_in_the_reference(dtype: torch.dtype, golden, seeded) -> None:
+    net, manifest, arrays = reference_csp(golden, seeded)
+    net.to(dtype)
+    x, grad_out = (seeded.seeded_input(manifest["inputs"][name], manifest["seed"]).to(dtype)
+                   for name in ("x", "grad_out"))
+    tolerance = manifest["tolerance"]
+    for depth in manifest["configs"]:
+        block = copy.deepcopy(net)
+        adn.set_depth(block, depth)
+        with torch.inference_mode():
+            np.testing.assert_allclose(block.eval()(x), arrays[f"eval/{depth}"], **tolerance)
+        before = {name: buffer.clone() for name, buffer in block.named_buffers()}
+        leaf = x.clone().requires_grad_()
+        out = block.train()(leaf)
+        (out * grad_out).sum().backward()
+        np.testing.assert_allclose(out.detach(), arrays[f"train/{depth}/out"], **tolerance)
+        np.testing.assert_allclose(leaf.grad, arrays[f"train/{depth}/grad_x"], **tolerance)
+
+        def known(kind: str, depth: str = depth) -> dict[str, np.ndarray]:
+            start = f"train/{depth}/{kind}/"
+            return {key.removeprefix(start).replace("norm_skippable", "norm.skip"): value
+                    for key, value in arrays.items() if key.startswith(start)}
+
+        norms = {name: p.grad.norm() for name, p in block.named_parameters() if p.grad is not None}
+        assert norms.keys() == known("gradnorm").keys()
+        for name, value in known("gradnorm").items():
+            np.testing.assert_allclose(norms[name], value, **tolerance, err_msg=name)
+        changed = {name: buffer for name, buffer in block.named_buffers()
+                   if buffer.is_floating_point() and not torch.equal(buffer, before[name])}
+        assert changed.keys() == known("buffer").keys()
+        for name, value in known("buffer").items():
+            np.testing.assert_allclose(changed[name], value, **tolerance, err_msg=name)
+
+
+def test_deploy_form_of_a_csp_block_is_right_at_both_depths(golden, seeded) -> None:
+    """At full depth as the reference's; bypassed as before folding, where the reference's is not."""
+    net, manifest, arrays = reference_csp(golden, seeded)
+    x = seeded.seeded_input(manifest["inputs"]["x"], manifest["seed"])
+    fused = fuse(net.eval())
+    for depth, expected in (("F", "deploy_reference/F"), ("T", "eval/T")):
+        with torch.inference_mode(), adn.at_depth(fused, depth):
+            np.testing.assert_allclose(fused(x), arrays[expected], **manifest["tolerance"])
+    assert np.abs(arrays["deploy_reference/T"] - arrays["eval/T"]).max() > 0.5
+    merged = [m for path in fused.segments[0].paths for m in path.modules() if isinstance(m, RepConvNormAct)]
+    assert [len([m for m in path.modules() if isinstance(m, RepConvNormAct)]) for path in fused.segments[0].paths] == [
+        3, 1]
+    for i, layer in enumerate(merged[:3]):
+        np.testing.assert_allclose(layer.weight, arrays[f"deploy_kernel/{i}/weight"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(layer.bias, arrays[f"deploy_kernel/{i}/bias"], rtol=1e-4, atol=1e-5)
+
+
+def our_name(name: str) -> str:
+    """Of what the reference calls otherwise."""
+    name = re.sub(r"_skip(pable)?\.", ".skip.", name)
+    name = re.sub(r"(backbone\.layer1\.0\.downsample)\.(\d)", lambda m: f"{m[1]}.{int(m[2]) + 1}", name)
+    return re.sub(r"(encoder\.input_proj\.\d)\.(conv|norm)",
+                  lambda m: f"{m[1]}.{('conv', 'norm').index(m[2])}", name) if name.startswith("encoder") else name
+
+
+def test_whole_training_step(golden, seeded) -> None:
+    """Every loss term, gradient norm and statistic of a step of self-distillation; the reference ran in float64."""
+    manifest, arrays = golden("anydepth_rtdetr_r50vd_step")
+    tolerance = manifest["tolerance"]
+    net = adn.create_model("anydepth_rtdetr_r50vd", queries=60, num_denoising=12)
+    adn.load_weights(net, seeded.reference_state(manifest))
+    net.double().train()
+    x = seeded.seeded_input(manifest["inputs"]["x"], manifest["seed"]).double()
+    targets = Golden(seeded, manifest["seed"]).targets(manifest["targets_per_image"])
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    teacher = None
+    for which in ("super", "base"):
+        draws = Draws(*(torch.from_numpy(arrays[f"draws/{which}/{name}"])
+                        for name in ("u_label", "new_label", "sign01", "u_box")))
+        with adn.at_depth(net, which):
+            outputs = net(x, targets, draws)
+        terms = DetectionLoss()(outputs, targets) if teacher is None else DistillationLoss()(outputs, targets, teacher)
+        names = manifest["loss_names"][which]
+        assert terms.keys() == set(names)
+        np.testing.assert_allclose([terms[name].item() for name in names], arrays[f"{which}/losses"],
+                                   rtol=tolerance["losses_rtol"])
+        total = sum(terms.values())
+        np.testing.assert_allclose(total.item(), arrays[f"{which}/total"], rtol=tolerance["losses_rtol"])
+        total.backward()
+        teacher = outputs
+        got = {name: p.grad.norm().item() for name, p in net.named_parameters() if p.grad is not None}
+        names = [our_name(name) for name in manifest["gradnorm_names"][which]]
+        assert got.keys() == set(names)
+        np.testing.assert_allclose([got[name] for name in names], arrays[f"{which}/gradnorms"],
+                                   rtol=tolerance["gradnorm_rtol"], atol=tolerance["gradnorm_atol"])
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+    np.testing.assert_allclose(norm.item(), arrays["clip_total_norm"], rtol=tolerance["gradnorm_rtol"])
+    changed = {name for name, buffer in net.named_buffers()
+               if buffer.is_floating_point() and not torch.equal(buffer, before[name])}
+    names = [our_name(name) for name in manifest["buffer_names"]]
+    assert changed == set(names)
+    buffers = dict(net.named_buffers())
+    np.testing.assert_allclose([buffers[name][:8].numpy() for name in names], arrays["buffers"], rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- models by name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_counts(name: str) -> None:
+    with torch.device("meta"):
+        net = adn.create_model(name)
+    assert name in adn.list_models()
+    count = sum(p.numel() for p in net.parameters())
+    assert name not in PARAMETERS or count == PARAMETERS[name]
+    assert ("_adn" in vars(net)) == name.startswith("anydepth")
+
+
+@pytest.mark.parametrize("twins", adn.nn.TWINS)
+@pytest.mark.parametrize("name", ["rtdetr_r18vd", "rtdetr_r34vd", "rtdetr_r50vd_m", "rtdetr_r50vd"])
+def test_static_models_convert(name: str, twins: str) -> None:
+    model = tiny(name)
+    x = torch.rand(2, 3, 96, 64)
+    with torch.inference_mode():
+        expected = model(x)
+        net = adn.convert(model, twins=twins)
+        full = net(x)
+    assert all(torch.equal(full[key], expected[key]) for key in expected)
+    layers = len(model.decoder.decoder.layers)
+    assert adn.depths(net)[0] == adn.Depth(f"FFFF|F|{layers}")
+    assert state_of(net).base == adn.Depth(f"TTTT|T|{[0, 1, 2, 2, 3, 4, 4][layers]}")
+    frozen = name.startswith("rtdetr_r50")
+    twin = net.get_submodule("backbone.res_layers.0.blocks.0.branch2a.norm.skip")
+    assert isinstance(twin, nn.BatchNorm2d) == (not frozen or twins != "frozen")
+    assert state_of(net).plan.flags[4][0].norms[:2] == ["encoder.input_proj.0.1", "encoder.input_proj.1.1"]
+
+
+def test_every_depth_computes_something_else() -> None:
+    net = tiny("anydepth_rtdetr_r50vd", backbone="resnet18", decoder_layers=3)
+    randomise(net, seed=1)
+    x = torch.rand(1, 3, 64, 96)
+    seen = set()
+    with torch.inference_mode():
+        for depth in adn.depths(net):
+            adn.set_depth(net, depth)
+            outputs = net(x)
+            assert outputs["pred_logits"].shape == (1, 20, 5)
+            assert outputs["query_index"].unique().numel() == 20
+            static = adn.extract(net, depth).eval()
+            assert len(static.decoder.decoder.layers) == len(static.decoder.dec_score_head) == depth[-1]
+            assert all(torch.equal(static(x)[key], outputs[key]) for key in outputs)
+            seen.add(outputs["pred_boxes"].sum().item())
+    assert len(seen) == len(adn.depths(net)) == 96
+
+
+def test_decoder_depth_in_training_is_an_option() -> None:
+    net = tiny().train()
+    adn.convert(net)
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.4)}]
+    x = torch.rand(1, 3, 64, 64)
+    adn.set_depth(net, "FFFF|F|2")
+    assert len(net(x, targets)["aux_outputs"]) == 3  # two layers before the last, and the encoder
+    state_of(net).switches[-1].in_training = True
+    outputs = net(x, targets)
+    assert len(outputs["aux_outputs"]) == len(outputs["dn_aux_outputs"]) == 2
+
+
+def test_saved_and_loaded(tmp_path) -> None:
+    for net in (adn.convert(tiny()), tiny("anydepth_rtdetr_r50vd", backbone="resnet18"),
+                tiny("anydepth_rtdetr_r50vd", twins="copy", backbone="resnet18")):
+        adn.set_depth(net, "base")
+        adn.save(net, tmp_path / "net.safetensors")
+        again = adn.load(tmp_path / "net.safetensors").eval()
+        x = torch.rand(1, 3, 64, 64)
+        with torch.inference_mode():
+            expected, got = net(x), again(x)
+        assert adn.get_depth(again) == adn.get_depth(net)
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_learning_reaches_every_parameter() -> None:
+    """Of a converted detector with frozen norms too: their twins learn, so that the base-net can become another."""
+    net = adn.convert(tiny("rtdetr_r50vd", freeze_stem=False)).train()
+    targets = [{"labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.4, 0.4, 0.2, 0.2], [0.6, 0.5, 0.3, 0.2]])},
+               {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+    x = torch.rand(2, 3, 64, 64)
+    of_super = net(x, targets)
+    with adn.at_depth(net, "base"):
+        of_base = net(x, targets)
+    loss = sum(DetectionLoss()(of_super, targets).values())
+    (loss + sum(DistillationLoss()(of_base, targets, of_super).values())).backward()
+    without = {name for name, p in net.named_parameters() if p.grad is None}
+    assert not without
+    assert net.get_parameter("backbone.res_layers.1.blocks.0.branch2b.norm.skip.weight").grad.any()
+
+
+def test_position_table_follows_the_official_order() -> None:
+    h, w, dim = 2, 3, 8
+    table = PositionTable(dim)(torch.zeros(1, 1, h, w))[0]
+    for n in range(h * w):
+        x, y = n // h, n % h
+        omega = 10000 ** (-torch.arange(dim // 4) / (dim // 4))
+        expected = torch.cat([torch.sin(x * omega), torch.cos(x * omega), torch.sin(y * omega), torch.cos(y * omega)])
+        torch.testing.assert_close(table[n], expected)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(("shape", "message"), [
+    ((1, 3, 60, 64), "multiples of 32"), ((1, 3, 64, 0), "multiples of 32"), ((3, 64, 64), "pass .B, 3, H, W."),
+    ((1, 1, 64, 64), "pass .B, 3, H, W."), ((1, 3, 32, 32), "21 places for 22 queries")])
+def test_images_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
+    net = adn.create_model("rtdetr_r18vd", **TINY | {"queries": 22}, backbone_args={"width": 8}).eval()
+    for each in (net, fuse(adn.convert(net, inplace=False))):
+        with pytest.raises(ValueError, match=message):
+            each(torch.zeros(shape))
+
+
+def test_depths_of_other_models() -> None:
+    net = adn.convert(tiny())
+    for depth in ("TTTT", "TTTT|T", "TTTT|T|4", "TTTTT|0", [True] * 6):
+        with pytest.raises(ValueError, match=r"depth|layers"):
+            adn.set_depth(net, depth)
+    assert adn.get_depth(net) == adn.Depth("FFFF|F|3")
+
+
+def test_weights_for_another_number_of_classes() -> None:
+    net = tiny()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    other = adn.create_model("rtdetr_r18vd", **TINY | {"num_classes": 7}, backbone_args={"width": 8})
+    with pytest.raises(adn.CheckpointError, match=r"of other shape: .*denoising_class_embed"):
+        adn.load_weights(other, state)
+    report = adn.load_weights(other, state, strict=False)
+    assert all("class_embed" in name or "score_head" in name for name in report.mismatched)
+    assert len(report.mismatched) == 1 + 2 + 2 * 3
+
+
+def test_unknown_names_and_settings() -> None:
+    with pytest.raises(ValueError, match="unknown model"):
+        adn.create_model("rtdetr_r99vd")
+    with pytest.raises(ValueError, match="no weights of rtdetr_r18vd to download"):
+        adn.create_model("rtdetr_r18vd", pretrained=True)
+    with pytest.raises(ValueError, match="no backbone 'resnot'"):
+        RTDETR("resnot")
+    with pytest.raises(ValueError, match="strides"):
+        RTDETR("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="there are 18, 34, 50, 101"):
+        RTDETR("presnet19")
