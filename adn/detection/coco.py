@@ -54,7 +54,7 @@ class CocoImages(Dataset):
     image by it gives the width and height that the annotations are for, and the stored pixels do not.
 
     An image that is missing or cannot be decoded gives None instead of an item, which `collate` drops, and is
-    remembered. Annotations are kept in a few arrays, without masks: about 80 bytes per object, shared by processes
+    remembered. Annotations are kept in a few arrays, without masks: about 50 bytes per object, shared by processes
     that are forked.
 
     Attributes:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from adn.detection.coco import Category, CocoImages, collate, open_coco
+from adn.detection.coco import Category, CocoImages, _read_json, collate, open_coco
 
 COCO_MINI = Path(os.environ.get("ADN_COCO_MINI", Path(__file__).parents[3] / "shared" / "data" / "coco_mini"))
 
@@ -203,6 +203,7 @@ def test_pickle_and_memory(tmp_path: Path) -> None:
     folder.mkdir()
     Image.new("RGB", (40, 30)).save(folder / f"{1999:012}.png")
     file.write_text(json.dumps(described))
+    assert "segmentation" not in _read_json(str(file))["annotations"][7]
     data = CocoImages(folder, file)
     stored = pickle.dumps(data)
     assert len(stored) < 14000 * 60 + 2000 * 60
