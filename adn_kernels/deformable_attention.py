@@ -60,7 +60,8 @@ def _axis(location, size):
     All that is beyond the map comes out just beyond it, so that any number can be cast.
     """
     at = location * size - 0.5
-    inside = tl.minimum(tl.maximum(at, -2.0), size + 1.0)
+    inside = tl.where(at > -2.0, at, -2.0)  # so is NaN
+    inside = tl.where(inside < size + 1.0, inside, size + 1.0)
     before = tl.floor(inside)
     return before.to(tl.int32), inside - before, at - at
 

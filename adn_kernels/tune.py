@@ -42,7 +42,18 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.runtime.errors import TritonError
 
-from . import batch_norm, batch_norm_eval, conv, conv1x1, conv3x3, depthwise, distillation_kl, launch, layer_norm
+from . import (
+    batch_norm,
+    batch_norm_eval,
+    conv,
+    conv1x1,
+    conv3x3,
+    deformable_attention,
+    depthwise,
+    distillation_kl,
+    launch,
+    layer_norm,
+)
 
 Config = dict[str, Any]
 Call = Callable[..., Any]
@@ -53,8 +64,9 @@ BATCHES = (1, 8, 64)
 DTYPE = torch.bfloat16
 # In this order: "conv" chooses among kernels that are tuned by then.
 OPS = ("batch_norm", "batch_norm_eval", "layer_norm", "conv1x1", "linear", "conv3x3", "depthwise", "distillation_kl",
-       "conv")
-MODULES = (batch_norm, batch_norm_eval, layer_norm, conv1x1, conv3x3, depthwise, distillation_kl, conv)
+       "deformable_attention", "conv")
+MODULES = (batch_norm, batch_norm_eval, layer_norm, conv1x1, conv3x3, depthwise, distillation_kl, deformable_attention,
+           conv)
 CANDIDATES = {"conv": [{"backend": backend} for backend in conv.BACKENDS]} | {
     kernel: configs for module in MODULES for kernel, configs in getattr(module, "TUNE", {}).items()}
 FASTER = 0.98  # what a candidate's time has to be of the best one's; less is noise
@@ -147,6 +159,10 @@ def cases(
             if op == "distillation_kl":
                 makes = [partial(make, n, top) for top in (None, 500) for make in (_kl, _kl_backward)]
                 makes += [partial(make, n) for make in (_feature_kl, _feature_kl_backward)]
+                yield from (Case(op, f"{op}, batch {n}", partial(make, device)) for make in makes)
+                continue
+            if op == "deformable_attention":
+                makes = [partial(_deformable, n), *(partial(_deformable_backward, n, each) for each in (False, True))]
                 yield from (Case(op, f"{op}, batch {n}", partial(make, device)) for make in makes)
                 continue
             makes, of_op = {
@@ -268,6 +284,26 @@ def _feature_kl_backward(n: int, device: str) -> Call:
     loss, *pooled = distillation_kl.launch_feature_kl(teacher, student, 1, 1.0)
     return partial(distillation_kl.launch_feature_kl_backward, torch.ones_like(loss), *pooled, student.shape, 1, True,
                    DTYPE, 1.0, False)
+
+
+def _sampling(n: int, device: str) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """Of RT-DETR: 8 heads of 32 channels, 300 queries, 4 points on each of 3 levels."""
+    sides = (80, 40, 20)
+    value = torch.randn(n, sum(side ** 2 for side in sides), 8, 32, dtype=DTYPE, device=device)
+    centres = torch.rand(n, 300, 1, 1, 1, 2, device=device)
+    locations = centres + 0.05 * torch.randn(n, 300, 8, len(sides), 4, 2, device=device)
+    return value, [side for side in sides for _ in range(2)], locations, torch.rand_like(locations[..., 0])
+
+
+def _deformable(n: int, device: str) -> Call:
+    return partial(deformable_attention.launch_deformable_attention, *_sampling(n, device))
+
+
+def _deformable_backward(n: int, deterministic: bool, device: str) -> Call:
+    value, *rest = _sampling(n, device)
+    dout = torch.randn(n, 300, 256, dtype=DTYPE, device=device)
+    return partial(deformable_attention.launch_deformable_attention_backward, dout, value, *rest, deterministic,
+                   (True, True, True))
 
 
 def device_time(call: Call) -> float:

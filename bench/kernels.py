@@ -36,13 +36,13 @@ import torch
 from cases import FORWARD, NONE_ACTIVE, Case, dtype_name
 from common import RESULTS, ROOT, append_rows, header, read_head, read_rows, write_rows
 from kernels_summary import numel, summary
-from shapes import BATCHES, NETWORKS, Layer, layers
+from shapes import BATCHES, NETWORKS, Deformable, Layer, layers
 from timing import Dry, Gpu, Measurement, allowed, check, failure, make_inputs, results, set_up
 
 sys.path[:0] = [str(Path(__file__).parent / "ops"), str(ROOT / "tests" / "kernels")]
 
 OPS = ("batch_norm", "conv1x1", "blocks", "depthwise", "layer_norm", "conv3x3", "batch_norm_eval", "conv",
-       "distillation_kl")
+       "distillation_kl", "deformable_attention")
 FIELDS = ("op", "network", "layer", "count", "batch", "shape", "dtype", "direction", "clock", "contender", "p20_us",
           "p50_us", "p80_us", "bytes", "flops", "gb_s", "tflop_s", "bound", "fraction", "ratio", "error", "status")
 UNMEASURED, CRASHED = "not measured: ", "failed: the process "  # how a status begins
@@ -128,6 +128,8 @@ def jobs_of(cases: Sequence[Case]) -> list[Job]:
 
 def shrunk(layer: Layer) -> Layer:
     """The same layer of a smaller image."""
+    if isinstance(layer, Deformable):
+        return dataclasses.replace(layer, queries=9, sides=(8, 4, 2))
     sizes = {"side": 8, "rows": 9}
     return dataclasses.replace(layer, **{name: min(getattr(layer, name), most) for name, most in sizes.items()
                                          if hasattr(layer, name)})

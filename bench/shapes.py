@@ -142,7 +142,22 @@ class Feature:
     side: int
 
 
-Layer = Conv | Norm | LayerNorm | Linear | Block | Logits | Feature
+@dataclasses.dataclass(frozen=True)
+class Deformable:
+    """Deformable attention of `queries` per image: `points` of each head, of `dim` channels, on each level of
+    `sides`."""
+
+    network: str
+    name: str
+    count: int
+    queries: int
+    heads: int
+    dim: int
+    points: int
+    sides: tuple[int, ...]
+
+
+Layer = Conv | Norm | LayerNorm | Linear | Block | Logits | Feature | Deformable
 
 
 @functools.cache
@@ -275,6 +290,7 @@ def _rtdetr_r50() -> Iterator[Layer]:
     yield linear(f"{cross}.sampling_offsets", queries, 256, 8 * 3 * 4 * 2, 6)
     yield linear(f"{cross}.attention_weights", queries, 256, 8 * 3 * 4, 6)
     yield linear(f"{cross}.output_proj", queries, 256, 256, 6)
+    yield Deformable(network, cross, 6, queries, 8, 32, 4, (80, 40, 20))
     yield LayerNorm(network, "decoder.layers.0.norm2", 6, queries, 256, True)
     yield linear("decoder.enc_output.0", memory, 256, 256)
     yield LayerNorm(network, "decoder.enc_output.1", 1, memory, 256, False)
@@ -364,7 +380,7 @@ NETWORKS = {
 
 
 def main() -> None:
-    for kind in (Conv, Norm, LayerNorm, Linear, Block, Logits, Feature):
+    for kind in (Conv, Norm, LayerNorm, Linear, Block, Logits, Feature, Deformable):
         rows = [[field.name for field in dataclasses.fields(kind)]]
         rows += [list(dataclasses.asdict(layer).values()) for layer in of(kind)]
         print(f"\n{kind.__name__}: {len(rows) - 1}\n{columns(rows)}")
