@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import math
 import os
 import platform
 import random
@@ -35,7 +36,8 @@ class Point:
     """What one depth costs.
 
     Attributes:
-        macs: multiply-adds per image, of convolutions, linear layers and the two products of attention.
+        macs: multiply-adds per image, of convolutions, linear layers and the two products of attention; of norms and
+            sampling too, where `profile` was asked for them.
         params: parameters in use: no bypassed block, one set of each skip-aware norm.
         p50_ms, p99_ms: median and 99th percentile of the time of a forward of one batch, in milliseconds.
         top1: accuracy in percent, None if unknown.
@@ -121,6 +123,7 @@ def profile(
     rounds: int = 50,
     warmup: int = 5,
     accuracy: Iterable[Row] | Mapping[Any, float] | None = None,
+    norms: bool = False,
     progress: bool = False,
 ) -> Profile:
     """Count and time a net at several depths.
@@ -137,6 +140,7 @@ def profile(
         rounds: timed forwards per depth.
         warmup: forwards per depth before that.
         accuracy: top-1 in percent by depth, or what `adn.evaluate` returned; must cover all depths.
+        norms: count norms and sampling too, see `count_macs`.
         progress: show a progress bar, if in a terminal.
 
     Raises:
@@ -156,7 +160,7 @@ def profile(
     missing = [str(depth) for depth in chosen if depth not in top1]
     if accuracy is not None and missing:
         raise ValueError(f"no accuracy given for {', '.join(missing)}; evaluate these depths or leave them out")
-    macs = count_macs(net, x[:1], chosen)
+    macs = count_macs(net, x[:1], chosen, norms=norms)
     params = [count_parameters(net, depth) for depth in chosen]
     times = _measure(net, x, chosen, run, rounds, warmup, progress)
     p50, p99 = np.percentile(times, [50, 99], axis=1)
@@ -192,8 +196,12 @@ def fit_budget(profile: Sequence[Point], *, ms: float, percentile: int = 50) -> 
     return max(fitting, key=lambda point: (point.macs, point.top1 or 0, -spent(point))).depth
 
 
-def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike]) -> list[int]:
+def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike], *, norms: bool = False) -> list[int]:
     """Multiply-adds of a forward of `x` at each depth: torch's FLOP counter, which counts two per multiply-add, halved.
+
+    Args:
+        norms: count by the rule of fvcore, which published numbers of detectors follow: for each element also 2 in a
+            batch norm (frozen ones: none), 5 in a layer norm, 4 in a sampled value, 1 in an up-sampled map.
 
     Raises:
         ValueError: if the net cannot take `x`.
@@ -205,10 +213,25 @@ def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike]) -> 
     with evaluating(net), torch.inference_mode(), _visible_attention(), torch.compiler.set_stance("force_eager"):
         for depth in depths:
             set_depth(net, depth)
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=_per_element() if norms else None) as counter:
                 try_forward(inner, x)
             counts.append(counter.get_total_flops() // 2)
     return counts
+
+
+def _per_element() -> dict[Any, Callable[..., int]]:
+    """FLOPs, two for what `count_macs` counts, by the op."""
+    def of_output(factor: int) -> Callable[..., int]:
+        return lambda *args, out_shape, **kwargs: 2 * factor * math.prod(out_shape)
+
+    def of_samples(value: torch.Size, shapes: Sequence, locations: torch.Size, *args: Any, **kwargs: Any) -> int:
+        return 2 * 4 * math.prod(locations[:-1]) * value[-1]
+
+    rules = {torch.ops.aten.batch_norm: of_output(2), torch.ops.aten.layer_norm: of_output(5),
+             torch.ops.aten.grid_sampler: of_output(4), torch.ops.aten.upsample_nearest2d: of_output(1)}
+    if hasattr(torch.ops.adn, "deformable_attention"):  # known once kernels are imported
+        rules[torch.ops.adn.deformable_attention] = of_samples
+    return rules
 
 
 def count_parameters(net: nn.Module, depth: DepthLike) -> int:

@@ -23,8 +23,8 @@ class Segment(Protocol):
     takes: Sequence[str]
     gives: Sequence[str]
 
-    def run(self, bypassed: bool, *inputs: Any) -> Sequence[Any]:
-        """The values named by `gives`, of those named by `takes`."""
+    def run(self, entry: bool | int, *inputs: Any) -> Sequence[Any]:
+        """The values named by `gives`, of those named by `takes`, at an entry of the depth; False if it has no flag."""
 
 
 class Staged(Protocol):
@@ -43,10 +43,10 @@ class Staged(Protocol):
 def staged(net: nn.Module, max_graphs: int) -> Staged | None:
     """The net if it is to be captured segment by segment: where it can be, and graphs of its segments can be kept but
     not those of all depths. Else None."""
-    depths = math.prod(2 if isinstance(entry, bool) else entry for entry in state_of(net).full)
-    if depths <= max_graphs or not all(hasattr(net, name) for name in ("segments", "take", "give")):
+    ways = [2 if isinstance(entry, bool) else entry for entry in state_of(net).full]
+    if math.prod(ways) <= max_graphs or not all(hasattr(net, name) for name in ("segments", "take", "give")):
         return None
-    return net if sum(len(segment.paths) for segment in net.segments) <= max_graphs else None
+    return net if sum(1 if s.flag is None else ways[s.flag] for s in net.segments) <= max_graphs else None
 
 
 class Form(NamedTuple):

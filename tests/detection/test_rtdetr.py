@@ -18,6 +18,7 @@ from adn.detection.denoising import Draws
 from adn.detection.encoder import CSPRepLayer, HybridEncoder, PositionTable
 from adn.detection.presets import PRESETS
 from adn.detection.rtdetr import RTDETR
+from adn.profile import count_macs
 from adn.runtime.fuse import fuse
 from adn.runtime.layers import RepConvNormAct
 from adn.state import state_of
@@ -208,6 +209,27 @@ def test_parameter_counts(name: str) -> None:
     count = sum(p.numel() for p in net.parameters())
     assert name not in PARAMETERS or count == PARAMETERS[name]
     assert ("_adn" in vars(net)) == name.startswith("anydepth")
+
+
+GMACS = {
+    "rtdetr_r18vd": {"FFFF|F|3": 30.865},
+    "rtdetr_r50vd": {"FFFF|F|6": 68.984},
+    "rtdetr_r101vd": {"FFFF|F|6": 130.405},
+    "anydepth_rtdetr_r50vd": {"FFFF|F|6": 67.028, "TTTT|T|4": 39.505, "TTTT|T|6": 41.423, "TFFF|F|6": 67.028 - 1.783,
+                              "FTFF|F|6": 67.028 - 3.565, "FFTF|F|6": 67.028 - 5.348, "FFFF|T|6": 67.028 - 13.128,
+                              "FFFF|F|5": 67.028 - 0.959},
+    "anydepth_rtdetr_r101vd": {"FFFF|F|6": 128.449, "TTTT|T|4": 70.271, "FFTF|F|6": 128.449 - 19.608},
+}
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.full if "r101" in name else ()) for name in GMACS])
+def test_multiply_adds_are_the_published_ones(name: str) -> None:
+    net = adn.create_model(name).eval()
+    if not name.startswith("anydepth"):
+        adn.convert(net)
+    counts = count_macs(net, torch.zeros(1, 3, 640, 640), GMACS[name], norms=True)
+    np.testing.assert_allclose([count / 1e9 for count in counts], list(GMACS[name].values()), rtol=1e-4)
 
 
 @pytest.mark.parametrize("twins", adn.nn.TWINS)

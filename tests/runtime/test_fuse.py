@@ -52,7 +52,7 @@ def test_every_depth(name: str, table: list) -> None:
     fused = fuse(net)
     differences = [difference(forward(fused, x, depth), forward(net, x, depth)) for depth in stated_sample(net)]
     assert max(differences) <= (1e-4 if name == UNSTABLE else 1e-11)
-    calls = Counter(type(m).__name__ for segment in fused.segments for m in segment.full.children())
+    calls = Counter(type(m).__name__ for segment in fused.segments for m in segment.paths[0].children())
     table.append({"model": name, "depths": len(differences), "difference": f"{max(differences):.1e}",
                   "regions": sum(1 + (s.flag is not None) for s in fused.segments),
                   "convolutions with their norm": calls["ConvNormAct"], "norms alone": calls["NormAct"],
