@@ -116,14 +116,13 @@ class DetectionLoss(_Criterion):
         Raises:
             FloatingPointError, ValueError: as `Matcher.match`.
         """
-        with _without_autocast(outputs):
-            suffixes = ["", *_aux_suffixes(outputs)]
-            logits, boxes = _stacked([outputs, *outputs.get("aux_outputs", ())])
-            objects = pack(targets, logits.device, boxes.dtype)
-            pairs = self.matcher.match_heads(logits, boxes, objects, _head_names(suffixes)).to(logits.device)
-            num_boxes = _num_boxes(objects)
-            return {**self._ground_truth(logits, boxes, pairs, objects, num_boxes, suffixes),
-                    **self._denoising(outputs, objects, num_boxes)}
+        suffixes = ["", *_aux_suffixes(outputs)]
+        logits, boxes = _stacked([outputs, *outputs.get("aux_outputs", ())])
+        objects = pack(targets, logits.device, boxes.dtype)
+        pairs = self.matcher.match_heads(logits, boxes, objects, _head_names(suffixes)).to(logits.device)
+        num_boxes = _num_boxes(objects)
+        return {**self._ground_truth(logits, boxes, pairs, objects, num_boxes, suffixes),
+                **self._denoising(outputs, objects, num_boxes)}
 
 
 class DistillationLoss(_Criterion):
@@ -192,28 +191,27 @@ class DistillationLoss(_Criterion):
         Raises:
             FloatingPointError, ValueError: as `Matcher.match`.
         """
-        with _without_autocast(base):
-            suffixes = ["", *_aux_suffixes(base)]
-            last_of_teacher = {name: teacher[name].detach() for name in ("pred_logits", "pred_boxes")}
-            logits, boxes = _stacked([base, *base.get("aux_outputs", ()), last_of_teacher])
-            objects = pack(targets, logits.device, boxes.dtype)
-            pairs = self.matcher.match_heads(logits, boxes, objects, [*_head_names(suffixes), "of the super-net"])
-            num_boxes = _num_boxes(objects)
-            terms = self._last_layer(logits, boxes, pairs, num_boxes) | self._features(base, teacher)
-            learning = slice(0 if self.ground_truth else 1, -1)
-            if suffixes[learning.start :]:
-                terms |= self._ground_truth(
-                    logits[learning], boxes[learning],
-                    Pairs(pairs.image, pairs.query[learning], pairs.object[learning]).to(logits.device), objects,
-                    num_boxes, suffixes[learning.start :])
-            return terms | self._denoising(base, objects, num_boxes)
+        suffixes = ["", *_aux_suffixes(base)]
+        last_of_teacher = {name: teacher[name].detach() for name in ("pred_logits", "pred_boxes")}
+        logits, boxes = _stacked([base, *base.get("aux_outputs", ()), last_of_teacher])
+        objects = pack(targets, logits.device, boxes.dtype)
+        pairs = self.matcher.match_heads(logits, boxes, objects, [*_head_names(suffixes), "of the super-net"])
+        num_boxes = _num_boxes(objects)
+        terms = self._last_layer(logits, boxes, pairs, num_boxes) | self._features(base, teacher)
+        learning = slice(0 if self.ground_truth else 1, -1)
+        if suffixes[learning.start :]:
+            terms |= self._ground_truth(
+                logits[learning], boxes[learning],
+                Pairs(pairs.image, pairs.query[learning], pairs.object[learning]).to(logits.device), objects,
+                num_boxes, suffixes[learning.start :])
+        return terms | self._denoising(base, objects, num_boxes)
 
     def _last_layer(
         self, logits: torch.Tensor, boxes: torch.Tensor, pairs: Pairs, num_boxes: torch.Tensor | float
     ) -> dict[str, torch.Tensor]:
-        image, of_base, of_teacher = _owners_of_the_same(pairs).to(logits.device)
-        s, t = logits[0, image, of_base], logits[-1, image, of_teacher].detach()
-        s_box, t_box = boxes[0, image, of_base], boxes[-1, image, of_teacher].detach()
+        image, of_base, of_teacher = _owners_of_the_same(pairs).to(logits.device, non_blocking=True)
+        s, t = logits[0, image, of_base], logits[-1, image, of_teacher]
+        s_box, t_box = boxes[0, image, of_base], boxes[-1, image, of_teacher]
         terms = {
             "vfl": self._class_kl(t, s, queries=logits.shape[2]),
             "bbox": (s_box - t_box).abs().sum(),
@@ -254,10 +252,6 @@ def _weights(defaults: Mapping[str, float], weights: Mapping[str, float] | None)
     if unknown := set(weights or ()) - set(defaults):
         raise ValueError(f"no loss {sorted(unknown)} to weight; pass some of {list(defaults)}")
     return {**defaults, **(weights or {})}
-
-
-def _without_autocast(outputs: Outputs) -> torch.autocast:
-    return torch.autocast(outputs["pred_logits"].device.type, enabled=False)
 
 
 def _aux_suffixes(outputs: Outputs) -> list[str]:

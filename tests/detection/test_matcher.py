@@ -9,6 +9,7 @@ import torch
 from detr_cases import a_head, some_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from adn.detection.boxes import inverse_sigmoid, iou_and_giou
@@ -16,11 +17,13 @@ from adn.detection.matcher import Matcher
 from adn.detection.targets import pack
 
 
-def cost_by_definition(outputs: dict, image: int, target: dict) -> torch.Tensor:
+def cost_by_definition(
+    outputs: dict, image: int, target: dict, alpha: float = 0.25, gamma: float = 2.0
+) -> torch.Tensor:
     """(Q, n)"""
     p = outputs["pred_logits"][image].double().sigmoid()[:, target["labels"]]
     boxes, wanted = outputs["pred_boxes"][image].double(), target["boxes"].double()
-    focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p**2 * -(1 - p + 1e-8).log()
+    focal = alpha * (1 - p) ** gamma * -(p + 1e-8).log() - (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     l1 = torch.cdist(boxes, wanted, p=1)
     giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
     return 2 * focal + 5 * l1 - 2 * giou
@@ -50,6 +53,19 @@ def test_is_the_cheapest_of_all_assignments(counts: list[int], queries: int, cla
         if counts[image]:
             cost = cost_by_definition(outputs, image, targets[image]).detach()
             assert float(cost[query, index].sum()) == pytest.approx(least_total(cost), abs=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 2.0), (0.25, 0.5)])
+def test_many_objects(alpha: float, gamma: float) -> None:
+    """So many that the assignment depends on each detail of the cost."""
+    targets = some_targets([60, 35])
+    outputs = a_head(2, 70, 5, torch.Generator().manual_seed(0))
+    seen = Matcher(alpha=alpha, gamma=gamma).match(outputs, targets)
+    for image, (query, index) in enumerate(seen):
+        cost = cost_by_definition(outputs, image, targets[image], alpha, gamma).detach()
+        rows, columns = linear_sum_assignment(cost)
+        assert query.tolist() == rows.tolist()
+        assert index.tolist() == columns.tolist()
 
 
 def test_weights_are_honoured() -> None:
