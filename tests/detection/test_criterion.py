@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -371,3 +372,36 @@ def test_objects_are_counted_over_processes(tmp_path) -> None:
         for name, value in got.items():
             factor = 1 if "features" in name else own / 3.5
             torch.testing.assert_close(value, factor * alone[name].detach(), msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu() -> None:
+    """What the CPU computes; the host waits once, for the costs of all heads."""
+    targets = some_targets([3, 0, 9])
+    base, teacher = some_outputs(targets), some_outputs(targets, seed=1)
+
+    def there(value: object) -> object:
+        if torch.is_tensor(value):
+            return value.detach().cuda().requires_grad_()
+        if isinstance(value, list):
+            return [there(v) for v in value]
+        return {k: there(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    losses = (lambda a, b: DetectionLoss()(a, targets), lambda a, b: DistillationLoss()(a, targets, b))
+    for loss in losses:
+        on_gpu, of_super = there(base), there(teacher)
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            terms = loss(on_gpu, of_super)
+            torch.cuda.set_sync_debug_mode("default")
+        assert sum("synchroniz" in str(w.message) for w in waits) == 1
+        expected = loss(base, teacher)
+        for name, value in terms.items():
+            torch.testing.assert_close(value.cpu(), expected[name])
+        sum(terms.values()).backward()
+        gradients = torch.autograd.grad(sum(expected.values()), list(leaves(base).values()), allow_unused=True)
+        for value, gradient in zip(leaves(on_gpu).values(), gradients, strict=True):
+            if gradient is not None:
+                torch.testing.assert_close(value.grad.cpu(), gradient)
