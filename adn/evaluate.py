@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .depth import Depth
-from .state import DepthLike, at_depth, get_depth, set_depth, state_of, unwrap
+from .state import DepthLike, at_depth, get_depth, is_any_depth, set_depth, state_of, unwrap
 from .state import depths as all_depths
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,10 +123,11 @@ def read_depths(net: nn.Module, depths: Iterable[DepthLike]) -> list[Depth]:
 
 @contextlib.contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; after it every module is in its own former mode and the net at its depth."""
+    """Evaluation mode inside the block; after it every module is in its own former mode and the net, if it has several
+    depths, at the one it had."""
     modes = [(module, module.training) for module in net.modules()]
     try:
-        with at_depth(net, get_depth(net)):
+        with at_depth(net, get_depth(net)) if is_any_depth(net) else contextlib.nullcontext():
             net.eval()
             yield
     finally:

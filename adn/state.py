@@ -121,6 +121,15 @@ def is_converted(net: nn.Module) -> bool:
     return "_adn" in net.__dict__
 
 
+def is_any_depth(net: nn.Module) -> bool:
+    """Is it a converted net, or a wrapper around one?"""
+    try:
+        unwrap(net)
+    except ValueError:
+        return False
+    return True
+
+
 def set_depth(net: nn.Module, depth: DepthLike) -> None:
     """Run at `depth` from now on.
 

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..checkpoint import atomic_write
 from ..depth import Depth
 from ..evaluate import autocast, evaluating, no_image, read_depths, try_forward
 from ..profile import table
-from ..state import DepthLike, set_depth, state_of
+from ..state import DepthLike, is_any_depth, set_depth, state_of
 from ..state import depths as all_depths
 from .coco import CocoImages, Target
 from .postprocess import postprocess
@@ -112,7 +112,7 @@ def evaluate_detector(
         raise ValueError(f"backend={backend!r}; pass one of {', '.join(map(repr, BACKENDS))}")
     require_backend(backend)
     data = _images_of(loader)
-    if _is_any_depth(net):
+    if is_any_depth(net):
         chosen: list[Depth | None] = [*(all_depths(net) if depths is None else read_depths(net, depths))]
     elif depths is None:
         chosen = [None]
@@ -215,7 +215,7 @@ def _detect(net: nn.Module, loader: Iterable[tuple[torch.Tensor, list[Target]] |
     device = torch.device(device) if device is not None else parameter.device
     found: list[Found] = [{} for _ in depths]
     bar = tqdm(loader, "evaluate", unit="batch", leave=False, disable=None if progress else True)
-    with _evaluating(net), torch.inference_mode(), autocast(device, amp):
+    with evaluating(net), torch.inference_mode(), autocast(device, amp):
         for batch in bar:
             if batch is None:
                 continue
@@ -250,35 +250,11 @@ def _images_of(loader: Any) -> CocoImages:
     return data
 
 
-def _is_any_depth(net: nn.Module) -> bool:
-    try:
-        state_of(net)
-    except ValueError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """`adn.evaluate.evaluating`, also for a net of one depth."""
-    if _is_any_depth(net):
-        with evaluating(net):
-            yield
-        return
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        net.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _check_classes(net: nn.Module, logits: torch.Tensor, data: CocoImages) -> None:
     names = data.class_names
     if logits.shape[-1] != len(names):
         raise ValueError(f"{data.file} has {len(names)} categories, the net {logits.shape[-1]} classes")
-    known = state_of(net).class_names if _is_any_depth(net) else None
+    known = state_of(net).class_names if is_any_depth(net) else None
     if known and known != names:
         i = next(i for i, (ours, theirs) in enumerate(zip(known, names, strict=True)) if ours != theirs)
         raise ValueError(f"class {i} is {names[i]!r} in {data.file} and {known[i]!r} in the net: the labels, which "
