@@ -1,8 +1,10 @@
-"""Train an any-depth classifier on your images by self-distillation.
+"""Train an any-depth classifier or detector on your images by self-distillation.
 
 DATA is a folder with the folders train and val (or validation), each with one
 sub-folder of images per class; or a data set of timm's factory by name, with the
 folder it is stored in (torch/cifar10:FOLDER, hfds/NAME, tfds/NAME:FOLDER).
+With --task detect it is a COCO directory: annotations/instances_train2017.json
+with images in train2017, and the same for val2017 (other layouts are found too).
 
 One set of weights learns to run at every depth: per batch the whole net (super)
 learns from the labels, then the net at its shallowest (base) from the whole net.
@@ -10,6 +12,7 @@ Both are evaluated after every epoch. The folder --out gets
 
   model.safetensors  the net after the last epoch, for adn eval, predict, profile
   best.safetensors   after the epoch with the best mean of super and base accuracy
+                     (top-1, or average precision)
   log.csv            a line per epoch
   last.pt            what --resume needs
   config.json        the settings
@@ -22,10 +25,14 @@ examples:
   adn train --out runs/flowers --resume --epochs 40
   adn train imagenet --out runs/r50 --recipe resnet50-150
   torchrun --nproc-per-node 4 -m adn train imagenet --out runs/swin --recipe swin-t-300
+  adn train coco --task detect --out runs/detr --weights rtdetr_r50vd.pth --model rtdetr_r50vd
+  adn train signs --task detect --out runs/signs --weights rtdetr.pth --new-head --model rtdetr_r18vd
+  adn scenes digits --size 128 && adn train digits --task detect --recipe digits --out runs/digits
 
-The recipes, but for "default", are those published with Adaptive Depth Networks
-(NeurIPS 2024), for 4 processes: with another number, scale --lr with the batch.
-In brackets below is what "default" says.
+The recipes, but for "default", "detector" and "digits", are those published with
+Adaptive Depth Networks (NeurIPS 2024) and AnyDepth-DETR (2026), for 4 processes:
+with another number, scale --lr with the batch. In brackets below is what
+"default" says, or "detector" for settings that only detectors have.
 """
 
 from __future__ import annotations
@@ -41,18 +48,32 @@ import types
 import typing
 from typing import Any
 
-from ..train.recipes import DEFAULT, HINTS, RECIPES, Recipe, is_optional
+from ..train.recipes import (
+    DEFAULT,
+    DEFAULT_DETECTION,
+    DETECTION_RECIPES,
+    RECIPES,
+    DetectionRecipe,
+    Recipe,
+    Settings,
+    is_optional,
+    setting_type,
+)
 
-_START = ("pretrained", "checkpoint", "weights", "new_head")
+_START = ("pretrained", "checkpoint", "weights", "backbone", "new_head")
+_TASKS = ("classify", "detect")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # What is not given stays absent here: a resumed run takes it from its folder.
     parser.argument_default, before = argparse.SUPPRESS, parser.argument_default
-    parser.usage = "adn train [DATA] --out DIR [--recipe NAME] [--resume] [options]"
+    parser.usage = "adn train [DATA] --out DIR [--task detect] [--recipe NAME] [--resume] [options]"
     parser.add_argument("data", nargs="?", metavar="DATA", help="images; may be left out with --resume")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; made if it is not there")
-    parser.add_argument("--recipe", choices=RECIPES, help=f"settings to start from (default: {DEFAULT})")
+    parser.add_argument("--task", choices=_TASKS, help="what to train (default: classify, or what the recipe is for)")
+    parser.add_argument("--recipe", choices=[*RECIPES, *DETECTION_RECIPES], metavar="NAME",
+                        help=f"settings to start from: {', '.join(RECIPES)}; to detect, {', '.join(DETECTION_RECIPES)} "
+                        f"(default: {DEFAULT}, {DEFAULT_DETECTION})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings; "
                         "those given replace them")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -60,8 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("start")
     group.add_argument("--pretrained", action="store_true", help="start from timm's weights of the model (downloaded)")
     group.add_argument("--checkpoint", metavar="FILE", help="start from a net of adn.save, in place of --model")
-    group.add_argument("--weights", metavar="FILE", help="start from weights of timm, torchvision or the reference "
-                       "implementation, for --model")
+    group.add_argument("--weights", metavar="FILE", help="start from weights of timm, torchvision, RT-DETR or the "
+                       "reference implementations, for --model")
+    group.add_argument("--backbone", metavar="FILE", help="start a detector's backbone from weights of a classifier")
     group.add_argument("--new-head", action="store_true", help="with --checkpoint or --weights of other classes: start "
                        "with a fresh classifier")
 
@@ -76,34 +98,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too, under --out")
 
     groups: dict[str, Any] = {}
-    for field in dataclasses.fields(Recipe):
+    fields = {field.name: (kind, field) for kind in (DetectionRecipe, Recipe) for field in dataclasses.fields(kind)}
+    both = {field.name for field in dataclasses.fields(Settings)}
+    for kind, field in fields.values():
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(f"recipe: {title}")
-        _add_setting(groups[title], field)
+        _add_setting(groups[title], kind, field, only=None if field.name in both else _task_of(kind))
     parser.argument_default = before
 
 
 def run(args: argparse.Namespace) -> int:
     from ..train import Config, Interrupted, train
+    from ..train.run import task_of_run
 
     given = vars(args)
-    settings = {field.name: given[field.name] for field in dataclasses.fields(Recipe) if field.name in given}
-    others = {field.name: given[field.name] for field in dataclasses.fields(Config)
-              if field.name in given and field.name != "recipe"}
     resume = "resume" in given
+    named = (DETECTION_RECIPES | RECIPES).get(given.get("recipe"))
+    task = given.get("task") or (_task_of(type(named)) if named else resume and task_of_run(args.out)) or "classify"
+    if task == "detect":
+        from ..train.detect import DetectionConfig as Config
+        from ..train.detect import train_detector as train
+    recipe, recipes, default = ((DetectionRecipe, DETECTION_RECIPES, DEFAULT_DETECTION) if task == "detect" else
+                                (Recipe, RECIPES, DEFAULT))
+    if named is not None and type(named) is not recipe:
+        raise ValueError(f"--recipe {given['recipe']} is not one to {task}; pass one of {', '.join(recipes)}")
+    settings = {field.name for kind in (Recipe, DetectionRecipe) for field in dataclasses.fields(kind)} & given.keys()
+    others = {field.name for kind in _configs() for field in dataclasses.fields(kind)} & given.keys()
+    for names, kind in ((settings, recipe), (others, Config)):
+        if wrong := names - {field.name for field in dataclasses.fields(kind)}:
+            raise ValueError(f"--{min(wrong).replace('_', '-')} has no meaning when training to {task}")
+    settings, others = ({name: given[name] for name in names} for names in (settings, others - {"recipe"}))
     if resume:
         config = Config.of_run(args.out)
         if changed := [name for name in _START if name in others]:
             raise ValueError(f"--{changed[0].replace('_', '-')} is how a run begins; it cannot change by --resume")
-        base = RECIPES[given["recipe"]] if "recipe" in given else config.recipe
-        config = dataclasses.replace(config, **others, recipe=base.but(**settings))
+        config = dataclasses.replace(config, **others, recipe=(named or config.recipe).but(**settings))
     elif "data" not in given:
         raise ValueError("no images to train on: pass DATA, or --resume to go on with the run in --out")
     else:
         if "checkpoint" in given and (clash := [name for name in ("model", "model_kwargs", "twins") if name in given]):
             raise ValueError(f"--checkpoint says what the net is; leave out --{clash[0].replace('_', '-')}")
-        config = Config(**others, recipe=RECIPES[given.get("recipe", DEFAULT)].but(**settings))
+        config = Config(**others, recipe=(named or recipes[default]).but(**settings))
     try:
         train(config, resume=resume, overwrite="overwrite" in given)
     except Interrupted as stop:
@@ -113,13 +149,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
-    option, kind, choices = f"--{field.name.replace('_', '-')}", HINTS[field.name], field.metadata["choices"]
-    text = f"{field.metadata['help']} [{_shown(getattr(RECIPES[DEFAULT], field.name))}]".replace("%", "%%")
+def _task_of(recipe: type[Settings]) -> str:
+    return "detect" if issubclass(recipe, DetectionRecipe) else "classify"
+
+
+def _configs() -> tuple[type, type]:
+    from ..train.detect import DetectionConfig
+    from ..train.run import Config
+
+    return Config, DetectionConfig
+
+
+def _add_setting(group: argparse._ArgumentGroup, recipe: type[Settings], field: dataclasses.Field, only: str | None
+                 ) -> None:
+    option, kind = f"--{field.name.replace('_', '-')}", setting_type(recipe, field.name)
+    choices = field.metadata["choices"]
+    default = DETECTION_RECIPES[DEFAULT_DETECTION] if only == "detect" else RECIPES[DEFAULT]
+    mark = "" if only is None else f"; to {only} only"
+    text = f"{field.metadata['help']}{mark} [{_shown(getattr(default, field.name))}]".replace("%", "%%")
     if kind is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         return
-    metavar = "|".join([*choices, *(["none"] if is_optional(field.name) else [])]) if choices else "X"
+    optional = is_optional(recipe, field.name)
+    metavar = "|".join([*choices, *(["none"] if optional else [])]) if choices else "X"
     group.add_argument(option, type=functools.partial(_value, kind), metavar=metavar, help=text)
 
 

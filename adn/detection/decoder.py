@@ -21,6 +21,7 @@ Shapes = tuple[tuple[int, int], ...]
 
 # Side of a token's anchor on the finest map, as a part of the image; twice that on each coarser one.
 _ANCHOR = 0.05
+_PRIOR = 0.01
 _MARGIN = 0.01  # anchors that reach closer to the border than this are not used
 
 
@@ -100,28 +101,30 @@ class Decoder(nn.Module):
     def __init__(self, channels: Sequence[int], num_classes: int = 80, queries: int = 300, dim: int = 256,
                  heads: int = 8, layers: int = 6, feedforward: int = 1024, points: int = 4) -> None:
         super().__init__()
-        self.num_classes, self.queries = num_classes, queries
+        self.queries = queries
         self.input_proj = nn.ModuleList(ConvNorm(c, dim, 1) for c in channels)
         self.decoder = DecoderLayers(layers, dim, heads, feedforward, len(channels), points)
-        self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
         self.query_pos_head = MLP(4, 2 * dim, dim, 2)
         self.anchors = Anchors()
         self.enc_output = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
-        self.enc_score_head = nn.Linear(dim, num_classes)
         self.enc_bbox_head = MLP(dim, dim, 4, 3)
-        self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(layers))
         self.dec_bbox_head = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(layers))
-        self._init()
-
-    def _init(self) -> None:
-        prior = -math.log((1 - 0.01) / 0.01)
-        for head in (self.enc_score_head, *self.dec_score_head):
-            nn.init.constant_(head.bias, prior)
         for head in (self.enc_bbox_head, *self.dec_bbox_head):
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)
         for linear in (self.enc_output[0], *self.query_pos_head.layers):
             nn.init.xavier_uniform_(linear.weight)
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Fresh heads for so many classes, that at first find each with a probability of 1 %."""
+        dim, like = self.enc_output[0].out_features, self.enc_output[0].weight
+        self.num_classes = num_classes
+        self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes).to(like)
+        self.enc_score_head = nn.Linear(dim, num_classes).to(like)
+        self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes).to(like) for _ in self.dec_bbox_head)
+        for head in (self.enc_score_head, *self.dec_score_head):
+            nn.init.constant_(head.bias, -math.log((1 - _PRIOR) / _PRIOR))
 
     def running(self) -> int:
         """How many layers run."""

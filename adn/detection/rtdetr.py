@@ -102,6 +102,11 @@ class RTDETR(nn.Module):
         denoising = None if targets is None else self._denoising(targets, draws)
         return {**self.decoder(maps, denoising), "backbone_features": list(features), "encoder_features": maps}
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Fresh heads for so many classes; all else stays."""
+        self.num_classes = num_classes
+        self.decoder.reset_classifier(num_classes)
+
     @torch.compiler.disable
     def _denoising(self, targets: Targets, draws: Draws | torch.Generator | None) -> Denoising | None:
         return make_queries(

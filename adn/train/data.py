@@ -13,7 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 
 from ..data import collate
-from .recipes import Recipe
+from .recipes import Recipe, Settings
 from .seeds import mixed_seed
 
 
@@ -51,14 +51,20 @@ def mixing(recipe: Recipe, classes: int) -> Callable[..., tuple[torch.Tensor, to
 
 
 class TrainBatches:
-    """For `fit`: the batches of an epoch. Order, augmentation and mixing follow from (seed, epoch, process)."""
+    """For `fit`: the batches of an epoch. Order, augmentation and mixing follow from (seed, epoch, process).
 
-    def __init__(self, data: Dataset, recipe: Recipe, classes: int, *, workers: int = 0, rank: int = 0, world: int = 1,
-                 pin_memory: bool = False) -> None:
+    Args:
+        classes: of images with labels, to be mixed as the recipe says.
+        collate: for other data, what makes a batch of items.
+    """
+
+    def __init__(self, data: Dataset, recipe: Settings, classes: int | None = None, *, workers: int = 0, rank: int = 0,
+                 world: int = 1, pin_memory: bool = False, collate: Callable[[list[Any]], Any] | None = None) -> None:
         self.data, self.recipe, self.workers, self.rank, self.world = data, recipe, workers, rank, world
         self.pin_memory = pin_memory
-        self.collate = _Collate(mixing(recipe, classes), alone=world == 1)
-        if recipe.repeats > 1 and isinstance(data, IterableDataset):
+        self.with_labels = collate is None
+        self.collate = _Collate(mixing(recipe, classes), alone=world == 1) if collate is None else collate
+        if _repeats(recipe) > 1 and isinstance(data, IterableDataset):
             raise ValueError("images that are read in turn cannot be repeated; pass --repeats 1")
 
     def __call__(self, epoch: int) -> DataLoader:
@@ -74,23 +80,27 @@ class TrainBatches:
             self.data, size, sampler=sampler, num_workers=self.workers, collate_fn=self.collate,
             pin_memory=self.pin_memory, worker_init_fn=ignore_interrupts,
             # A batch of one teaches batch norm nothing, and at 1x1 makes it fail: the last one may be left out.
-            drop_last=sampler is not None and size > 1 and len(sampler) % size == 1,
+            drop_last=self.with_labels and sampler is not None and size > 1 and len(sampler) % size == 1,
             generator=torch.Generator().manual_seed(mixed_seed(seed, epoch, self.rank, 1)),
         )
 
 
-def train_sampler(data: Dataset, recipe: Recipe, epoch: int, rank: int, world: int) -> Sampler[int]:
+def train_sampler(data: Dataset, recipe: Settings, epoch: int, rank: int, world: int) -> Sampler[int]:
     """The indices of one process in one epoch, in an order that follows from (seed, epoch).
 
     Repeated augmentation as in the reference: every index `repeats` times in a row in a shuffled list, of which each
     process takes every `world`-th, `floor(images / 256) * 256 / world` of them (all, of fewer than 256 images).
     """
-    if recipe.repeats > 1:
+    if _repeats(recipe) > 1:
         sampler = timm.data.distributed_sampler.RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats,
                                                                    selected_round=256 if len(data) >= 256 else 0)
         sampler.set_epoch(mixed_seed(recipe.seed, epoch))
         return sampler
     return DistributedSampler(data, world, rank, shuffle=True, seed=mixed_seed(recipe.seed, epoch))
+
+
+def _repeats(recipe: Settings) -> int:
+    return recipe.repeats if isinstance(recipe, Recipe) else 1
 
 
 class _Collate:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from ..checkpoint import atomic_write, save
@@ -32,7 +33,7 @@ from ..distill import SelfDistillation
 from ..evaluate import autocast
 from ..state import is_converted
 from .optim import WeightAverage, create_optimizer, create_scheduler
-from .recipes import Recipe
+from .recipes import Recipe, Settings
 from .seeds import seed_all
 
 FORMAT = 1
@@ -40,7 +41,7 @@ CONFIG, LOG, LAST, BEST, FINAL, INTERRUPTED = (
     "config.json", "log.csv", "last.pt", "best.safetensors", "model.safetensors", "interrupted.json")
 FILES = (CONFIG, LOG, LAST, BEST, FINAL, INTERRUPTED)
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, Any]
 Batches = Callable[[int], Iterable[Batch | None]]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -65,7 +66,7 @@ class Result:
     Attributes:
         net: the net after the last epoch, in evaluation mode; its weight average where the recipe keeps one.
         history: one row per epoch, as in `log.csv`.
-        best: the best score of an epoch, the mean of its `top1` values; None if none was measured.
+        best: the best score of an epoch, the mean of its accuracies; None if none was measured.
         out: the folder of the run, if it has one.
     """
 
@@ -100,7 +101,7 @@ def default_loss(net: nn.Module, recipe: Recipe) -> nn.Module:
     )
 
 
-def _make_fast(net: nn.Module, recipe: Recipe) -> None:
+def _make_fast(net: nn.Module, recipe: Settings) -> None:
     if not is_converted(net):
         if recipe.compile:
             net.compile()
@@ -118,12 +119,13 @@ def fit(
     net: nn.Module,
     batches: Batches,
     evaluate: Evaluate | None,
-    recipe: Recipe,
+    recipe: Settings,
     *,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     loss: nn.Module | None = None,
+    accuracy: str = "top1",
     device: torch.device | str | None = None,
     config: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -138,17 +140,20 @@ def fit(
 
     Args:
         net: trained in place. A plain one learns from labels only.
-        batches: epoch, counted from 0, to the batches of that epoch: images (B, ...) and targets, indices (B,) or rows
-            (B, classes); None is passed over. Must depend on nothing but the epoch and the global generators.
-        evaluate: net to numbers by name, after every epoch, all processes at once; entries with `top1` in their
-            name are accuracies, whose mean decides what is best.
+        batches: epoch, counted from 0, to the batches of that epoch: images (B, ...) and targets as the loss takes
+            them, for classifiers indices (B,) or rows (B, classes); None is passed over. Must depend on nothing but the
+            epoch and the global generators.
+        evaluate: net to numbers by name, after every epoch, all processes at once.
         recipe: its settings of optimisation, schedule, loss and averaging are used here; those of model, augmentation
             and images are the business of `batches`.
         out: folder for `config.json`, `log.csv`, `last.pt` (all that resuming needs), `best.safetensors` (of the
-            epoch with the highest mean `top1`) and, at the end, `model.safetensors`. None = write nothing.
+            epoch with the highest mean accuracy) and, at the end, `model.safetensors`. None = write nothing.
         resume: go on after the last complete epoch in `out`.
         overwrite: replace a run that is in `out`.
-        loss: module around the net that gives a dict with `loss` when called on a batch; None = `default_loss`.
+        loss: module around the net that gives a dict with `loss` when called on a batch; None = `default_loss`. If it
+            has a method `backward` like that of `SelfDistillation`, that is used where one process runs alone.
+        accuracy: what is part of the name of numbers of `evaluate` that are accuracies in percent; the mean of these
+            decides which epoch is best.
         device: None = the current accelerator in a process group with NCCL, else where the net is.
         config: JSON to keep as `config.json`.
         extra: JSON to keep in the checkpoints, see `adn.save`.
@@ -161,7 +166,7 @@ def fit(
         ValueError: on a run in `out` and neither `resume` nor `overwrite`, a saved run that does not fit, no batches.
         OSError: if `out` cannot be written; what was written before is intact.
     """
-    run = _Run(net, recipe, loss, _device(net, device), out, progress and _rank() == 0)
+    run = _Run(net, recipe, loss, accuracy, _device(net, device), out, progress and _rank() == 0)
     start = time.perf_counter()
     make_writer = run.tensorboard_writer() if tensorboard else None
     if resume:
@@ -191,9 +196,9 @@ def fit(
 class _Run:
     """The state of a run, and what is done to it."""
 
-    def __init__(self, net: nn.Module, recipe: Recipe, loss: nn.Module | None, device: torch.device,
+    def __init__(self, net: nn.Module, recipe: Settings, loss: nn.Module | None, accuracy: str, device: torch.device,
                  out: str | Path | None, talk: bool) -> None:
-        self.recipe, self.device, self.talk = recipe, device, talk
+        self.recipe, self.accuracy, self.device, self.talk = recipe, accuracy, device, talk
         self.rank, self.world = _rank(), _world()
         self.out = Path(out) if out is not None else None
         if recipe.sync_bn:
@@ -267,9 +272,8 @@ class _Run:
             raise ValueError(f"epoch {epoch + 1} has no batch to train on: there are no images, or none could be read")
         self._check_finite(total["loss"])
         self._check_weights()
-        means = self._means(torch.stack([value.double() for value in total.values()]), images)
         return {"epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "steps": self.steps,
-                **{f"train_{name}": value for name, value in zip(total, means, strict=True)}}
+                **{f"train_{name}": value for name, value in self._means(total, images).items()}}
 
     def _readable(self, loader: Iterable[Batch | None]) -> Iterator[Batch]:
         for batch in loader:
@@ -279,17 +283,19 @@ class _Run:
                 raise RuntimeError("a whole batch of unreadable images in one of several processes; they cannot go on "
                                    "together: remove the damaged files")
 
-    def _step(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _step(self, x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
         recipe = self.recipe
         x = x.to(self.device, non_blocking=True,
                  memory_format=self.memory_format if x.ndim == 4 else torch.preserve_format)
-        y = y.to(self.device, non_blocking=True)
+        y = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), y)
         self.optimizer.zero_grad()
         # One backward per pass needs less memory, but DDP wants all of a step in one forward.
-        in_two = self.world == 1 and isinstance(self.loss, SelfDistillation)
+        in_two = self.world == 1 and hasattr(self.loss, "backward")
         try:
             with autocast(self.device, recipe.amp):
                 losses = self.loss.backward(x, y, self.scaler) if in_two else self.parallel(x, y)
+        except FloatingPointError as error:
+            raise self._diverged(f"{error} (epoch {self.epoch + 1}, step {self.steps + 1})") from error
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -317,7 +323,7 @@ class _Run:
         self.epoch += 1
         self.steps = 0
         self.history.append(row)
-        accuracies = {name: value for name, value in row.items() if "top1" in name}
+        accuracies = {name: value for name, value in row.items() if self.accuracy in name}
         score = sum(accuracies.values()) / len(accuracies) if accuracies else None
         improved = score is not None and (self.best is None or score > self.best)
         if improved:
@@ -325,7 +331,7 @@ class _Run:
         width = len(str(self.recipe.epochs))
         parts = [f"epoch {self.epoch:>{width}}/{self.recipe.epochs}", f"lr {row['lr']:.3g}",
                  f"loss {row['train_loss']:.4f}",
-                 *(f"{name.replace('val_', '').replace('top1_', '')} {value:.2f} %" for name, value in
+                 *(f"{name.replace('val_', '').replace(f'{self.accuracy}_', '')} {value:.2f} %" for name, value in
                    accuracies.items()),
                  _duration(row["seconds"]), "best so far" if improved else ""]
         self.say("  ".join(filter(None, parts)))
@@ -367,7 +373,11 @@ class _Run:
             raise ValueError(f"{path} is damaged, or no state of a training run ({error})") from error
         if version != FORMAT:
             raise ValueError(f"{path} has format {version}, this version of adn reads {FORMAT}")
-        self._compare(Recipe.from_dict(state["recipe"]), state["world"])
+        try:
+            before = type(self.recipe).from_dict(state["recipe"])
+        except ValueError as error:
+            raise ValueError(f"the run in {self.out} trains something else: {error}") from error
+        self._compare(before, state["world"])
         try:
             self.net.load_state_dict(state["net"])
             # Loading puts the saved hyper-parameters into the groups, where those of this recipe belong.
@@ -381,7 +391,7 @@ class _Run:
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-            self.ema.started = state["ema_started"]
+            self.ema.started, self.ema.updates = state["ema_started"], state.get("ema_updates", 0)
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
         if self.epoch > self.recipe.epochs:
             raise ValueError(f"the run in {self.out} has {self.epoch} epochs already; pass --epochs {self.epoch} or "
@@ -402,7 +412,7 @@ class _Run:
         else:
             self.say(f"going on with epoch {self.epoch + 1} of {self.recipe.epochs}")
 
-    def _compare(self, before: Recipe, world: int) -> None:
+    def _compare(self, before: Settings, world: int) -> None:
         old, new = (json.loads(json.dumps(recipe.to_dict())) for recipe in (before, self.recipe))
         changed = [name for name in new if new[name] != old[name]]
         if fixed := [name for name in changed if name in _FIXED]:
@@ -426,6 +436,7 @@ class _Run:
             "history": self.history, "best": self.best, "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "ema": self.ema and self.ema.module.state_dict(), "ema_started": self.ema is not None and self.ema.started,
+            "ema_updates": 0 if self.ema is None else self.ema.updates,
         }
         with atomic_write(self.out / LAST) as temporary, temporary.open("wb") as file:
             try:
@@ -506,12 +517,19 @@ class _Run:
         return Diverged(f"{what}.{kept} Try a lower learning rate (--lr, now {self.recipe.lr}), a longer warm-up "
                         f"(--warmup-epochs){clip}{half}")
 
-    def _means(self, sums: torch.Tensor, images: int) -> list[float]:
+    def _means(self, sums: Mapping[str, torch.Tensor], images: int) -> dict[str, float]:
         """Per image, over all processes."""
-        sums = torch.cat([sums, sums.new_tensor([images])])
+        names = list(sums)
         if self.world > 1:
-            dist.all_reduce(sums)
-        return (sums[:-1] / sums[-1]).tolist()
+            # Not every batch has every term: a detector's may have no object.
+            every: list[list[str]] = [[] for _ in range(self.world)]
+            dist.all_gather_object(every, names)
+            names = list(dict.fromkeys(name for of_process in every for name in of_process))
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.stack([*(sums.get(name, zero).double() for name in names), zero + images])
+        if self.world > 1:
+            dist.all_reduce(total)
+        return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
 
 
 def holds_run(out: Path) -> bool:

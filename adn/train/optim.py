@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import timm.optim
 import timm.scheduler
 import torch
@@ -10,37 +12,41 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..nn import is_norm
-from .recipes import Recipe
+from .recipes import Settings
 
 TABLES = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed", "pos_embedding", "position_embedding",
           "relative_position_bias_table")
 COUNTER = "num_batches_tracked"
 
 
-def parameter_groups(net: nn.Module, recipe: Recipe) -> list[dict]:
-    """The parameters that learn, in up to four groups, each with its own weight decay: weights, norms, biases, tables.
+def parameter_groups(net: nn.Module, recipe: Settings) -> list[dict]:
+    """The parameters that learn, in groups, each with its own weight decay: weights, norms, biases, tables; and those
+    that have a learning rate of their own apart from the others.
 
     A parameter whose own name is `bias` is a bias, also in a norm; the rest of a norm (twins included) is a norm.
     Which groups there are depends on the net only, so that a run may be resumed with other decays.
     """
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], "biases": [], "tables": []}
+    decays = {"weights": None, "norms": recipe.norm_decay, "biases": recipe.bias_decay, "tables": recipe.table_decay}
+    rates = {"": recipe.lr, **recipe.rates}
+    groups: dict[tuple[str, str], list[nn.Parameter]] = {(start, kind): [] for start in rates for kind in decays}
     seen: set[int] = set()
-    for module in net.modules():
+    for prefix, module in net.named_modules():
+        start = next((start for start in recipe.rates if f"{prefix}.".startswith(start)), "")
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             kind = ("biases" if name == "bias" else "norms" if is_norm(module) else "tables" if name in TABLES
                     else "weights")
-            groups[kind].append(parameter)
-    decays = {"norms": recipe.norm_decay, "biases": recipe.bias_decay, "tables": recipe.table_decay}
+            groups[start, kind].append(parameter)
     return [
-        {"params": parameters, "weight_decay": recipe.weight_decay if decays.get(kind) is None else decays[kind]}
-        for kind, parameters in groups.items() if parameters
+        {"params": parameters, "weight_decay": recipe.weight_decay if decays[kind] is None else decays[kind],
+         "lr": rates[start]}
+        for (start, kind), parameters in groups.items() if parameters
     ]
 
 
-def create_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def create_optimizer(net: nn.Module, recipe: Settings) -> torch.optim.Optimizer:
     """timm's optimizer of that name over `parameter_groups`."""
     try:
         return timm.optim.create_optimizer_v2(
@@ -52,7 +58,7 @@ def create_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
                          "--optimizer") from error
 
 
-def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Scheduler:
+def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Settings) -> Scheduler:
     """The learning rate as a function of the epoch: `scheduler.step(epoch)` sets that of `epoch`, counted from 0.
 
     Linear warm-up from `warmup_factor * lr`, then, counted from its end: steps, at each milestone m for epochs >= m;
@@ -69,7 +75,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Schedu
     return timm.scheduler.MultiStepLRScheduler(optimizer, milestones, decay_rate=recipe.gamma, **warmup)
 
 
-def ema_decay(recipe: Recipe, world: int) -> float:
+def ema_decay(recipe: Settings, world: int) -> float:
     """Decay per update of the weight average: `1 - min(1, (1 - ema_decay) * world * batch * every / epochs)`, as in the
     reference (after torchvision's)."""
     return 1 - min(1.0, (1 - recipe.ema_decay) * world * recipe.batch_size * recipe.ema_every / recipe.epochs)
@@ -77,24 +83,31 @@ def ema_decay(recipe: Recipe, world: int) -> float:
 
 class WeightAverage(ModelEmaV3):
     """timm's moving average of parameters and buffers, both sets of running statistics included, as the reference does
-    it: batch norm's counters are averaged and truncated; during warm-up, and once after it, weights are copied.
+    it: batch norm's counters are averaged and truncated; during warm-up, and once after it, weights are copied. With
+    `ema_ramp` as that of RT-DETR, whose decay rises instead.
 
     Other integer buffers (index tables) are copied. The reference averages and truncates those too, which may round
     an index down.
     """
 
-    def __init__(self, net: nn.Module, recipe: Recipe, world: int) -> None:
-        super().__init__(net, decay=ema_decay(recipe, world))
-        self.warmup_epochs = recipe.warmup_epochs
+    def __init__(self, net: nn.Module, recipe: Settings, world: int) -> None:
+        super().__init__(net, decay=recipe.ema_decay if recipe.ema_ramp else ema_decay(recipe, world))
+        self.warmup_epochs = 0 if recipe.ema_ramp else recipe.warmup_epochs
+        self.ramp = recipe.ema_ramp
         self.started = False
+        self.updates = 0
 
     def update_in(self, epoch: int, net: nn.Module) -> None:
         """Average in the weights of `net`, during `epoch` counted from 0."""
-        if self.started:
+        self.updates += 1
+        if self.started or self.ramp:
             self.update(net)
         else:
             self.set(net)
         self.started = epoch >= self.warmup_epochs
+
+    def get_decay(self, step: int | None = None) -> float:
+        return self.decay * (1 - math.exp(-self.updates / self.ramp)) if self.ramp else super().get_decay(step)
 
     @torch.no_grad()
     def apply_update_(self, net: nn.Module, decay: float) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from .recipes import RECIPES, Recipe
 from .seeds import seed_all
 
 Images = ImageData | ImageStream
+C = TypeVar("C", bound="Config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +80,25 @@ class Config:
         Raises:
             ValueError: if there is no run.
         """
-        path = Path(out) / CONFIG
-        try:
-            values = json.loads(path.read_text())
-            return cls.from_dict(values)
-        except FileNotFoundError:
-            raise ValueError(f"nothing to resume in {os.fspath(out)}: there is no {CONFIG}") from None
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not what adn train wrote ({error!r})") from error
+        return config_of_run(cls, out)
+
+
+def config_of_run(kind: type[C], out: str | os.PathLike[str]) -> C:
+    path = Path(out) / CONFIG
+    try:
+        return kind.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ValueError(f"nothing to resume in {os.fspath(out)}: there is no {CONFIG}") from None
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not what adn train wrote ({error!r})") from error
+
+
+def task_of_run(out: str | os.PathLike[str]) -> str | None:
+    """What the run in a folder trains: "classify" or "detect"; None if there is none."""
+    try:
+        return json.loads((Path(out) / CONFIG).read_text()).get("task", "classify")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> Result:
@@ -107,7 +119,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prog
     config = dataclasses.replace(config, **{
         name: os.path.abspath(path) for name in ("data", "checkpoint", "weights")
         if (path := getattr(config, name)) is not None and os.path.exists(path)})
-    with _process_group(config.device) as device:
+    with process_group(config.device) as device:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         talk, recipe = progress and rank == 0, config.recipe
         if rank == 0 and not (resume or overwrite):
@@ -128,14 +140,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prog
         workers = min(8, len(os.sched_getaffinity(0))) if config.workers is None else config.workers
         pin = device.type == "cuda"
         batches = TrainBatches(training, recipe, classes, workers=workers, rank=rank, world=world, pin_memory=pin)
-        loader = DataLoader(_share(validation, rank, world), recipe.batch_size, num_workers=workers, collate_fn=collate,
+        loader = DataLoader(share(validation, rank, world), recipe.batch_size, num_workers=workers, collate_fn=collate,
                             pin_memory=pin, worker_init_fn=ignore_interrupts)
 
         def measure(net: nn.Module) -> dict[str, float]:
             rows = evaluate(net, loader, ["super", "base"], device, progress=talk)
             metrics = {f"val_{key}_{name}": _mean(getattr(row, key), row.images, device)
                        for key in ("top1", "top5", "loss") for name, row in zip(("super", "base"), rows, strict=True)}
-            unreadable = _gather([*training.unreadable, *validation.unreadable])
+            unreadable = gather([*training.unreadable, *validation.unreadable])
             if unreadable and talk:
                 print(f"skipped {len(unreadable)} unreadable images so far, e.g. {unreadable[0]}", flush=True)
             return metrics | {"unreadable": len(unreadable)}
@@ -150,7 +162,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prog
 
 
 @contextlib.contextmanager
-def _process_group(device: str | None) -> Iterator[torch.device]:
+def process_group(device: str | None) -> Iterator[torch.device]:
     """The device to use; inside the block a process group, if `torchrun` started this."""
     gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     if gpu and not torch.cuda.is_available():
@@ -159,7 +171,7 @@ def _process_group(device: str | None) -> Iterator[torch.device]:
     if gpu and own:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if own:
-        dist.init_process_group("nccl" if gpu else "gloo")
+        dist.initprocess_group("nccl" if gpu else "gloo")
     try:
         if gpu and (own or device in (None, "cuda")):
             yield torch.device("cuda", torch.cuda.current_device())
@@ -167,7 +179,7 @@ def _process_group(device: str | None) -> Iterator[torch.device]:
             yield torch.device(device or "cpu")
     finally:
         if own:
-            dist.destroy_process_group()
+            dist.destroyprocess_group()
 
 
 def _open(config: Config) -> tuple[Images, Images]:
@@ -274,7 +286,7 @@ def _describe(net: nn.Module, config: Config, start: str, training: Images, vali
             f"{recipe.optimizer}, learning rate {recipe.lr:g}, {recipe.schedule}; results in {config.out}")
 
 
-def _share(data: Images, rank: int, world: int) -> Dataset:
+def share(data: Images, rank: int, world: int) -> Dataset:
     """What one process evaluates. Too few images for all are evaluated by each."""
     if isinstance(data, IterableDataset) or world == 1 or len(data) < world:
         return data
@@ -290,10 +302,10 @@ def _mean(value: float, weight: int, device: torch.device) -> float:
     return (total[0] / total[1]).item()
 
 
-def _gather(names: list[str]) -> list[str]:
+def gather(names: list[str]) -> list[str]:
     """Of all processes, each once."""
     if not dist.is_initialized():
         return names
     every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, names)
+    dist.allgather_object(every, names)
     return sorted(set().union(*every))

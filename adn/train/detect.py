@@ -1,0 +1,213 @@
+"""`train_detector`: from images with boxes, in COCO's format, to an any-depth detector on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..checkpoint import load
+from ..convert import convert
+from ..detection.coco import CocoImages, collate, open_coco
+from ..detection.criterion import DistillationLoss
+from ..detection.distill import DetectionDistillation
+from ..detection.evaluate import evaluate_detector
+from ..detection.presets import PRESETS
+from ..detection.rtdetr import RTDETR
+from ..detection.transforms import eval_transform, multi_scale_sizes, train_transform
+from ..evaluate import evaluating, try_forward
+from ..models import build_source
+from ..state import state_of
+from ..weights import load_weights
+from .data import TrainBatches, ignore_interrupts
+from .engine import Result, fit, refuse_overwriting
+from .recipes import DEFAULT_DETECTION, DETECTION_RECIPES, DetectionRecipe
+from .run import config_of_run, gather, process_group, share
+from .seeds import seed_all
+
+TASK = "detect"
+_HEADS = ("decoder.enc_score_head", "decoder.dec_score_head", "decoder.denoising_class_embed")
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionConfig:
+    """A training run of a detector: the recipe, and where things are.
+
+    Attributes:
+        data: a directory in one of the layouts of `adn.detection.coco.open_coco`.
+        out: folder for what the run writes, see `fit`.
+        recipe: every setting the numbers depend on.
+        checkpoint: start from a file of `adn.save` in place of the recipe's model.
+        weights: start from these weights of a whole detector, see `adn.load_weights`.
+        backbone: start from these weights of a classifier, whose backbone is the detector's; any-depth or not.
+        new_head: with `checkpoint` or `weights` of other classes, begin with fresh heads for those of the data.
+        train_split, val_split: names of the two parts of the data.
+        workers: processes that read images; None = one per core, at most 8.
+        device: "cpu", "cuda", "cuda:1"; None = a GPU if there is one.
+        tensorboard: write the log for TensorBoard too.
+    """
+
+    data: str
+    out: str
+    recipe: DetectionRecipe = DETECTION_RECIPES[DEFAULT_DETECTION]
+    checkpoint: str | None = None
+    weights: str | None = None
+    backbone: str | None = None
+    new_head: bool = False
+    train_split: str = "train"
+    val_split: str = "val"
+    workers: int | None = None
+    device: str | None = None
+    tensorboard: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"task": TASK, **dataclasses.asdict(self), "recipe": self.recipe.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DetectionConfig:
+        values = {name: value for name, value in values.items() if name != "task"}
+        return cls(**{**values, "recipe": DetectionRecipe.from_dict(values["recipe"])})
+
+    @classmethod
+    def of_run(cls, out: str | os.PathLike[str]) -> DetectionConfig:
+        """What the run in a folder was started with; raises ValueError if there is none."""
+        return config_of_run(cls, out)
+
+
+def train_detector(
+    config: DetectionConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True
+) -> Result:
+    """Train an any-depth detector; `adn train --task detect` from Python.
+
+    Started by `torchrun`, processes share the work.
+
+    Args:
+        config: what to do; for a resumed run what it was started with, possibly with changes.
+        resume, overwrite, progress: see `fit`.
+
+    Raises:
+        ValueError: on data without images or objects, classes that do not fit each other or the checkpoint, or a model
+            that is no detector.
+        Otherwise as `fit`.
+    """
+    config = dataclasses.replace(config, **{
+        name: os.path.abspath(path) for name in ("data", "checkpoint", "weights", "backbone")
+        if (path := getattr(config, name)) is not None and os.path.exists(path)})
+    with process_group(config.device) as device:
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        talk, recipe = progress and rank == 0, config.recipe
+        if rank == 0 and not (resume or overwrite):
+            refuse_overwriting(Path(config.out))
+        training = open_coco(config.data, config.train_split, train_transform(recipe.size))
+        validation = open_coco(config.data, config.val_split, eval_transform(recipe.size))
+        _check_data(config, training, validation)
+        seed_all(recipe.seed)
+        net = _start(config, len(training.class_names), resume)
+        state_of(net).class_names = training.class_names
+        if recipe.cut_decoder:
+            for cut in state_of(net).switches[len(state_of(net).plan.flags):]:
+                cut.in_training = True
+        net.to(device)
+        with evaluating(net), torch.inference_mode():
+            try_forward(net, torch.zeros(1, 3, recipe.size, recipe.size, device=device))
+
+        workers = min(8, len(os.sched_getaffinity(0))) if config.workers is None else config.workers
+        pin = device.type == "cuda"
+        batches = TrainBatches(training, recipe, workers=workers, rank=rank, world=world, pin_memory=pin,
+                               collate=collate)
+        loader = DataLoader(share(validation, rank, world), recipe.batch_size, num_workers=workers, collate_fn=collate,
+                            pin_memory=pin, worker_init_fn=ignore_interrupts)
+
+        def measure(net: nn.Module) -> dict[str, float]:
+            rows = evaluate_detector(net, loader, ["super", "base"], device, progress=talk, distributed=world > 1)
+            numbers = {f"val_{name.upper()}_{which}": getattr(row, name)
+                       for name in ("ap", "ap50", "aps", "apm", "apl")
+                       for which, row in zip(("super", "base"), rows, strict=True)}
+            unreadable = gather([*training.unreadable, *validation.unreadable])
+            if unreadable and talk:
+                print(f"skipped {len(unreadable)} unreadable images so far, e.g. {unreadable[0]}", flush=True)
+            # Of sizes that no object has there is no accuracy.
+            return {name: value for name, value in numbers.items() if value is not None} | {
+                "unreadable": len(unreadable)}
+
+        if talk:
+            print(_describe(net, config, resume, training, validation), flush=True)
+        loss = DetectionDistillation(
+            net, distillation=DistillationLoss(class_kl=recipe.class_kl),
+            multi_scale=multi_scale_sizes(recipe.size) if recipe.multi_scale else ())
+        return fit(
+            net, batches, measure, recipe, out=config.out, resume=resume, overwrite=overwrite, loss=loss,
+            accuracy="AP_", device=device, config=config.to_dict(),
+            extra={"task": TASK, "data": {"size": recipe.size}}, tensorboard=config.tensorboard, progress=progress)
+
+
+def _check_data(config: DetectionConfig, training: CocoImages, validation: CocoImages) -> None:
+    if training.class_names != validation.class_names:
+        raise ValueError(f"{training.file} and {validation.file} list different categories: labels would not mean the "
+                         "same")
+    for data in (training, validation):
+        if data.notes:
+            print("\n".join(data.notes), flush=True)
+
+
+def _start(config: DetectionConfig, classes: int, resume: bool) -> nn.Module:
+    """The net before training. A resumed run only needs its structure."""
+    recipe = config.recipe
+    if sum(path is not None for path in (config.checkpoint, config.weights, config.backbone)) > 1:
+        raise ValueError("pass one of --checkpoint, --weights, --backbone")
+    if config.checkpoint is not None:
+        net = load(config.checkpoint)
+        if not isinstance(net, RTDETR):
+            raise ValueError(f"{config.checkpoint} holds a {type(net).__name__}, which is no detector")
+        if config.new_head:
+            net.reset_classifier(classes)
+        elif net.num_classes != classes:
+            raise ValueError(f"{config.checkpoint} has {net.num_classes} classes, the data has {classes}; pass "
+                             "--new-head to put fresh heads on it")
+        return net
+    if recipe.model not in PRESETS:
+        raise ValueError(f"{recipe.model!r} is no detector; pass one of {', '.join(PRESETS)}")
+    if "num_classes" in recipe.model_kwargs:
+        raise ValueError("num_classes does not belong into model_kwargs: the data say how many there are")
+    try:
+        model = build_source(recipe.model, {**recipe.model_kwargs, "num_classes": classes})
+    except TypeError as error:
+        raise ValueError(f"{recipe.model} cannot be built with --model-kwargs {json.dumps(recipe.model_kwargs)}: "
+                         f"{error}") from error
+    if config.backbone is not None and not resume:
+        _load_backbone(model, config.backbone)
+    net = convert(model, twins=recipe.twins)
+    if config.backbone is not None and not resume:
+        _load_backbone(net, config.backbone)  # with twins now, if it has some
+    if config.weights is not None and not resume:
+        report = load_weights(net, config.weights, strict=not config.new_head)
+        if wrong := [problem for problem in (*report.missing, *report.mismatched) if not problem.startswith(_HEADS)]:
+            raise ValueError(f"{config.weights} does not fit {recipe.model}: {'; '.join(wrong[:4])}")
+    return net
+
+
+def _load_backbone(net: nn.Module, path: str) -> None:
+    report = load_weights(net.backbone, path, strict=False)
+    missing = [name for name in report.missing if ".skip." not in name]
+    if missing or report.mismatched:
+        raise ValueError(f"{path} does not fit the backbone: {'; '.join([*missing, *report.mismatched][:4])}")
+
+
+def _describe(net: nn.Module, config: DetectionConfig, resume: bool, training: CocoImages, validation: CocoImages
+              ) -> str:
+    recipe, file = config.recipe, config.checkpoint or config.weights or config.backbone
+    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    start = "resumed" if resume else f"from {file}" if file else "from scratch"
+    return (f"{recipe.model}, {millions:.1f} M parameters, {len(state_of(net).plan.flags)} flags and a decoder of "
+            f"{state_of(net).full.layers[0]} layers, {start}\n"
+            f"{len(training)} images to train on, {len(validation)} to evaluate, {len(training.class_names)} classes; "
+            f"{recipe.size} pixels\n"
+            f"{recipe.optimizer}, learning rate {recipe.lr:g}, {recipe.schedule}; results in {config.out}")
