@@ -13,7 +13,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,12 +23,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .depth import Depth
+from .detection import is_detector
 from .evaluate import Row, evaluating, read_depths, try_forward
 from .state import DepthLike, set_depth, state_of, unwrap
 from .state import depths as all_depths
 
+if TYPE_CHECKING:
+    from .detection.evaluate import DetectionRow
+
 _LEAST_SPAN = 5  # of a figure's accuracy axis, in percentage points
-_COLUMNS = ("depth", "macs", "params", "p50_ms", "p99_ms", "top1")
+_COLUMNS = ("depth", "macs", "params", "p50_ms", "p99_ms")
+
+# By name of the measure of accuracy, which is also its column in files: what tables and figures call it.
+_METRICS = {"top1": ("top-1 (%)", "top-1 accuracy (%)"), "ap": ("AP", "AP (%)")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Point:
             sampling too, where `profile` was asked for them.
         params: parameters in use: no bypassed block, one set of each skip-aware norm.
         p50_ms, p99_ms: median and 99th percentile of the time of a forward of one batch, in milliseconds.
-        top1: accuracy in percent, None if unknown.
+        top1: accuracy in percent, of a detector its average precision; None if unknown.
     """
 
     depth: Depth
@@ -61,11 +68,14 @@ class Profile(list[Point]):
 
     Attributes:
         machine: how and on what it was measured: device, threads, dtype, input, versions, date.
+        metric: what accuracy is, "top1", or of a detector "ap".
     """
 
-    def __init__(self, points: Iterable[Point] = (), machine: Mapping[str, str] | None = None) -> None:
+    def __init__(self, points: Iterable[Point] = (), machine: Mapping[str, str] | None = None, metric: str = "top1"
+                 ) -> None:
         super().__init__(points)
         self.machine = dict(machine or {})
+        self.metric = metric
 
     def pareto(self) -> list[Point]:
         """The points no other beats in both time (p50) and accuracy (MACs where accuracy is unknown), fastest first."""
@@ -80,7 +90,7 @@ class Profile(list[Point]):
         with open(path, "w", newline="", encoding="utf-8") as file:
             file.writelines(f"# {key}: {value}\n" for key, value in self.machine.items())
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_COLUMNS)
+            writer.writerow((*_COLUMNS, self.metric))
             for p in self:
                 writer.writerow((p.depth, p.macs, p.params, p.p50_ms, p.p99_ms, "" if p.top1 is None else p.top1))
 
@@ -88,8 +98,10 @@ class Profile(list[Point]):
     def from_csv(cls, path: str | os.PathLike) -> Profile:
         """What `to_csv` wrote; raises ValueError on another file."""
         machine, rows = read_table(path, _COLUMNS)
+        metric = "ap" if rows and "ap" in rows[0] else "top1"
         return cls([Point(Depth(row["depth"]), int(row["macs"]), int(row["params"]), float(row["p50_ms"]),
-                          float(row["p99_ms"]), float(row["top1"]) if row["top1"] else None) for row in rows], machine)
+                          float(row["p99_ms"]), float(row[metric]) if row.get(metric) else None) for row in rows],
+                   machine, metric)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Save a figure (png, pdf or svg by the suffix): accuracy, or MACs if unknown, against latency.
@@ -105,7 +117,8 @@ class Profile(list[Point]):
     def __str__(self) -> str:
         front = {point.depth for point in self.pareto()}
         accurate = any(point.top1 is not None for point in self)
-        head = ["depth", "MMACs", "params (M)", "p50 (ms)", "p99 (ms)", *(["top-1 (%)"] if accurate else []), "Pareto"]
+        head = ["depth", "MMACs", "params (M)", "p50 (ms)", "p99 (ms)",
+                *([_METRICS[self.metric][0]] if accurate else []), "Pareto"]
         rows = [
             [str(p.depth), f"{p.macs / 1e6:.1f}", f"{p.params / 1e6:.2f}", f"{p.p50_ms:.2f}", f"{p.p99_ms:.2f}",
              *([f"{p.top1:.2f}"] if accurate else []), "*" if p.depth in front else ""]
@@ -122,7 +135,7 @@ def profile(
     run: Callable[..., Any] | None = None,
     rounds: int = 50,
     warmup: int = 5,
-    accuracy: Iterable[Row] | Mapping[Any, float] | None = None,
+    accuracy: Iterable[Row | DetectionRow] | Mapping[Any, float] | None = None,
     norms: bool = False,
     progress: bool = False,
 ) -> Profile:
@@ -139,7 +152,8 @@ def profile(
         run: what is timed, called as `run(x, depth=depth)`, such as an `adn.Engine` of the net; None = the net itself.
         rounds: timed forwards per depth.
         warmup: forwards per depth before that.
-        accuracy: top-1 in percent by depth, or what `adn.evaluate` returned; must cover all depths.
+        accuracy: top-1 in percent by depth, or what `adn.evaluate` returned; of a detector AP in percent, or what
+            `evaluate_detector` returned. It must cover all depths.
         norms: count norms and sampling too, see `count_macs`.
         progress: show a progress bar, if in a terminal.
 
@@ -151,12 +165,13 @@ def profile(
     if not len(x):
         raise ValueError("a batch of 0 images; pass at least 1")
     chosen = all_depths(net) if depths is None else read_depths(net, depths)
+    metric = "ap" if is_detector(_counted(net)) else "top1"
     if accuracy is None:
         top1: dict[Depth, float] = {}
     elif isinstance(accuracy, Mapping):
         top1 = {Depth(depth): percent for depth, percent in accuracy.items()}
     else:
-        top1 = {row.depth: row.top1 for row in accuracy}
+        top1 = {row.depth: getattr(row, metric) for row in accuracy}
     missing = [str(depth) for depth in chosen if depth not in top1]
     if accuracy is not None and missing:
         raise ValueError(f"no accuracy given for {', '.join(missing)}; evaluate these depths or leave them out")
@@ -166,7 +181,7 @@ def profile(
     p50, p99 = np.percentile(times, [50, 99], axis=1)
     points = [Point(*values, top1.get(values[0]))
               for values in zip(chosen, macs, params, p50.tolist(), p99.tolist(), strict=True)]
-    return Profile(points, _machine(x, rounds, warmup))
+    return Profile(points, _machine(x, rounds, warmup), metric)
 
 
 def fit_budget(profile: Sequence[Point], *, ms: float, percentile: int = 50) -> Depth:
@@ -389,8 +404,11 @@ def _draw(profile: Profile, path: str | os.PathLike) -> None:
     accurate = all(point.top1 is not None for point in profile)
     scale = 1 if accurate else 1e-9
     front = profile.pareto()
-    chain = [point for point in profile if list(point.depth.flags) == sorted(point.depth.flags, reverse=True)]
-    chain.sort(key=lambda point: sum(point.depth.flags))
+    # Stages first; of a stack, layers are left out once all stages are.
+    most = max(point.depth.layers for point in profile)
+    chain = [point for point in profile if list(point.depth.flags) == sorted(point.depth.flags, reverse=True)
+             and (point.depth.layers == most or all(point.depth.flags))]
+    chain.sort(key=lambda point: (sum(point.depth.flags), -sum(point.depth.layers)))
 
     def xy(points: Iterable[Point]) -> tuple[list[float], list[float]]:
         points = list(points)
@@ -406,7 +424,7 @@ def _draw(profile: Profile, path: str | os.PathLike) -> None:
     axes.plot(*xy(front), "o--", color="tab:orange", markerfacecolor="none", markersize=10, markeredgewidth=1.6,
               linewidth=1, label="Pareto front", zorder=4)
     axes.set_xlabel("latency p50 (ms)")
-    axes.set_ylabel("top-1 accuracy (%)" if accurate else "GMACs per image")
+    axes.set_ylabel(_METRICS[profile.metric][1] if accurate else "GMACs per image")
     known = [profile.machine[key] for key in ("device", "input") if key in profile.machine]
     known += [f"{what} {profile.machine[what]}" for what in ("batch", "threads") if what in profile.machine]
     axes.set_title(", ".join(known), fontsize=9, color="0.35")

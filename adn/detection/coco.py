@@ -79,7 +79,8 @@ class CocoImages(Dataset):
         """
         self.folder, self.file, self.transform = os.fspath(images), os.fspath(annotations), transform
         content = _read_json(self.file)
-        self._take_categories(content["categories"])
+        self.categories = _categories(self.file, content["categories"])
+        self.class_names = [category.name for category in self.categories]
         self._take_images(content["images"])
         self._take_objects(content["annotations"])
         self.notes = self._describe_faults()
@@ -135,13 +136,6 @@ class CocoImages(Dataset):
                 objects.append({"id": len(objects) + 1, "image_id": image_id, "category_id": self.categories[label].id,
                                 "bbox": box, "area": area, "iscrowd": int(crowd)})
         return {"images": images, "annotations": objects, "categories": [c._asdict() for c in self.categories]}
-
-    def _take_categories(self, entries: Sequence[Any]) -> None:
-        ids = _column(self.file, "categories", entries, "id", _integer)
-        names = _column(self.file, "categories", entries, "name", _text)
-        _refuse_repeated(ids, f"{self.file}: category id")
-        self.categories = sorted(map(Category, ids, names))
-        self.class_names = [category.name for category in self.categories]
 
     def _take_images(self, entries: Sequence[Any]) -> None:
         if not entries:
@@ -238,6 +232,22 @@ def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | N
                      f"{split!r}. Looked for {looked}. Other places: CocoImages(IMAGES, ANNOTATIONS)")
 
 
+def read_class_names(path: str | os.PathLike[str]) -> list[str]:
+    """Class names by label: of annotations in COCO's format if the name ends in .json, else of a text, one per line.
+
+    Raises:
+        ValueError: if the file is missing, or of another format.
+    """
+    path = os.fspath(path)
+    if path.lower().endswith(".json"):
+        return [category.name for category in _categories(path, _read_json(path)["categories"])]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"no class names in {path}: {error.strerror}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def collate(batch: Sequence[tuple[torch.Tensor, Target] | None]) -> tuple[torch.Tensor, list[Target]] | None:
     """For a DataLoader: the readable items as a batch.
 
@@ -264,6 +274,13 @@ def _read_json(path: str) -> dict[str, list[Any]]:
     if lacking := [name for name in ("images", "annotations", "categories") if not isinstance(content.get(name), list)]:
         raise ValueError(f"{path} is not in COCO's instances format: it has no list of {' and '.join(lacking)}")
     return content
+
+
+def _categories(path: str, entries: Sequence[Any]) -> list[Category]:
+    ids = _column(path, "categories", entries, "id", _integer)
+    names = _column(path, "categories", entries, "name", _text)
+    _refuse_repeated(ids, f"{path}: category id")
+    return sorted(map(Category, ids, names))
 
 
 def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:

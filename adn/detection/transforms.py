@@ -65,6 +65,11 @@ def eval_transform(size: int = 640) -> v2.Transform:
     return v2.Compose([*_resize(size), _as_net_input])
 
 
+def image_transform(size: int = 640) -> v2.Transform:
+    """`eval_transform` for an image alone: from a `PIL.Image`, RGB, to (3, size, size) float32 in 0..1."""
+    return v2.Compose([*_resize(size), v2.ToPureTensor()])
+
+
 def multi_scale_sizes(base: int = 640) -> list[int]:
     """Sizes to draw from in training: from 3/4 to 5/4 of `base` in steps of 32, `base` itself three times.
 
