@@ -171,7 +171,7 @@ def process_group(device: str | None) -> Iterator[torch.device]:
     if gpu and own:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if own:
-        dist.initprocess_group("nccl" if gpu else "gloo")
+        dist.init_process_group("nccl" if gpu else "gloo")
     try:
         if gpu and (own or device in (None, "cuda")):
             yield torch.device("cuda", torch.cuda.current_device())
@@ -179,7 +179,7 @@ def process_group(device: str | None) -> Iterator[torch.device]:
             yield torch.device(device or "cpu")
     finally:
         if own:
-            dist.destroyprocess_group()
+            dist.destroy_process_group()
 
 
 def _open(config: Config) -> tuple[Images, Images]:
@@ -307,5 +307,5 @@ def gather(names: list[str]) -> list[str]:
     if not dist.is_initialized():
         return names
     every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.allgather_object(every, names)
+    dist.all_gather_object(every, names)
     return sorted(set().union(*every))
