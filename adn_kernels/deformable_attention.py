@@ -252,13 +252,13 @@ def _config(kernel: str, value: Tensor, **key: int) -> dict[str, int]:
     """`D`, `CHANNELS` and what is tuned; with levels and points in `key` also how many samples are taken at once."""
     dim = value.shape[-1]
     channels = next_power_of_2(dim)
-    # Sixteen bytes of half precision for each thread and point, the rows of a warp side by side.
-    default = {"ROWS": max(1, min(8, 256 // channels)), "num_warps": 4}
+    default = {"ROWS": max(1, min(8, 128 // channels)), "num_warps": 4}
     if key:
-        # The addresses of narrow loads take many registers.
+        # Backward holds the addresses it adds to, of narrow loads every one is held: that takes registers.
         wide = dim % 16 == 0 and value.stride(-1) == 1
-        most = (4096 if wide else 1024) // (default["ROWS"] * channels)
-        default["SAMPLES"] = max(1, min(next_power_of_2(key["levels"] * key["points"]), most))
+        most = 512 if not wide else 1024 if kernel == "deformable_attention_backward" else 2048
+        default["SAMPLES"] = max(1, min(next_power_of_2(key["levels"] * key["points"]),
+                                        most // (default["ROWS"] * channels)))
     config = tuned(kernel, value.device, default, dim=dim, dtype=str(value.dtype), **key)
     return {"D": dim, "CHANNELS": channels, **config}
 

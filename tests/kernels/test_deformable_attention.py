@@ -347,8 +347,8 @@ def test_locations_beyond_2_31_elements() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="mistakes may read anywhere")
 @pytest.mark.parametrize("change", [
     ("location * size - 0.5", "location * size"),
-    ("size + 1.0)", "size - 1.0)"),
-    ("-2.0)", "0.0)"),
+    ("inside < size + 1.0, inside, size + 1.0", "inside < size - 1.0, inside, size - 1.0"),
+    ("at > -2.0, at, -2.0", "at > 0.0, at, 0.0"),
     ("(x < width)", "(x <= width)"),
     ("(y >= 0)", "(y > 0)"),
     ("first + y * width + x", "first + y * height + x"),
@@ -563,6 +563,7 @@ AOT = {
     "RT-DETR, deterministic": _aot(8, 300, 8, 32, 4, RTDETR, True),
     "heads of 64": _aot(8, 300, 8, 64, 4, RTDETR),
     "heads of 8": _aot(8, 300, 8, 8, 4, RTDETR),
+    "five levels": _aot(8, 300, 8, 32, 4, (*RTDETR, (10, 10), (5, 5))),
     "odd": _aot(2, 300, 3, 33, 3, ((80, 81), (41, 40), (20, 1), (7, 9), (3, 3)), True),
 }
 AOT_EXPECT = {
