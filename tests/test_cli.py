@@ -9,6 +9,8 @@ import pytest
 import adn
 from adn.cli import build_parser, main
 
+COMMANDS = ["demo", "scenes", "train", "eval", "predict", "detect", "profile", "calibrate"]
+
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     parser = build_parser()
@@ -16,10 +18,10 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_commands() -> None:
-    assert list(commands()) == ["demo", "train", "eval", "predict", "profile", "calibrate"]
+    assert list(commands()) == COMMANDS
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "predict", "profile", "calibrate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -15,10 +15,11 @@ Any-depth networks: one set of weights, every depth, chosen at run time.
 
 A depth is written with one letter per stage, nearest the input first: T bypasses
 the stage's refinement path, F runs it. FFFF is the super-net, TTTT the base-net.
+For a detector the number of decoder layers follows: "TTTTT|4".
 """
 
 # In the order in which a user meets them; a command not named here comes last.
-ORDER = ("demo", "train", "eval", "predict", "profile", "calibrate")
+ORDER = ("demo", "scenes", "train", "eval", "predict", "detect", "profile", "calibrate")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,24 +1,31 @@
 """Measure the accuracy of a net at several depths, in one pass over the data.
 
-Prints one line per depth: its name, multiply-adds per image (in millions), top-1
-and top-5 accuracy in percent, and cross-entropy.
+A classifier: prints one line per depth, with its name, multiply-adds per image (in
+millions), top-1 and top-5 accuracy in percent, and cross-entropy. DATA is a folder
+with one sub-folder of images per class, a .tar of one, or a data set by name:
+torch/cifar10:FOLDER, hfds/NAME, tfds/NAME:FOLDER, wds/NAME:FOLDER.
 
-DATA is a folder with one sub-folder of images per class, a .tar of one, or a
-data set by name: torch/cifar10:FOLDER, hfds/NAME, tfds/NAME:FOLDER, wds/NAME:FOLDER.
+A detector: prints COCO's average precisions and average recall in percent, and
+multiply-adds in billions. DATA is a folder with images and annotations in COCO's
+format, such as adn scenes writes.
+
 Images that cannot be read are left out, counted and named.
 
 examples:
   adn eval photos/val --checkpoint net.safetensors
   adn eval photos --split val --checkpoint net.safetensors --depth all --csv accuracy.csv
   adn eval photos/val --checkpoint net.safetensors --depth super,TTFF,base --amp bf16
+  adn eval digits --checkpoint detector.safetensors --csv accuracy.csv --latency
+  adn eval coco --model rtdetr_r50vd --weights rtdetr_r50vd_6x_coco.pth
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,25 +35,49 @@ if TYPE_CHECKING:
     from ..data import ImageData
 
 NAMED_UNREADABLE = 5
+LATENCY_ROUNDS = 20
+DETECTOR_SIZE = 640  # of published detectors
+
+_BATCH_SIZE, _DETECTOR_BATCH_SIZE = 64, 8
+_OF_CLASSIFIERS = ("class_map", "resize", "interpolation", "mean", "std")
+_OF_DETECTORS = ("results_dir", "backend", "latency")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="images with labels")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a net, as adn.save writes it")
+    parser.add_argument("data", metavar="DATA", help="images with labels, or with boxes")
+    add_source_arguments(parser)
     add_depth_argument(parser)
     parser.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
     parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision (default: off)")
-    add_data_arguments(parser)
+    group = parser.add_argument_group("detectors")
+    group.add_argument("--results-dir", metavar="DIR", help="write all detections there, a file in COCO's results "
+                       "format for each depth")
+    group.add_argument("--backend", choices=("pycocotools", "faster_coco_eval"), help="what compares them with the "
+                       "annotations; the numbers are the same (default: pycocotools)")
+    group.add_argument("--latency", action="store_true", help="time a forward of one image at each depth")
+    add_data_arguments(parser, f"{_BATCH_SIZE}, or {_DETECTOR_BATCH_SIZE} for a detector", "DATA itself; of a detector "
+                       "val")
     add_image_arguments(parser)
     add_device_argument(parser)
+    parser.set_defaults(batch_size=None)
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..detection import is_detector
+
+    net = load_checkpoint(args) if args.model is None else None
+    if net is None or is_detector(net):
+        return _run_detector(args, net)
+    return _run_classifier(args, net)
+
+
+def _run_classifier(args: argparse.Namespace, net: nn.Module) -> int:
     from ..evaluate import choose_depths, evaluate
     from ..profile import count_macs, table
-    from ..state import depths as all_depths
 
-    net, config = load_net(args)
+    _refuse(args, _OF_DETECTORS, f"{args.checkpoint} holds a classifier")
+    args.batch_size = _BATCH_SIZE if args.batch_size is None else args.batch_size
+    config = image_config(args, net)
     depths = choose_depths(net, args.depth)
     loader = open_loader(args.data, args, config, net)
     rows = evaluate(net, loader, depths, args.device, args.amp)
@@ -64,25 +95,84 @@ def run(args: argparse.Namespace) -> int:
             writer.writerows((row.depth, count, row.top1, row.top5, row.loss, row.images)
                              for row, count in zip(rows, macs, strict=True))
     report_unreadable(loader.dataset)
-    every = len(all_depths(net))
-    if args.depth is None and len(rows) < every:
-        print(f"{len(rows)} of {every} depths; --depth all measures every one")
+    if args.depth is None:
+        report_others(net, len(rows))
     return 0
+
+
+def _run_detector(args: argparse.Namespace, net: nn.Module | None) -> int:
+    import torch
+    from torch.utils.data import DataLoader
+
+    from ..detection.coco import collate, open_coco
+    from ..detection.evaluate import ACCURACIES, detection_table, evaluate_detector
+    from ..detection.transforms import eval_transform
+    from ..evaluate import autocast, choose_depths
+    from ..profile import count_macs, profile
+
+    _refuse(args, _OF_CLASSIFIERS, f"{args.checkpoint or args.model} is a detector")
+    size = detector_size(args)
+    data = open_coco(args.data, args.split or "val", eval_transform(size))
+    for note in data.notes:
+        print(f"{data.file}: {note}", file=sys.stderr)
+    if net is None:
+        net = load_weights_of(args, len(data.class_names))
+    depths = choose_depths(net, args.depth or default_depths(args))
+    loader = DataLoader(data, _DETECTOR_BATCH_SIZE if args.batch_size is None else args.batch_size,
+                        num_workers=args.workers, collate_fn=collate, pin_memory=args.device.startswith("cuda"))
+    rows = evaluate_detector(net, loader, depths, args.device, amp=args.amp, results_dir=args.results_dir,
+                             backend=args.backend or "pycocotools")
+    x = example(net, size)
+    if args.latency:
+        with autocast(torch.device(args.device), args.amp):
+            timed = profile(net, x, depths=depths, rounds=LATENCY_ROUNDS, norms=True, progress=True)
+        rows = [dataclasses.replace(row, macs=point.macs, latency_ms=point.p50_ms)
+                for row, point in zip(rows, timed, strict=True)]
+    else:
+        rows = [dataclasses.replace(row, macs=count)
+                for row, count in zip(rows, count_macs(net, x, depths, norms=True), strict=True)]
+    print(detection_table(rows))
+    print(f"{rows[0].images} images")
+    if args.csv:
+        columns = ("depth", "macs", *ACCURACIES, "images", *(["latency_ms"] if args.latency else []))
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([getattr(row, column) for column in columns] for row in rows)
+    report_unreadable(data)
+    if args.depth is None:
+        report_others(net, len(rows))
+    return 0
+
+
+def _refuse(args: argparse.Namespace, options: Iterable[str], why: str) -> None:
+    if given := [name for name in options if getattr(args, name)]:
+        raise ValueError(f"{why}, which has no use for --{given[0].replace('_', '-')}")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="FILE", help="a net, as adn.save writes it")
+    source.add_argument("--model", metavar="NAME", help="a detector by name, such as rtdetr_r50vd, for --weights")
+    parser.add_argument("--weights", metavar="FILE", help="weights for --model, such as the authors'")
 
 
 def add_depth_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depth", metavar="DEPTHS",
-        help='which depths: "all", "chain" (FFFF, TFFF, TTFF to TTTT; the default), or a list such as super,TTFF,base',
+        help='which depths: "all", "chain" (FFFF, TFFF, TTFF to TTTT; the default), or a list such as super,TTFF,base '
+             'or "TTFFF|6,base"',
     )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, batch_size: str = str(_BATCH_SIZE), split: str = "DATA itself"
+                       ) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--split", default="", help="the sub-folder or split of DATA to open (default: DATA itself)")
+    group.add_argument("--split", default="", help=f"the sub-folder or split of DATA to open (default: {split})")
     group.add_argument("--class-map", default="", metavar="FILE", help="text file of class names, one per line, in the "
                        "order of their labels (default: the names of the sub-folders, sorted)")
-    group.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: 64)")
+    group.add_argument("--batch-size", type=int, default=_BATCH_SIZE, metavar="N",
+                       help=f"images per batch (default: {batch_size})")
     group.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)")
 
 
@@ -108,15 +198,75 @@ def pick_device(name: str | None) -> str:
 
 
 def load_net(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The net of `--checkpoint` on `--device` (which is filled in), and how it wants its images."""
-    from ..checkpoint import load, read_metadata
+    """The classifier of `--checkpoint` on `--device` (which is filled in), and how it wants its images."""
+    from ..detection import is_detector
+
+    net = load_checkpoint(args)
+    if is_detector(net):
+        raise ValueError(f"{args.checkpoint} holds a detector, and this is for classifiers; for detectors there are "
+                         "adn detect, adn eval and adn profile")
+    return net, image_config(args, net)
+
+
+def load_checkpoint(args: argparse.Namespace) -> nn.Module:
+    """The net of `--checkpoint`, of whatever kind, on `--device` (which is filled in)."""
+    from ..checkpoint import load
+
+    if getattr(args, "weights", None):
+        raise ValueError("--weights are for a detector of --model; a checkpoint has its own")
+    args.device = pick_device(args.device)
+    return load(args.checkpoint, device=args.device).eval()
+
+
+def image_config(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
+    """How a classifier wants its images."""
     from ..data import data_config
 
-    args.device = pick_device(args.device)
-    net = load(args.checkpoint, device=args.device).eval()
-    stored = read_metadata(args.checkpoint)["extra"].get("data")
     given = {key: getattr(args, key, None) for key in ("size", "resize", "interpolation", "mean", "std")}
-    return net, data_config(net, stored, **given)
+    return data_config(net, _stored(args), **given)
+
+
+def detector_size(args: argparse.Namespace) -> int:
+    """Side of the images that a detector gets."""
+    return (_stored(args) or {}).get("size", DETECTOR_SIZE) if args.size is None else args.size
+
+
+def _stored(args: argparse.Namespace) -> dict[str, Any] | None:
+    from ..checkpoint import read_metadata
+
+    return read_metadata(args.checkpoint)["extra"].get("data") if args.checkpoint else None
+
+
+def build_detector(name: str, num_classes: int | None = None) -> nn.Module:
+    """A detector by name, converted if it is not any-depth."""
+    from ..convert import convert
+    from ..detection.presets import PRESETS
+    from ..models import create_model
+
+    if name not in PRESETS:
+        raise ValueError(f"no detector {name!r}; there are {', '.join(PRESETS)}. A classifier comes as a file of "
+                         "adn.save: --checkpoint")
+    net = create_model(name, num_classes=num_classes)
+    return net if PRESETS[name].any_depth else convert(net)
+
+
+def load_weights_of(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+    """The detector of `--model` with `--weights` on `--device` (which is filled in)."""
+    from ..weights import load_weights
+
+    if not args.weights:
+        raise ValueError(f"--model {args.model} alone has random weights: pass --weights, or --checkpoint instead")
+    args.device = pick_device(args.device)
+    net = build_detector(args.model, num_classes)
+    load_weights(net, args.weights)
+    return net.to(args.device).eval()
+
+
+def default_depths(args: argparse.Namespace) -> str:
+    """Of a model that is not any-depth by itself, the only depth that its weights were trained at."""
+    from ..detection.presets import PRESETS
+
+    return "super" if args.model and not PRESETS[args.model].any_depth else "chain"
 
 
 def open_images(root: str, args: argparse.Namespace, config: dict[str, Any], split: str = "",
@@ -155,6 +305,14 @@ def example(net: nn.Module, size: int, batch: int = 1) -> Any:
     channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, channels, size, size, generator=generator).to(parameter.device, parameter.dtype)
+
+
+def report_others(net: nn.Module, shown: int) -> None:
+    from ..state import depths as all_depths
+
+    every = len(all_depths(net))
+    if shown < every:
+        print(f"{shown} of {every} depths; --depth all measures every one")
 
 
 def report_unreadable(data: ImageData) -> None:

@@ -3,19 +3,29 @@
 Prints one line per depth: its name, multiply-adds per image (in millions),
 parameters in use, median and 99th percentile of the measured time of a forward,
 and a star if no other depth is both faster and better (more accurate where
-accuracy is given, else more multiply-adds).
+accuracy is given, else more multiply-adds). For a detector multiply-adds include
+norms and sampling, as published numbers do.
 
 examples:
   adn profile --model resnet50 --threads 1
   adn profile --checkpoint net.safetensors --accuracy accuracy.csv --plot profile.png
   adn profile --checkpoint net.safetensors --budget 20 --percentile 99
+  adn profile --model anydepth_rtdetr_r50vd --device cuda
 """
 
 from __future__ import annotations
 
 import argparse
 
-from .eval import example, load_net, pick_device
+from .eval import (
+    build_detector,
+    detector_size,
+    example,
+    image_config,
+    load_checkpoint,
+    pick_device,
+    report_others,
+)
 
 # A net of more depths than this is profiled along its chain unless all are asked for: time doubles with every stage.
 MOST_BY_DEFAULT = 64
@@ -23,13 +33,15 @@ MOST_BY_DEFAULT = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="NAME", help="a model of timm, converted, with random weights")
+    source.add_argument("--model", metavar="NAME", help="a model of timm, converted, or a detector such as "
+                        "rtdetr_r50vd, with random weights")
     source.add_argument("--checkpoint", metavar="FILE", help="a net, as adn.save writes it")
     parser.add_argument("--size", type=int, metavar="N", help="side of the images in pixels (default: the net's own)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per forward (default: 1)")
     parser.add_argument(
         "--depth", metavar="DEPTHS",
         help='which depths: "all", "chain" (FFFF, TFFF, TTFF to TTTT), or a list such as super,TTFF,base '
+             'or "TTFFF|6,base" '
              f"(default: all, or if more than {MOST_BY_DEFAULT} the chain; with --accuracy, those in that file)",
     )
     parser.add_argument("--accuracy", metavar="FILE", help="what adn eval --csv wrote, to be joined by depth")
@@ -46,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..data import data_config
+    from ..detection import is_detector
+    from ..detection.presets import PRESETS
     from ..evaluate import choose_depths
     from ..models import PREFIX, create_model
     from ..profile import fit_budget, profile, read_table, require_matplotlib
@@ -57,26 +70,30 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.checkpoint:
-        net, config = load_net(args)
+        net = load_checkpoint(args)
     else:
         args.device = pick_device(args.device)
-        net = create_model(PREFIX + args.model.removeprefix(PREFIX)).to(args.device).eval()
-        config = data_config(net, size=args.size)
+        net = build_detector(args.model) if args.model in PRESETS else create_model(
+            PREFIX + args.model.removeprefix(PREFIX))
+        net.to(args.device).eval()
+    detector = is_detector(net)
+    size = detector_size(args) if detector else image_config(args, net)["size"]
     accuracy = None
     if args.accuracy:
-        _, rows = read_table(args.accuracy, ("depth", "top1"))
-        accuracy = {row["depth"]: float(row["top1"]) for row in rows}
+        column = "ap" if detector else "top1"
+        _, rows = read_table(args.accuracy, ("depth", column))
+        accuracy = {row["depth"]: float(row[column]) for row in rows if row[column]}
     every = len(all_depths(net))
     if args.depth is None and accuracy:
         depths = list(accuracy)
     else:
         depths = choose_depths(net, args.depth or ("all" if every <= MOST_BY_DEFAULT else "chain"))
-    result = profile(net, example(net, config["size"], args.batch_size), depths=depths, rounds=args.rounds,
-                     accuracy=accuracy, progress=True)
+    result = profile(net, example(net, size, args.batch_size), depths=depths, rounds=args.rounds, accuracy=accuracy,
+                     norms=detector, progress=True)
     print(result)
     print(", ".join(f"{key} {value}" for key, value in result.machine.items()))
-    if args.depth is None and accuracy is None and len(result) < every:
-        print(f"{len(result)} of {every} depths; --depth all measures every one")
+    if args.depth is None and accuracy is None:
+        report_others(net, len(result))
     if args.csv:
         result.to_csv(args.csv)
     if args.plot:

@@ -66,6 +66,7 @@ class DetectionRow:
 
 # The accuracies of a row, and their places among the numbers that the COCO tools give.
 _STATS = {"ap": 0, "ap50": 1, "ap75": 2, "aps": 3, "apm": 4, "apl": 5, "ar100": 8}
+ACCURACIES = tuple(_STATS)
 _DECIMALS = 10
 
 

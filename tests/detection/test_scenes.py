@@ -14,10 +14,11 @@ from PIL import Image
 
 pytest.importorskip("sklearn", reason='needs scikit-learn: pip install "adn[demo]"')
 
+from adn.cli import main
 from adn.demo import Digits
 from adn.detection import scenes
 from adn.detection.coco import open_coco
-from adn.detection.scenes import load_digits, main, make_scene, write_scenes
+from adn.detection.scenes import load_digits, make_scene, write_scenes
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -206,7 +207,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "a"), "--images", "5", "--size", "64", "--seed", "2"]) == 0
+    assert main(["scenes", str(tmp_path / "a"), "--images", "5", "--size", "64", "--seed", "2"]) == 0
     counts = [len(json.loads((tmp_path / "a" / f"instances_{split}.json").read_text())["annotations"])
               for split in ("train", "val")]
     assert capsys.readouterr().out.splitlines() == [

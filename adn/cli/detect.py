@@ -1,0 +1,184 @@
+"""Find objects on images, at a depth of your choice.
+
+Prints for each image its objects: score, class, and the box as left, top, right,
+bottom in pixels of the upright picture. --out draws them. A folder stands for the
+images in it. An image that cannot be read is reported, the others go on; the exit
+status is then 1.
+
+Classes are named as in the checkpoint, or in --classes; 80 classes without a name
+are taken for COCO's, as torchvision lists them.
+
+examples:
+  adn detect street.jpg --checkpoint detector.safetensors --out drawn
+  adn detect photos --checkpoint detector.safetensors --depth base --json objects.json
+  adn detect street.jpg --model anydepth_rtdetr_r50vd --weights r50.pth --depth "TTTTT|4"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .eval import add_device_argument, add_source_arguments, detector_size, load_checkpoint, load_weights_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor, nn
+
+_QUALITY = 95
+_NOT_CLASSES = ("__background__", "N/A")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files, or folders of them")
+    add_source_arguments(parser)
+    parser.add_argument("--classes", metavar="FILE", help="names of the classes: annotations in COCO's format (.json), "
+                        "or a text of one name per line")
+    parser.add_argument("--depth", help='such as "TTTTT|4", super or base (default: that at which the file was saved, '
+                        "or super)")
+    parser.add_argument("--threshold", type=float, default=0.5, metavar="T", help="least score to show, from 0 to 1 "
+                        "(default: 0.5)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="draw what was found, as JPEG files in this folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found to a file as well")
+    parser.add_argument("--size", type=int, metavar="N", help="side of the square the net sees, in pixels, a multiple "
+                        "of 32 (default: as it was trained, else 640)")
+    add_device_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..data import UNREADABLE
+    from ..detection.draw import draw_detections
+    from ..state import get_depth, set_depth
+
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold}; pass a score from 0 to 1")
+    sources = list(_files(args.images))
+    targets = _targets(sources, args.out)
+    _check_kept(sources, [*filter(None, targets), *([args.json] if args.json else [])])
+    net, names = _load(args)
+    if args.depth is not None:
+        set_depth(net, args.depth)
+    size = detector_size(args)
+    found, unread = [], 0
+    for source, target in zip(sources, targets, strict=True):
+        try:
+            image = _read(source)
+        except UNREADABLE as error:
+            print(f"{source}: cannot be read ({error})", file=sys.stderr)
+            unread += 1
+            continue
+        result = detect(net, image, size, args.threshold)
+        objects = [{"name": names[label], "label": label, "score": score, "box": box} for score, label, box in zip(
+            *(result[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)]
+        found.append({"image": str(source), "width": image.width, "height": image.height, "objects": objects})
+        print(source)
+        print("\n".join(_lines(objects)) or f"  nothing with a score of {args.threshold:g} or more", flush=True)
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draw_detections(image, result, names, args.threshold).save(target, quality=_QUALITY)
+    if args.json:
+        content = {"depth": str(get_depth(net)), "threshold": args.threshold, "images": found}
+        args.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return 1 if unread else 0
+
+
+def detect(net: nn.Module, image: Image.Image, size: int, threshold: float) -> dict[str, Tensor]:
+    """The objects on an RGB image, as `postprocess` gives them, on the CPU; boxes end where the image does."""
+    import torch
+    from torchvision.ops import clip_boxes_to_image
+
+    from ..detection.postprocess import postprocess
+    from ..detection.transforms import image_transform
+    from ..evaluate import try_forward
+
+    parameter = next(net.parameters())
+    x = image_transform(size)(image)[None].to(parameter.device, parameter.dtype)
+    with torch.inference_mode():
+        result, = postprocess(try_forward(net, x), [image.size])
+    kept = result["scores"] >= threshold
+    result = {key: value[kept].cpu() for key, value in result.items()}
+    return {**result, "boxes": clip_boxes_to_image(result["boxes"], (image.height, image.width))}
+
+
+def _load(args: argparse.Namespace) -> tuple[nn.Module, Sequence[str]]:
+    """The net, and the names of its classes."""
+    from ..detection import is_detector
+    from ..detection.coco import read_class_names
+    from ..state import state_of
+
+    names = read_class_names(args.classes) if args.classes else None
+    if args.model:
+        net = load_weights_of(args, len(names) if names else None)
+    else:
+        net = load_checkpoint(args)
+        if not is_detector(net):
+            raise ValueError(f"{args.checkpoint} holds a classifier: adn predict names what is on an image")
+    names = names or state_of(net).class_names or (_coco_names() if net.num_classes == 80 else None)
+    if names is None:
+        return net, [f"class {label}" for label in range(net.num_classes)]
+    if len(names) != net.num_classes:
+        raise ValueError(f"{args.classes} names {len(names)} classes, the net has {net.num_classes}")
+    return net, names
+
+
+def _coco_names() -> list[str]:
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    listed = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [name for name in listed if name not in _NOT_CLASSES]
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files, and of folders the images in them."""
+    from PIL import Image
+
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        images = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
+        if not images:
+            raise ValueError(f"no image in the folder {path}")
+        yield from images
+
+
+def _targets(sources: Sequence[Path], out: Path | None) -> list[Path | None]:
+    """Where to draw each image: by its name, with a number where several have the same."""
+    if out is None:
+        return [None] * len(sources)
+    targets: dict[Path, None] = {}
+    for source in sources:
+        target, number = out / f"{source.stem}.jpg", 2
+        while target in targets:
+            target, number = out / f"{source.stem}-{number}.jpg", number + 1
+        targets[target] = None
+    return list(targets)
+
+
+def _check_kept(sources: Iterable[Path], targets: Iterable[Path]) -> None:
+    def identity(path: Path) -> tuple[int, int]:
+        return path.stat().st_dev, path.stat().st_ino
+
+    known = {identity(source) for source in sources if source.exists()}
+    for target in targets:
+        if target.exists() and identity(target) in known:
+            raise ValueError(f"{target} is one of the images, and would be overwritten; write to another folder")
+
+
+def _read(path: Path) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        return ImageOps.exif_transpose(file).convert("RGB")
+
+
+def _lines(objects: Sequence[dict[str, Any]]) -> Iterator[str]:
+    width = max((len(entry["name"]) for entry in objects), default=0)
+    for entry in objects:
+        box = "  ".join(f"{edge:7.1f}" for edge in entry["box"])
+        yield f"  {entry['score']:6.1%}  {entry['name']:<{width}}  {box}"
