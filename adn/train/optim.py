@@ -23,7 +23,8 @@ def parameter_groups(net: nn.Module, recipe: Settings) -> list[dict]:
     """The parameters that learn, in groups, each with its own weight decay: weights, norms, biases, tables; and those
     that have a learning rate of their own apart from the others.
 
-    A parameter whose own name is `bias` is a bias, also in a norm; the rest of a norm (twins included) is a norm.
+    A parameter whose own name is `bias` is a bias, also in a norm (of a detector also one called `in_proj_bias`); the
+    rest of a norm (twins included) is a norm.
     Which groups there are depends on the net only, so that a run may be resumed with other decays.
     """
     decays = {"weights": None, "norms": recipe.norm_decay, "biases": recipe.bias_decay, "tables": recipe.table_decay}
@@ -36,7 +37,7 @@ def parameter_groups(net: nn.Module, recipe: Settings) -> list[dict]:
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            kind = ("biases" if name == "bias" else "norms" if is_norm(module) else "tables" if name in TABLES
+            kind = ("biases" if f".{name}".endswith(recipe.bias_ending) else "norms" if is_norm(module) else "tables" if name in TABLES
                     else "weights")
             groups[start, kind].append(parameter)
     return [

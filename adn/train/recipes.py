@@ -7,7 +7,7 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import timm.data
 import timm.optim
@@ -40,6 +40,9 @@ class Settings:
     Raises:
         ValueError: if a setting is out of range; the message says what to pass.
     """
+
+    # What ends with it counts as a bias, as the projections of attention have some.
+    bias_ending: ClassVar[str] = ".bias"
 
     model: str = setting("model", "", "name of the model")
     model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={
@@ -182,6 +185,8 @@ class DetectionRecipe(Settings):
     Raises:
         ValueError: if a setting is out of range; the message says what to pass.
     """
+
+    bias_ending: ClassVar[str] = "bias"
 
     model: str = setting("model", "anydepth_rtdetr_r50vd", "a detector of adn.list_models()")
     epochs: int = setting("optimisation", 72, "passes over the data")
