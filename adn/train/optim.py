@@ -37,8 +37,8 @@ def parameter_groups(net: nn.Module, recipe: Settings) -> list[dict]:
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            kind = ("biases" if f".{name}".endswith(recipe.bias_ending) else "norms" if is_norm(module) else "tables" if name in TABLES
-                    else "weights")
+            is_bias = f".{name}".endswith(recipe.bias_ending)
+            kind = "biases" if is_bias else "norms" if is_norm(module) else "tables" if name in TABLES else "weights"
             groups[start, kind].append(parameter)
     return [
         {"params": parameters, "weight_decay": recipe.weight_decay if decays[kind] is None else decays[kind],
