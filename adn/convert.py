@@ -155,7 +155,7 @@ def _attach(
             state.placed[f"{name}.skip"] = norm, "skip", pairs[name]
         for name in (*stage.drop_paths, *stage.refinement_blocks):
             place(name, Bypass, switch)
-    for stack, cut in zip(plan.stacks, state.switches[len(plan.flags):], strict=True):
+    for stack, cut in zip(plan.stacks, state.cuts, strict=True):
         place(stack.name, Stack, cut)
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and module.track_running_stats:

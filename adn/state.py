@@ -70,6 +70,11 @@ class State:
     def base(self) -> Depth:
         return self.plan.base
 
+    @property
+    def cuts(self) -> list[Cut]:
+        """Of the stacks."""
+        return self.switches[len(self.plan.flags) :]
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:

@@ -112,9 +112,8 @@ def train_detector(
         seed_all(recipe.seed)
         net = _start(config, len(training.class_names), resume)
         state_of(net).class_names = training.class_names
-        if recipe.cut_decoder:
-            for cut in state_of(net).switches[len(state_of(net).plan.flags):]:
-                cut.in_training = True
+        for cut in state_of(net).cuts:
+            cut.in_training = recipe.cut_decoder
         net.to(device)
         with evaluating(net), torch.inference_mode():
             try_forward(net, torch.zeros(1, 3, recipe.size, recipe.size, device=device))

@@ -276,7 +276,7 @@ def test_decoder_depth_in_training_is_an_option() -> None:
     x = torch.rand(1, 3, 64, 64)
     adn.set_depth(net, "FFFF|F|2")
     assert len(net(x, targets)["aux_outputs"]) == 3  # two layers before the last, and the encoder
-    state_of(net).switches[-1].in_training = True
+    state_of(net).cuts[0].in_training = True
     outputs = net(x, targets)
     assert len(outputs["aux_outputs"]) == len(outputs["dn_aux_outputs"]) == 2
 
