@@ -117,7 +117,7 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Sequence[str]]:
         net = load_checkpoint(args)
         if not is_detector(net):
             raise ValueError(f"{args.checkpoint} holds a classifier: adn predict names what is on an image")
-    names = names or state_of(net).class_names or (_coco_names() if net.num_classes == 80 else None)
+    names = names or state_of(net).class_names or (coco_names() if net.num_classes == 80 else None)
     if names is None:
         return net, [f"class {label}" for label in range(net.num_classes)]
     if len(names) != net.num_classes:
@@ -125,7 +125,7 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Sequence[str]]:
     return net, names
 
 
-def _coco_names() -> list[str]:
+def coco_names() -> list[str]:
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     listed = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

@@ -228,7 +228,13 @@ def image_config(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
 
 def detector_size(args: argparse.Namespace) -> int:
     """Side of the images that a detector gets."""
-    return (_stored(args) or {}).get("size", DETECTOR_SIZE) if args.size is None else args.size
+    from ..detection.transforms import STRIDE
+
+    if args.size is None:
+        return (_stored(args) or {}).get("size", DETECTOR_SIZE)
+    if args.size < STRIDE or args.size % STRIDE:
+        raise ValueError(f"--size {args.size}; a detector takes multiples of {STRIDE}, such as {DETECTOR_SIZE}")
+    return args.size
 
 
 def _stored(args: argparse.Namespace) -> dict[str, Any] | None:
