@@ -418,7 +418,7 @@ def _draw(profile: Profile, path: str | os.PathLike) -> None:
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(*xy(profile), "o", color="0.75", markersize=5, label=f"all {len(profile)} depths", zorder=2)
+    axes.plot(*xy(profile), "o", color="0.75", markersize=5, label=f"{len(profile)} depths", zorder=2)
     axes.plot(*xy(chain), "o-", color="tab:blue", markersize=6, linewidth=1.2, label="one stage less each time",
               zorder=3)
     axes.plot(*xy(front), "o--", color="tab:orange", markerfacecolor="none", markersize=10, markeredgewidth=1.6,

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             draw_detections(image, result, names, args.threshold).save(target, quality=_QUALITY)
     if args.json:
         content = {"depth": str(get_depth(net)), "threshold": args.threshold, "images": found}
-        args.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        args.json.write_text(json.dumps(content), encoding="utf-8")
     return 1 if unread else 0
 
 

@@ -7,7 +7,9 @@ torch/cifar10:FOLDER, hfds/NAME, tfds/NAME:FOLDER, wds/NAME:FOLDER.
 
 A detector: prints COCO's average precisions and average recall in percent, and
 multiply-adds in billions. DATA is a folder with images and annotations in COCO's
-format, such as adn scenes writes.
+format, such as adn scenes writes. With --model and --weights a model of one depth
+(rtdetr_r50vd) is converted, and evaluated at full depth unless --depth asks for
+others, which its weights were not trained for.
 
 Images that cannot be read are left out, counted and named.
 

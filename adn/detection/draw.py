@@ -39,7 +39,7 @@ def draw_detections(image: Image.Image, result: Mapping[str, torch.Tensor], clas
         colour = label_colour(label)
         draw.rectangle((left, top, right, bottom), outline=colour, width=thickness)
         name = class_names[label] if label < len(class_names) else str(label)
-        text = f"{name} {100 * score:.0f}"
+        text = f"{name} {100 * score:.0f}%"
         x0, y0, x1, y1 = draw.textbbox((0, 0), text, font, anchor="lt")
         width, height = x1 - x0 + 4, y1 - y0 + 4
         # Above the box if there is room, else within it.

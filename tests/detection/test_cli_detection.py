@@ -478,7 +478,7 @@ def test_figure_leads_along_stages_then_layers(tmp_path: Path, monkeypatch: pyte
         return plot(self, *args, **kwargs)
 
     monkeypatch.setattr(axes.Axes, "plot", remember)
-    depths = adn.Depth.every(adn.Depth("FF|3"))
+    depths = adn.Depth.every(adn.Depth("FF|3"))[::-1]
     times = {str(depth): 10.0 - 3 * sum(depth.flags) + depth.layers[0] for depth in depths}
     Profile([Point(depth, 1, 1, times[str(depth)], 9.0) for depth in depths]).plot(tmp_path / "p.png")
     assert drawn["one stage less each time"] == [times[d] for d in ("FF|3", "TF|3", "TT|3", "TT|2", "TT|1")]
