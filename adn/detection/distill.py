@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..state import at_depth
 from .criterion import DetectionLoss, DistillationLoss, Outputs
 from .targets import Targets
-
-# The published sizes; as large as the images themselves, 640, three times as often.
-MULTI_SCALE = (*range(480, 640, 32), 640, 640, 640, *range(672, 801, 32))
+from .transforms import STRIDE, draw_size, rescale
 
 
 class _Step(nn.Module):
@@ -25,8 +22,8 @@ class _Step(nn.Module):
 
     def __init__(self, net: nn.Module, multi_scale: Sequence[int], generator: torch.Generator | None) -> None:
         super().__init__()
-        if bad := [size for size in multi_scale if size < 32 or size % 32]:
-            raise ValueError(f"multi_scale has {bad}; pass multiples of 32")
+        if bad := [size for size in multi_scale if size < STRIDE or size % STRIDE]:
+            raise ValueError(f"multi_scale has {bad}; pass multiples of {STRIDE}")
         self.net = net
         self.multi_scale = tuple(multi_scale)
         self.generator = generator
@@ -34,10 +31,7 @@ class _Step(nn.Module):
     def _run(self, images: torch.Tensor, targets: Targets) -> Outputs:
         """One pass, at a size and with denoising queries of its own."""
         if self.multi_scale:
-            of = self.generator.device if self.generator is not None else "cpu"
-            size = self.multi_scale[int(torch.randint(len(self.multi_scale), (), generator=self.generator, device=of))]
-            if images.shape[2:] != (size, size):
-                images = F.interpolate(images, (size, size))
+            images = rescale(images, draw_size(self.multi_scale, self.generator))
         return self.net(images, targets, draws=self.generator)
 
     def _reaching_all(self, loss: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -96,8 +90,8 @@ class DetectionDistillation(_Step):
             How many layers of its decoder run in training is its own setting.
         criterion: of the super-net; None = `DetectionLoss()`.
         distillation: of the base-net; None = `DistillationLoss()`.
-        multi_scale: sides that images are resized to (nearest neighbour), one drawn for each pass; `MULTI_SCALE` has
-            the published ones. () = as they come.
+        multi_scale: sides that images are resized to (nearest neighbour), one drawn for each pass; `multi_scale_sizes`
+            gives the published ones. () = as they come.
         generator: of the sizes and the denoising queries; None = the global ones. May be changed at any time.
 
     Returns (of a call):

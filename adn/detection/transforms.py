@@ -88,7 +88,8 @@ def multi_scale_sizes(base: int = 640) -> list[int]:
 
 def draw_size(sizes: Sequence[int], generator: torch.Generator | None = None) -> int:
     """One of `sizes`, all equally likely; None = from torch's global generator."""
-    return sizes[int(torch.randint(len(sizes), (), generator=generator))]
+    device = "cpu" if generator is None else generator.device
+    return sizes[int(torch.randint(len(sizes), (), generator=generator, device=device))]
 
 
 def rescale(images: torch.Tensor, size: int) -> torch.Tensor:
