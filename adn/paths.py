@@ -5,7 +5,8 @@ code uncompiled, silently. Flags read inside compiled code would make a variant 
 compiled regions, in frames that Dynamo leaves alone, and each region runs at one state of its flags only:
 
 - `Paths`, a container that calls its children one after the other, runs them in segments, each through a function of
-  its own for each state of the flags in it: for a stage, the full path and the base path.
+  its own for each state of the flags in it: for a stage, the full path and the base path. `Features` is one that also
+  keeps the outputs of some.
 - `Region`, for what a forward calls by itself (blocks in a loop of the model's own, norms between stages that follow
   a flag), does the same for one module.
 - `OwnCode`, for the modules around those, gives a module its own copy of its class's functions, so that neither the
@@ -20,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,6 +59,13 @@ def unseen(function: types.FunctionType) -> types.FunctionType:
     """Dynamo does not compile this function where it is called from Python; called by what it traces, it traces it."""
     skip_code(function.__code__)
     return function
+
+
+def only_calls(forward: types.FunctionType) -> types.FunctionType:
+    """Of a forward that does nothing but call modules: in a converted net Dynamo looks neither at it nor at what it is
+    given."""
+    forward._adn_only_calls = True
+    return forward
 
 
 # A bypassed block that is called outside of regions.
@@ -100,9 +108,25 @@ class Paths(_Dispatch):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not isinstance(x, torch.Tensor) or recomputing() or vars(self).get("grad_checkpointing"):
             return super().forward(x, *args, **kwargs)
-        for part in _parts(self):
+        for part, _ in _parts(self):
             x = part(x)
         return x
+
+
+class Features(_Dispatch):
+    """timm's container of a model with `features_only`: calls its children likewise, and returns what some return."""
+
+    @_not_traced
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor] | list[torch.Tensor]:
+        if not isinstance(x, torch.Tensor) or recomputing() or self.grad_checkpointing:
+            return super().forward(x)
+        kept = {}
+        for part, last in _parts(self):
+            x = part(x)
+            if last in self.return_layers:
+                several = isinstance(x, tuple | list)
+                kept[self.return_layers[last]] = x if not several else torch.cat(x, 1) if self.concat else x[0]
+        return list(kept.values()) if isinstance(self, timm.models.FeatureListNet) else kept
 
 
 class Region(_Dispatch):
@@ -154,14 +178,15 @@ class OwnCode(Swapped):
                 first.setdefault(name, (cls, value))
         # Only what the class itself would call: not what a property, a mixin or a decorated function stands before.
         return {
-            name: own_code(function) for name, (cls, function) in first.items()
+            name: _not_traced(own_code(function)) if hasattr(function, "_adn_only_calls") else own_code(function)
+            for name, (cls, function) in first.items()
             if isinstance(function, types.FunctionType) and not name.startswith("__")
             and issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.nn.")
             and not hasattr(function, "_torchdynamo_disable")
         }
 
 
-adn_nn.BEHAVIOURS[:0] = [Paths, Region, StageEnd, OwnCode]
+adn_nn.BEHAVIOURS[:0] = [Paths, Features, Region, StageEnd, OwnCode]
 
 
 class _Regions(dict):
@@ -232,29 +257,35 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+_Part = tuple[Callable[[torch.Tensor], torch.Tensor], str]  # what runs a segment, and the name of its last child
+
+
 @unseen
-def _parts(container: Paths) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    children = list(container._modules.values())
+def _parts(container: Paths | Features) -> list[_Part]:
+    children = dict(container._modules)
     known = vars(container).get("_adn_regions")
     # Somebody may have wrapped a block, or taken one away.
     if known is None or known[0] != children:
-        known = container.__dict__["_adn_regions"] = children, _cut(children, vars(container).get("_adn_compiler"))
+        parts = _cut(children, vars(container).get("_adn_compiler"), getattr(container, "return_layers", ()))
+        known = container.__dict__["_adn_regions"] = children, parts
     return known[1]
 
 
 @torch.compiler.disable
-def _cut(children: Sequence[nn.Module], compiler: Compiler | None) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """Children in segments. A segment ends with its stage, and where the next child reads other switches; what
-    dispatches by itself stays alone."""
-    runs: list[tuple[list[nn.Module], list[Switch | Cut] | None]] = []
-    for child in children:
+def _cut(children: Mapping[str, nn.Module], compiler: Compiler | None, kept: Collection[str]) -> list[_Part]:
+    """Children in segments. A segment ends with its stage, after a child whose output is kept, and where the next child
+    reads other switches; what dispatches by itself stays alone."""
+    runs: list[tuple[list[str], list[Switch | Cut] | None]] = []
+    ended = True
+    for name, child in children.items():
         alone = any(isinstance(module, (_Dispatch, OwnCode)) for module in child.modules())
         switches = None if alone else switches_in(child)
-        if runs and not alone and runs[-1][1] == switches and _stage_end(runs[-1][0][-1]) is None:
-            runs[-1][0].append(child)
-        else:
-            runs.append(([child], switches))
-    return [run[0] if switches is None else _Segment(run, switches, compiler) for run, switches in runs]
+        if ended or alone or runs[-1][1] != switches:
+            runs.append(([], switches))
+        runs[-1][0].append(name)
+        ended = name in kept or _stage_end(child) is not None
+    return [(children[names[0]] if switches is None else
+             _Segment([children[name] for name in names], switches, compiler), names[-1]) for names, switches in runs]
 
 
 @torch.compiler.disable
@@ -333,15 +364,15 @@ def install(model: nn.Module, plan: Plan) -> None:
 
 
 def _install(module: nn.Module, around: set[nn.Module]) -> None:
-    in_turn = _calls_children_in_turn(module)
-    if in_turn:
-        swap(module, Paths)
+    container = _container(module)
+    if container is not None:
+        swap(module, container)
     elif original_class(module).forward is not nn.Module.forward and not isinstance(module, fx.GraphModule):
         swap(module, OwnCode)
     for child in module.children():
         if child in around and not is_one_region(child):
             _install(child, around)
-        elif not in_turn and switches_in(child):
+        elif container is None and switches_in(child):
             swap(child, Region)
 
 
@@ -350,7 +381,11 @@ def is_one_region(module: nn.Module) -> bool:
     return len(switches_in(module)) == 1 and sum(isinstance(m, StageEnd) for m in module.modules()) > 1
 
 
-def _calls_children_in_turn(module: nn.Module) -> bool:
+def _container(module: nn.Module) -> type[Swapped] | None:
+    """What a module becomes whose forward calls its children one after the other; None for any other."""
     cls = original_class(module)
-    return cls is timm.models.regnet.RegStage or (
+    if cls in (timm.models.FeatureListNet, timm.models.FeatureDictNet):
+        return Features
+    in_turn = cls is timm.models.regnet.RegStage or (
         isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward)
+    return Paths if in_turn else None

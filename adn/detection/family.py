@@ -6,6 +6,7 @@ decoder's norms do not.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -34,9 +35,18 @@ def rtdetr(model: nn.Module) -> list[StagePlan] | Plan:
     if not (isinstance(getattr(model, "encoder", None), HybridEncoder)
             and isinstance(getattr(model, "decoder", None), Decoder)):
         return []
-    others = (known.find(model) for known in FAMILIES.values() if known.find is not rtdetr)
-    backbone = next(filter(None, others), [])
+    stages = next(filter(None, (known.find(model.backbone) for known in FAMILIES.values())), [])
+    backbone = [_within("backbone", stage) for stage in stages]
     return Plan([*backbone, *_neck(model, "encoder")], "rtdetr", [_decoder(len(model.decoder.decoder.layers))])
+
+
+def _within(parent: str, stage: StagePlan) -> StagePlan:
+    """The same stage, of the model that has its own as a child of this name."""
+    def names(of_child: list[str] | None) -> list[str] | None:
+        return None if of_child is None else [f"{parent}.{name}" for name in of_child]
+
+    return dataclasses.replace(stage, name=f"{parent}.{stage.name}", blocks=names(stage.blocks),
+                               norms=names(stage.norms), drop_paths=names(stage.drop_paths))
 
 
 def _neck(model: nn.Module, where: str = "") -> Iterator[StagePlan]:

@@ -10,6 +10,7 @@ import timm.layers
 import torch
 from torch import Tensor, fx, nn
 
+from ..paths import only_calls, unseen
 from . import family  # noqa: F401, which is to know the models of this file
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
@@ -86,6 +87,7 @@ class RTDETR(nn.Module):
             for module in _stem(self.backbone):
                 module.requires_grad_(False)
 
+    @only_calls
     def forward(self, images: Tensor, targets: Targets | None = None, draws: Draws | torch.Generator | None = None
                 ) -> dict[str, Any]:
         """
@@ -116,6 +118,7 @@ class RTDETR(nn.Module):
 
 
 @fx.wrap
+@unseen
 def checked(images: Tensor, queries: int) -> Tensor:
     """The images, if a detector can take them."""
     if images.ndim != 4 or images.shape[1] != 3:
@@ -139,6 +142,8 @@ def _backbone(name: str, args: dict[str, Any]) -> tuple[nn.Module, Sequence[int]
     net = timm.create_model(name, features_only=True, out_indices=(-3, -2, -1), **args)
     if tuple(net.feature_info.reduction()) != (8, 16, 32):
         raise ValueError(f"the last maps of {name} have strides {net.feature_info.reduction()}, not 8, 16 and 32")
+    if getattr(net, "output_fmt", "NCHW") != "NCHW":
+        raise ValueError(f"the maps of {name} have their channels last, (B, H, W, C); pass another backbone")
     return net, net.feature_info.channels()
 
 

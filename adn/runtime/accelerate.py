@@ -180,7 +180,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _parts(net: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of the plan, and outside of them the largest modules that hold norms but no block."""
+    """The blocks of the plan, and outside of them the largest modules that hold norms but no block, and are called."""
     blocks = {net.get_submodule(name): name for stage in plan for name in stage.blocks}
     for module, name in blocks.items():
         compiled = module._modules.get("_orig_mod")
@@ -191,7 +191,7 @@ def _parts(net: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module]]:
             inside = set(child.modules())
             if child in blocks or not any(map(is_norm, inside)):
                 continue
-            if inside.isdisjoint(blocks):
+            if inside.isdisjoint(blocks) and original_class(child).forward is not nn.Module.forward:
                 yield prefix + name, child
             else:
                 yield from outside(child, f"{prefix}{name}.")

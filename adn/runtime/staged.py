@@ -85,7 +85,9 @@ class Place:
                 tree_map(lambda to, source: to.copy_(source) if torch.is_tensor(to) else to, self._values[name], value)
 
     def result(self, graphs: Sequence[Graph]) -> Any:
-        return graphs[-1].outputs if self._net is None else self._net.give(self._values)
+        """What the forward returns: of one graph that is all of it, or of those of its segments, which return nothing.
+        """
+        return graphs[-1].outputs if graphs[-1].outputs is not None else self._net.give(self._values)
 
     def tensors(self) -> list[Tensor]:
         """The input, and all that segments leave."""
