@@ -92,6 +92,32 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [row for row in rows if None not in row.values()]
 
 
+class Results:
+    """Rows of a file, which a run goes on with: those that are there, and those that it adds.
+
+    Args:
+        path: None = no file.
+        key: the columns that say what a row measures.
+        device: for the head of a new file.
+    """
+
+    def __init__(self, path: Path | None, key: Sequence[str], device: torch.device | str) -> None:
+        self.path, self.key, self.device = path, key, device
+        self.rows: list[Mapping[str, object]] = list(read_rows(path)) if path and path.exists() else []
+        self.done = set(map(self._key, self.rows))
+
+    def add(self, row: Mapping[str, object]) -> None:
+        self.rows.append(row)
+        self.done.add(self._key(row))
+        if self.path and len(self.rows) == 1:
+            write_rows(self.path, self.rows, header(self.device))
+        elif self.path:
+            append_rows(self.path, [row])
+
+    def _key(self, row: Mapping[str, object]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in self.key)
+
+
 def read_head(path: Path) -> dict[str, str]:
     """The head that `write_rows` wrote."""
     with path.open(encoding="utf-8") as file:

@@ -3,16 +3,16 @@
     python bench/gpu.py [--only tests kernels models] [--data DIR_OF_CIFAR10]
 
 Tests: all marked `cuda`; last of all, every op under compute-sanitizer where that is installed. Kernels: `kernels.py`,
-for whose cases compilers run while the tests do, and `host_cost.py`. Models: `models.py`, `switch_storm.py`,
-`per_image.py`, `counts.py`, `training_step.py`, `conversion_overhead.py`.
+for whose cases compilers run while the tests do, and `host_cost.py`. Models: `models.py`, `detectors.py`,
+`switch_storm.py`, `per_image.py`, `counts.py`, `training_step.py`, `conversion_overhead.py`.
 Each step has a time limit of its own and of what is left of the whole; a step that fails or runs out of time does not
 stop the others, and the exit code says whether all of them passed.
 
 Result files are written as results come, and carry device, versions, commit and date. A second run (with `--only`, all
-of its time is for that) goes on with what is missing in `kernels_<device>.csv` and `models_<device>.csv`;
-`kernels_<device>.txt` says which targets are met. `gpu_<device>.csv`
-says how the steps ended and which tests failed, `gpu_<device>.log` holds all output. Tuned configurations have a
-command of their own, `python -m adn_kernels.tune --quick`.
+of its time is for that) goes on with what is missing in `kernels_<device>.csv`, `models_<device>.csv` and
+`detectors_<device>.csv`; `kernels_<device>.txt` says which targets are met. `gpu_<device>.csv` says how the steps ended
+and which tests failed, `gpu_<device>.log` holds all output. Tuned configurations have a command of their own,
+`python -m adn_kernels.tune --quick`.
 """
 
 from __future__ import annotations
@@ -70,22 +70,25 @@ def steps(out: Path, tag: str, data: Path | None) -> Iterator[Step]:
     yield Step("tests", "tests", 210, 210, [
         python, "-m", "pytest", "-m", "cuda and not full", "-vv", "-rfE", "--tb=short", *parallel, "tests"])
     yield Step("kernels", "kernels", 450, 450, script("kernels", "--csv", f"{out}/kernels_{tag}.csv"), measures=True)
-    yield Step("kernels", "host cost", 60, 14, script("host_cost", "--device", "cuda", "--csv",
+    yield Step("kernels", "host cost", 60, 10, script("host_cost", "--device", "cuda", "--csv",
                                                       f"{out}/host_cost_{tag}.csv"))
     yield Step("models", "models", 450, 65, script(
         "models", "--device", "cuda", "--dtypes", "bfloat16", "float16", "--csv", f"{out}/models_{tag}.csv"),
         measures=True)
+    yield Step("models", "detectors", 450, 60, script(
+        "detectors", "--device", "cuda", "--dtypes", "bfloat16", "--contenders", "engine", "static, eager",
+        "static, compiled", "--csv", f"{out}/detectors_{tag}.csv"), measures=True)
     nets = ("resnet50", "mobilenetv2_100", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
     on_gpu = ("--device", "cuda", "--dtype", "bfloat16")
-    yield Step("models", "switch storm", 60, 20, script(
+    yield Step("models", "switch storm", 60, 15, script(
         "switch_storm", *on_gpu, "--size", "224", "--rounds", "200", "--models", *nets, "--csv",
         f"{out}/switch_storm_{tag}.csv"))
-    yield Step("models", "a depth for each image", 60, 20, script(
+    yield Step("models", "a depth for each image", 60, 15, script(
         "per_image", *on_gpu, "--batch-size", "64", "--csv", f"{out}/per_image_{tag}.csv"))
-    yield Step("models", "counts", 90, 20, script("counts", "--device", "cuda", "--csv", f"{out}/counts_{tag}.csv"))
-    yield Step("models", "training step", 150, 40, script(
+    yield Step("models", "counts", 90, 15, script("counts", "--device", "cuda", "--csv", f"{out}/counts_{tag}.csv"))
+    yield Step("models", "training step", 150, 30, script(
         "training_step", "--device", "cuda", "--csv", f"{out}/training_step_{tag}.csv"))
-    yield Step("models", "overhead of conversion", 60, 15, script(
+    yield Step("models", "overhead of conversion", 60, 10, script(
         "conversion_overhead", "--device", "cuda", "--rounds", "50", "--csv", f"{out}/conversion_overhead_{tag}.csv"))
     if data is not None:
         yield Step("models", "CIFAR-10, one seed", 240, 240, script(
@@ -95,7 +98,7 @@ def steps(out: Path, tag: str, data: Path | None) -> Iterator[Step]:
     if sanitizer is not None:
         # Within a block of torch's cache an access out of a tensor's bounds is none to memcheck.
         for tool, environment in {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": None}.items():
-            yield Step("tests", tool, 120, 40, [sanitizer, "--tool", tool, "--error-exitcode", "1",
+            yield Step("tests", tool, 120, 25, [sanitizer, "--tool", tool, "--error-exitcode", "1",
                                                 *script("kernels", "--small", "--cases", "1")], environment)
 
 

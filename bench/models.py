@@ -28,13 +28,13 @@ import itertools
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from common import append_rows, columns, header, read_rows, write_rows
+from common import Results, columns
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -140,9 +140,11 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.n
     return times
 
 
-def timed_on_gpu(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+def timed_on_gpu(calls: dict[str, Callable[[], object]], rounds: int, launching: Collection[str] = ()
+                 ) -> dict[str, np.ndarray]:
+    """The same of CUDA graphs of the calls; of calls themselves that launch such graphs."""
     graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
-    replays = {name: graphs.capture(call).replay for name, call in calls.items()}
+    replays = {name: call if name in launching else graphs.capture(call).replay for name, call in calls.items()}
     repeats = {}
     for name, replay in replays.items():
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -260,8 +262,7 @@ def main() -> None:
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     device = torch.device(args.device)
-    rows: list[dict] = list(read_rows(args.csv)) if args.csv and args.csv.exists() else []
-    done = {tuple(str(row[name]) for name in KEY) for row in rows}
+    results = Results(args.csv, KEY, device)
     torch._dynamo.config.recompile_limit = 64
     cases = list(itertools.product(args.dtypes, args.batch_sizes, args.models))
     with torch.inference_mode(), tqdm(cases, disable=None, leave=False) as bar:
@@ -281,19 +282,15 @@ def main() -> None:
                 depths = choose_depths(net, args.depths)
             except ValueError:
                 depths = choose_depths(net, "super,base")
-            new = measure(net, exact, x, depths, list(args.contenders), args.rounds, speeds[dtype], done,
+            new = measure(net, exact, x, depths, list(args.contenders), args.rounds, speeds[dtype], results.done,
                           (name, dtype, str(batch)), deadline)
             for row in new:
-                rows.append(row)
-                if args.csv and len(rows) == 1:
-                    write_rows(args.csv, rows, header(device))
-                elif args.csv:
-                    append_rows(args.csv, [row])
-    if not rows:
+                results.add(row)
+    if not results.rows:
         sys.exit("nothing was measured")
-    print(summary(rows))
+    print(summary(results.rows))
     if args.plot:
-        plot(rows, args.plot, device_name(device))
+        plot(results.rows, args.plot, device_name(device))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -229,7 +230,8 @@ def test_tables_that_do_not_fit() -> None:
 
 
 @pytest.fixture
-def nothing_compiled() -> Iterator[None]:
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would keep all of it
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8):
         yield

@@ -409,8 +409,9 @@ def test_head_of_a_checkout_behind_a_link(tmp_path: Path, monkeypatch: pytest.Mo
 def test_gpu_command_shows_its_steps() -> None:
     output = run("bench/gpu.py", "--dry-run")
     places = [output.index(what) for what in (
-        "-m pytest", "bench/kernels.py --csv", "bench/host_cost.py", "bench/models.py --device cuda", "switch_storm",
-        "per_image", "counts", "training_step", "conversion_overhead")]
+        "-m pytest", "bench/kernels.py --csv", "bench/host_cost.py", "bench/models.py --device cuda",
+        "bench/detectors.py --device cuda", "switch_storm", "per_image", "counts", "training_step",
+        "conversion_overhead")]
     assert places == sorted(places)
 
 
@@ -477,6 +478,20 @@ FAILED tests/kernels/test_conv.py::test_d - ValueError
     assert gpu_command.failed_tests(output) == [
         f"tests/{name}" for name in ("kernels/test_conv.py::test_b[relu-2]", "kernels/test_conv.py::test_d",
                                      "test_cuda.py::test_c")]
+
+
+def test_detectors(tmp_path: Path) -> None:
+    path = tmp_path / "detectors.csv"
+    common.write_rows(path, [
+        {"model": "rtdetr_r18vd", "dtype": "float32", "batch": 1, "depth": "TTTTT|2", "contender": name, "p50_ms": 1.0,
+         "p99_ms": 1.0, "error": 0.0} for name in ("engine", "static, eager")], {})
+    output = run("bench/detectors.py", "--models", "rtdetr_r18vd", "--size", "160", "--batch-sizes", "1", "--rounds",
+                 "1", "--contenders", "static, eager", "engine", "--depths", "super", "base", "--csv", str(path))
+    assert output.splitlines()[-1].count("x") == 2
+    rows = common.read_rows(path)
+    assert [(row["depth"], row["contender"]) for row in rows] == [
+        (depth, name) for depth in ("TTTTT|2", "FFFFF|3") for name in ("engine", "static, eager")]
+    assert all(float(row["p50_ms"]) > 0 and float(row["error"]) < 1e-4 for row in rows)
 
 
 def test_host_cost(tmp_path: Path) -> None:

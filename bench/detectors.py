@@ -1,0 +1,179 @@
+"""Forwards of detectors: each depth of one any-depth net against the static network of that depth.
+
+Contenders, for every model, type, batch size and depth:
+
+- `engine`: `adn.Engine(adn.fuse(net))` called at that depth, with its copies of input and output; on a CPU, where there
+  is no graph to launch, `adn.fuse(net)` itself.
+- `adn.compile`: the any-depth net, compiled in place.
+- `static, eager`: the extracted static network, channels last.
+- `static, compiled`: `torch.compile` of it; on a GPU in mode max-autotune.
+
+On a GPU all but the engine, which does so itself, are captured in CUDA graphs, and what is timed, between events, is
+their replay. Rounds interleave the contenders in an order drawn anew. `error` is the largest difference of the best
+scores of an image's queries, in their order, from those of the float64 network.
+
+Static models (`rtdetr_r50vd`) are converted. The summary also has the ratio of the slowest to the fastest depth, which
+is published as 1.82 for RT-DETR-R101.
+
+    python bench/detectors.py --csv bench/results/detectors_cpu.csv --batch-sizes 1 --rounds 10
+    python bench/detectors.py --device cuda --dtypes bfloat16 float32 --csv bench/results/detectors_h200.csv
+
+Every depth is first measured without what takes minutes to compile, then with everything; of two rows the later one
+counts. A run with a file that exists goes on with what is missing in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import Results, columns
+from models import at, randomised, timed, timed_on_gpu
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import adn
+from adn.evaluate import read_depths
+from adn.runtime.compile import compile as compile_net
+from adn.runtime.engine import Engine
+from adn.runtime.fuse import fuse
+from adn.state import is_converted
+
+MODELS = ("anydepth_rtdetr_r50vd", "rtdetr_r50vd")
+DEPTHS = ("super", "base", "TTFF|F|6", "FFFF|T|6")
+CONTENDERS = ("engine", "adn.compile", "static, eager", "static, compiled")
+QUICK = ("engine", "static, eager")
+KEY = ("model", "dtype", "batch", "depth", "contender")
+
+
+def detector(name: str) -> nn.Module:
+    model = adn.create_model(name)
+    if not is_converted(model):
+        adn.convert(model)
+    return randomised(model).eval()
+
+
+class Case:
+    """A net at one type and batch size, and what is made of it once for all depths.
+
+    Args:
+        exact: the same net in float64.
+    """
+
+    def __init__(self, net: nn.Module, exact: nn.Module, x: Tensor) -> None:
+        self.net, self.exact, self.x = net, exact, x
+        # Captured like all others, so not in the mode that captures by itself.
+        self.options = {"mode": "max-autotune-no-cudagraphs"} if x.is_cuda else {}
+
+    @functools.cached_property
+    def ours(self) -> Callable[[Tensor, adn.Depth], object]:
+        fused = fuse(self.net)
+        # A graph for each depth that is measured, not for each segment.
+        return Engine(fused, max_graphs=len(adn.depths(fused))) if self.x.is_cuda else (
+            lambda x, depth: at(fused, depth, x))
+
+    @functools.cached_property
+    def compiled(self) -> nn.Module:
+        return compile_net(copy.deepcopy(self.net), **self.options)
+
+    def contender(self, name: str, depth: adn.Depth) -> Callable[[], object]:
+        if name == "engine":
+            return functools.partial(self.ours, self.x, depth)
+        if name == "adn.compile":
+            return functools.partial(at, self.compiled, depth, self.x)
+        static = adn.extract(self.net, depth).to(memory_format=torch.channels_last)
+        if name == "static, compiled":
+            static = torch.compile(static, **self.options)
+        return functools.partial(static, self.x)
+
+    def rows(self, depth: adn.Depth, names: Iterable[str], rounds: int) -> Iterator[dict[str, object]]:
+        with adn.at_depth(self.exact, depth):
+            wanted = best_scores(self.exact(self.x[:1].double()))
+        calls, errors = {}, {}
+        for name in names:
+            calls[name] = self.contender(name, depth)
+            errors[name] = (best_scores(calls[name]()) - wanted).abs().max().item()
+        times = timed_on_gpu(calls, rounds, launching=["engine"]) if self.x.is_cuda else timed(calls, rounds)
+        for name, each in times.items():
+            p50, p99 = np.percentile(each, [50, 99])
+            yield {"depth": str(depth), "contender": name, "p50_ms": round(p50, 5), "p99_ms": round(p99, 5),
+                   "error": f"{errors[name]:.1e}"}
+
+
+def best_scores(outputs: dict[str, Tensor]) -> Tensor:
+    """Of the first image, each query's best, in descending order."""
+    return outputs["pred_logits"][0].double().sigmoid().amax(-1).sort(descending=True).values
+
+
+def summary(rows: list[dict]) -> str:
+    """Milliseconds of each contender, ours over theirs at the same depth; then the slowest depth over the fastest."""
+    cases: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        cases.setdefault(tuple(str(row[name]) for name in KEY[:4]), {})[row["contender"]] = float(row["p50_ms"])
+    lines = [[*KEY[:4], *(f"{name} (ms)" for name in CONTENDERS), "engine / eager", "engine / compiled"]]
+    by_net: dict[tuple, dict[str, list[float]]] = {}
+    for key, ms in cases.items():
+        ratios = [f"{ms['engine'] / ms[name]:.2f}" if {"engine", name} <= ms.keys() else "-" for name in CONTENDERS[2:]]
+        lines.append([*key, *(f"{ms[name]:.3f}" if name in ms else "-" for name in CONTENDERS), *ratios])
+        for name, value in ms.items():
+            by_net.setdefault(key[:3], {}).setdefault(name, []).append(value)
+    extremes = [[*KEY[:3], *CONTENDERS]]
+    for key, each in by_net.items():
+        extremes.append([*key, *(f"{max(each[name]) / min(each[name]):.2f}x" if name in each else "-"
+                                 for name in CONTENDERS)])
+    return f"{columns(lines)}\n\nslowest depth / fastest\n{columns(extremes)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--size", type=int, default=640, help="side of the images")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--depths", nargs="+", default=DEPTHS)
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further depth after this")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
+    device = torch.device(args.device)
+    results = Results(args.csv, KEY, device)
+    torch._dynamo.config.recompile_limit = 64
+    cases = list(itertools.product(args.dtypes, args.batch_sizes, args.models))
+    with torch.inference_mode(), tqdm(cases, disable=None, leave=False) as bar:
+        for dtype, batch, name in bar:
+            bar.set_postfix_str(f"{name}, {dtype}, batch {batch}")
+            if time.monotonic() > deadline:
+                break
+            net = detector(name)
+            depths = read_depths(net, args.depths)
+            x = torch.rand(batch, 3, args.size, args.size, device=device, dtype=getattr(torch, dtype))
+            case = Case(copy.deepcopy(net).to(device, x.dtype), net.double().to(device),
+                        x.contiguous(memory_format=torch.channels_last))
+            for names, depth in itertools.product((QUICK, CONTENDERS), depths):
+                chosen = [each for each in names if each in args.contenders]
+                if all((name, dtype, str(batch), str(depth), each) in results.done for each in chosen):
+                    continue
+                if time.monotonic() > deadline:
+                    print("no time left", file=sys.stderr)
+                    break
+                for row in case.rows(depth, chosen, args.rounds):
+                    results.add({"model": name, "dtype": dtype, "batch": batch} | row)
+            torch._dynamo.reset()
+    if not results.rows:
+        sys.exit("nothing was measured")
+    print(summary(results.rows))
+
+
+if __name__ == "__main__":
+    main()
