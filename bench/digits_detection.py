@@ -26,10 +26,11 @@ from adn.detection.criterion import DistillationLoss
 from adn.detection.distill import DetectionDistillation, DetectionSupervised
 from adn.detection.evaluate import evaluate_detector
 from adn.detection.scenes import write_scenes
-from adn.detection.transforms import eval_transform, train_transform
+from adn.detection.transforms import eval_transform
 from adn.evaluate import chain
 from adn.state import state_of
 from adn.train import TrainBatches, fit
+from adn.train.detect import augmentation
 from adn.train.recipes import DETECTION_RECIPES, DetectionRecipe
 
 NETWORKS = ("any-depth", "separate base")
@@ -71,7 +72,7 @@ def main() -> None:
 def run(what: str, recipe: DetectionRecipe, data: Path, args: argparse.Namespace) -> list[dict[str, object]]:
     device = torch.device(args.device)
     torch.manual_seed(recipe.seed)
-    train = open_coco(data, "train", train_transform(recipe.size))
+    train = open_coco(data, "train", augmentation(recipe))
     validation = open_coco(data, "val", eval_transform(recipe.size))
     net = adn.convert(adn.create_model(recipe.model, num_classes=len(train.class_names), **recipe.model_kwargs))
     if what == "separate base":

@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     groups: dict[str, Any] = {}
     fields = {field.name: (kind, field) for kind in (DetectionRecipe, Recipe) for field in dataclasses.fields(kind)}
-    both = {field.name for field in dataclasses.fields(Settings)}
+    both = set.intersection(*({field.name for field in dataclasses.fields(kind)} for kind in (DetectionRecipe, Recipe)))
     for kind, field in fields.values():
         title = field.metadata["group"]
         if title not in groups:

@@ -25,26 +25,29 @@ class _IoUCrop(v2.RandomIoUCrop):
         return super().make_params(flat_inputs) if min(v2.query_size(flat_inputs)) * self.min_scale >= 1 else {}
 
 
-def train_transform(size: int = 640) -> v2.Transform:
+def train_transform(size: int = 640, *, distort: float = 0.5, zoom_out: float = 0.5, crop: float = 0.8,
+                    flip: float = 0.5) -> v2.Transform:
     """RT-DETR's augmentation, for `CocoImages`.
 
-    Photometric distortion (each part with probability 0.5), zoom-out onto black (0.5), IoU crop (0.8), horizontal flip
-    (0.5), resizing without keeping the aspect ratio. Objects whose centre is cropped away, or of less than a pixel in
-    width or height before or after resizing, are left out.
+    Photometric distortion, zoom-out onto black, IoU crop, horizontal flip, resizing without keeping the aspect ratio.
+    Objects whose centre is cropped away, or of less than a pixel in width or height before or after resizing, are left
+    out.
 
     Args:
         size: side of the images that the net gets, in pixels.
+        distort: probability of each part of the distortion.
+        zoom_out, crop, flip: probabilities.
 
     Returns:
         From (`PIL.Image`, target of `CocoImages`) to the image (3, size, size) float32 in 0..1, and the target with
         `boxes` (n, 4) float32 cxcywh, in 0..1 of the augmented image.
     """
     return v2.Compose([
-        v2.RandomPhotometricDistort(p=0.5),
-        v2.RandomZoomOut(fill=0),
-        v2.RandomApply([_IoUCrop()], p=0.8),
+        v2.RandomPhotometricDistort(p=distort),
+        v2.RandomZoomOut(fill=0, p=zoom_out),
+        v2.RandomApply([_IoUCrop()], p=crop),
         v2.SanitizeBoundingBoxes(min_size=1),
-        v2.RandomHorizontalFlip(),
+        v2.RandomHorizontalFlip(p=flip),
         *_resize(size),
         # Rounding may put an edge a hair outside of the resized image, for which the box would be taken out.
         v2.ClampBoundingBoxes(),

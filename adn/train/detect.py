@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from ..checkpoint import load
 from ..convert import convert
@@ -106,7 +107,7 @@ def train_detector(
         talk, recipe = progress and rank == 0, config.recipe
         if rank == 0 and not (resume or overwrite):
             refuse_overwriting(Path(config.out))
-        training = open_coco(config.data, config.train_split, train_transform(recipe.size))
+        training = open_coco(config.data, config.train_split, augmentation(recipe))
         validation = open_coco(config.data, config.val_split, eval_transform(recipe.size))
         _check_data(config, training, validation)
         seed_all(recipe.seed)
@@ -146,6 +147,12 @@ def train_detector(
             net, batches, measure, recipe, out=config.out, resume=resume, overwrite=overwrite, loss=loss,
             accuracy="AP_", device=device, config=config.to_dict(),
             extra={"task": TASK, "data": {"size": recipe.size}}, tensorboard=config.tensorboard, progress=progress)
+
+
+def augmentation(recipe: DetectionRecipe) -> v2.Transform:
+    """Of training images, see `adn.detection.transforms.train_transform`."""
+    return train_transform(recipe.size, distort=recipe.distort, zoom_out=recipe.zoom_out, crop=recipe.crop,
+                           flip=recipe.flip)
 
 
 def _check_data(config: DetectionConfig, training: CocoImages, validation: CocoImages) -> None:

@@ -29,7 +29,8 @@ def setting(group: str, default: Any, text: str, choices: tuple[str, ...] = ()) 
 _LEAST = {"epochs": 1, "batch_size": 1, "repeats": 1, "ema_every": 1, "train_size": 1, "eval_size": 1, "eval_resize": 1,
           "lr": 0, "lr_min": 0, "warmup_epochs": 0, "weight_decay": 0, "norm_decay": 0, "bias_decay": 0,
           "table_decay": 0, "mixup": 0, "cutmix": 0, "magnitude": 0, "seed": 0, "ema_ramp": 0, "backbone_lr": 0}
-_SHARES = ("erase", "flip", "min_area", "warmup_factor", "ema_decay", "label_smoothing", "alpha", "momentum")
+_SHARES = ("erase", "flip", "distort", "zoom_out", "crop", "min_area", "warmup_factor", "ema_decay", "label_smoothing",
+           "alpha", "momentum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +209,11 @@ class DetectionRecipe(Settings):
     cut_decoder: bool = setting(
         "loss", False, "train the base-net's decoder at the number of layers it has, not at all of them")
 
+    distort: float = setting("augmentation", 0.5, "probability of each part of the photometric distortion")
+    zoom_out: float = setting("augmentation", 0.5, "probability of zooming out, onto black")
+    crop: float = setting("augmentation", 0.8, "probability of a crop with a least overlap with its objects")
+    flip: float = setting("augmentation", 0.5, "probability of a horizontal flip")
+
     size: int = setting("images", 640, "side of images, a multiple of 32")
     multi_scale: bool = setting(
         "images", True, "train at sizes of 3/4 to 5/4 of that, drawn for each step, for super-net and base-net apart")
@@ -286,8 +292,9 @@ DETECTION_RECIPES: dict[str, DetectionRecipe] = {
                                       lr=2e-4, backbone_lr=2e-6, weight_decay=2e-4),
     # A tiny detector for the scenes of `adn scenes`, trained in minutes on two CPU cores.
     "digits": DetectionRecipe(
-        model="rtdetr_r18vd", epochs=30, batch_size=16, lr=1e-3, backbone_lr=None, size=128, multi_scale=False,
-        ema_ramp=200, ema_decay=0.998, schedule="cosine", warmup_epochs=1, model_kwargs={
+        model="rtdetr_r18vd", epochs=30, batch_size=16, lr=1e-3, backbone_lr=None, distort=0.0, zoom_out=0.0, crop=0.0,
+        flip=0.0, size=128, multi_scale=False, ema_ramp=200, ema_decay=0.998, schedule="cosine", warmup_epochs=1,
+        model_kwargs={
             "backbone_args": {"width": 16}, "hidden": 64, "decoder_hidden": 64, "heads": 4, "feedforward": 128,
             "decoder_feedforward": 128, "decoder_layers": 3, "queries": 50, "num_denoising": 50}),
 }
