@@ -205,7 +205,6 @@ class Decoder(nn.Module):
         if denoising is not None:
             result["dn_aux_outputs"] = [{name: value[:, :extra] for name, value in output.items()}
                                         for output in outputs]
-            result["dn_meta"] = denoising
         return result
 
 

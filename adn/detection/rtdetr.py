@@ -102,7 +102,9 @@ class RTDETR(nn.Module):
         if not self.training:
             return self.decoder(maps)
         denoising = None if targets is None else self._denoising(targets, draws)
-        return {**self.decoder(maps, denoising), "backbone_features": list(features), "encoder_features": maps}
+        outputs = {**self.decoder(maps, denoising), "backbone_features": list(features), "encoder_features": maps}
+        # Here, not by the decoder: compiled, that would be for the objects of one batch.
+        return outputs if denoising is None else outputs | {"dn_meta": denoising}
 
     def reset_classifier(self, num_classes: int) -> None:
         """Fresh heads for so many classes; all else stays."""

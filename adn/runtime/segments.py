@@ -241,6 +241,7 @@ class _Builder:
         inner, modules = fx.Graph(), {}
         output = inner.graph_copy(traced.graph, {})
         for call in inner.nodes:
+            call.type = None  # as text, which torch 2.11 cannot pickle
             if call.op in ("call_module", "get_attr"):
                 value, call.target = _attribute(traced.root, call.target), call.target.replace(".", "_")
                 modules[call.target] = value

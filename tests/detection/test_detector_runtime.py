@@ -349,7 +349,7 @@ def test_images_of_many_sizes_compile_a_few_times(training: bool) -> None:
         torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"], rtol=1e-4, atol=1e-4)
     assert recompiled[0]
     assert recompiled[1]
-    assert sum(recompiled) <= 4
+    assert sum(recompiled) <= 5
 
 
 @pytest.mark.usefixtures("nothing_compiled")

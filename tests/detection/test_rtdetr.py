@@ -361,5 +361,7 @@ def test_unknown_names_and_settings() -> None:
         RTDETR("resnot")
     with pytest.raises(ValueError, match="strides"):
         RTDETR("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="channels last"):
+        RTDETR("swin_tiny_patch4_window7_224", backbone_args={"img_size": 64})
     with pytest.raises(ValueError, match="there are 18, 34, 50, 101"):
         RTDETR("presnet19")
