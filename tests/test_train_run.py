@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from adn.cli import main
 from adn.models import create_model
 from adn.state import state_of
 from adn.train import RECIPES, Config, recipe, train
-from adn.train.recipes import Recipe
+from adn.train.recipes import DetectionRecipe, Recipe
 
 KWARGS = {"channels": [8, 8, 16, 16], "zero_init_last": False}
 SMALL = recipe("default", model="resnet18", model_kwargs=KWARGS, epochs=2, batch_size=8, train_size=16, lr=5e-3,
@@ -228,8 +229,8 @@ def test_help_names_every_setting_with_its_default(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = capsys.readouterr().out
-    for name in Recipe.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in text
+    for field in (*dataclasses.fields(Recipe), *dataclasses.fields(DetectionRecipe)):
+        assert f"--{field.name.replace('_', '-')}" in text
     assert "[0.0005]" in text
 
 

@@ -18,6 +18,7 @@ from adn.detection.denoising import Draws
 from adn.detection.encoder import CSPRepLayer, HybridEncoder, PositionTable
 from adn.detection.presets import PRESETS
 from adn.detection.rtdetr import RTDETR
+from adn.nn import TWINS
 from adn.profile import count_macs
 from adn.runtime.fuse import fuse
 from adn.runtime.layers import RepConvNormAct
@@ -232,7 +233,7 @@ def test_multiply_adds_are_the_published_ones(name: str) -> None:
     np.testing.assert_allclose([count / 1e9 for count in counts], list(GMACS[name].values()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("twins", adn.nn.TWINS)
+@pytest.mark.parametrize("twins", TWINS)
 @pytest.mark.parametrize("name", ["rtdetr_r18vd", "rtdetr_r34vd", "rtdetr_r50vd_m", "rtdetr_r50vd"])
 def test_static_models_convert(name: str, twins: str) -> None:
     model = tiny(name)
