@@ -246,7 +246,8 @@ def _per_element() -> dict[Any, Callable[..., int]]:
              torch.ops.aten.grid_sampler: of_output(4), torch.ops.aten.upsample_nearest2d: of_output(1)}
     if hasattr(torch.ops.adn, "deformable_attention"):  # known once kernels are imported
         rules[torch.ops.adn.deformable_attention] = of_samples
-    return rules
+    # Of overloads too, or older counters take them apart before they look.
+    return rules | {getattr(op, name): rule for op, rule in rules.items() for name in op.overloads()}
 
 
 def count_parameters(net: nn.Module, depth: DepthLike) -> int:

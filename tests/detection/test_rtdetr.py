@@ -265,7 +265,8 @@ def test_every_depth_computes_something_else() -> None:
             assert outputs["query_index"].unique().numel() == 20
             static = adn.extract(net, depth).eval()
             assert len(static.decoder.decoder.layers) == len(static.decoder.dec_score_head) == depth[-1]
-            assert all(torch.equal(static(x)[key], outputs[key]) for key in outputs)
+            # Not bit for bit: where a copy lies in memory, torch 2.11 rounds products of attention otherwise.
+            torch.testing.assert_close(static(x), outputs)
             seen.add(outputs["pred_boxes"].sum().item())
     assert len(seen) == len(adn.depths(net)) == 96
 
