@@ -171,15 +171,7 @@ class SelfDistillation(nn.Module):
             terms = self(x, y)
             scale(terms["loss"]).backward()
             return {name: value.detach() for name, value in terms.items()}
-        quiet = contextlib.nullcontext()
-        if isinstance(self.net, DistributedDataParallel):
-            if not self.net.find_unused_parameters:
-                raise ValueError(
-                    "each of the two passes leaves some parameters out: wrap the net with find_unused_parameters=True, "
-                    "or wrap SelfDistillation itself in DistributedDataParallel and call it instead"
-                )
-            quiet = self.net.no_sync()
-        with quiet:
+        with not_averaged(self):
             of_super = self._run(x, "super")
             terms = self._super_terms(of_super, y)
             scale(terms["super"]).backward()
@@ -225,6 +217,22 @@ class SelfDistillation(nn.Module):
             for stage, a, b in zip(self.features, of_super.features, of_base.features, strict=True):
                 terms[f"kl_{stage.name}"] = distillation_kl(a, b, self.temperature)
         return {**terms, "base": (1 - self.alpha) * sum(terms.values()), "base_logits": logits.detach()}
+
+
+def not_averaged(kd: nn.Module) -> contextlib.AbstractContextManager:
+    """For the first of two backwards through `kd.net`: processes do not average gradients yet.
+
+    Raises:
+        ValueError: if the net is in DistributedDataParallel without `find_unused_parameters`.
+    """
+    if not isinstance(kd.net, DistributedDataParallel):
+        return contextlib.nullcontext()
+    if not kd.net.find_unused_parameters:
+        raise ValueError(
+            "each of the two passes leaves some parameters out: wrap the net with find_unused_parameters=True, "
+            f"or wrap {type(kd).__name__} itself in DistributedDataParallel and call it instead"
+        )
+    return kd.net.no_sync()
 
 
 class _Output(NamedTuple):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from ..distill import not_averaged
 from ..state import at_depth
 from .criterion import DetectionLoss, DistillationLoss, Outputs
 from .targets import Targets
@@ -143,15 +142,7 @@ class DetectionDistillation(_Step):
             pass leaves some parameters out).
         """
         scale = scaler.scale if scaler is not None else lambda loss: loss
-        quiet = contextlib.nullcontext()
-        if isinstance(self.net, DistributedDataParallel):
-            if not self.net.find_unused_parameters:
-                raise ValueError(
-                    "each of the two passes leaves some parameters out: wrap the net with find_unused_parameters=True, "
-                    "or wrap DetectionDistillation itself in DistributedDataParallel and call it instead"
-                )
-            quiet = self.net.no_sync()
-        with quiet:
+        with not_averaged(self):
             of_super = self._run_at(images, targets, "super")
             terms = self._super_terms(of_super, targets)
             scale(terms["super"]).backward()

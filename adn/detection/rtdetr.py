@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,8 +137,8 @@ def checked(images: Tensor, queries: int) -> Tensor:
 
 
 def _backbone(name: str, args: dict[str, Any]) -> tuple[nn.Module, Sequence[int]]:
-    if name.startswith("presnet"):
-        net = PResNet(int(name.removeprefix("presnet") or 0), **args)
+    if re.fullmatch(r"presnet\d+", name):
+        net = PResNet(int(name.removeprefix("presnet")), **args)
         return net, net.channels
     if not timm.is_model(name):
         raise ValueError(f"no backbone {name!r}: pass presnet18, 34, 50 or 101, or a model of timm")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +28,9 @@ from ..models import build_source
 from ..state import state_of
 from ..weights import load_weights
 from .data import TrainBatches, ignore_interrupts
-from .engine import Result, fit, refuse_overwriting
+from .engine import Result, fit
 from .recipes import DEFAULT_DETECTION, DETECTION_RECIPES, DetectionRecipe
-from .run import config_of_run, gather, process_group, share
+from .run import check_out, config_of_run, gather, process_group, share, with_whole_paths
 from .seeds import seed_all
 
 TASK = "detect"
@@ -99,14 +98,12 @@ def train_detector(
             that is no detector.
         Otherwise as `fit`.
     """
-    config = dataclasses.replace(config, **{
-        name: os.path.abspath(path) for name in ("data", "checkpoint", "weights", "backbone")
-        if (path := getattr(config, name)) is not None and os.path.exists(path)})
+    config = with_whole_paths(config)
     with process_group(config.device) as device:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         talk, recipe = progress and rank == 0, config.recipe
-        if rank == 0 and not (resume or overwrite):
-            refuse_overwriting(Path(config.out))
+        if rank == 0:
+            check_out(config, resume, overwrite)
         training = open_coco(config.data, config.train_split, augmentation(recipe))
         validation = open_coco(config.data, config.val_split, eval_transform(recipe.size))
         _check_data(config, training, validation)

@@ -115,17 +115,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prog
             a net that cannot take the images.
         Otherwise as `fit`.
     """
-    # A run may be resumed from another folder than it was started in.
-    config = dataclasses.replace(config, **{
-        name: os.path.abspath(path) for name in ("data", "checkpoint", "weights")
-        if (path := getattr(config, name)) is not None and os.path.exists(path)})
+    config = with_whole_paths(config)
     with process_group(config.device) as device:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         talk, recipe = progress and rank == 0, config.recipe
-        if rank == 0 and not (resume or overwrite):
-            refuse_overwriting(Path(config.out))
-        if overwrite and config.checkpoint and Path(config.checkpoint).resolve().parent == Path(config.out).resolve():
-            raise ValueError(f"{config.checkpoint} lies in the folder that is to be overwritten; choose another --out")
+        if rank == 0:
+            check_out(config, resume, overwrite)
         training, validation = _open(config)
         classes = _count_classes(config, training)
         seed_all(recipe.seed)
@@ -159,6 +154,26 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prog
             net, batches, measure, recipe, out=config.out, resume=resume, overwrite=overwrite, device=device,
             config=config.to_dict(), extra={"data": sizes["eval"]}, tensorboard=config.tensorboard, progress=progress,
         )
+
+
+_FILES = ("data", "checkpoint", "weights", "backbone")
+
+
+def with_whole_paths(config: C) -> C:
+    """A run may be resumed from another folder than it was started in."""
+    return dataclasses.replace(config, **{
+        name: os.path.abspath(path) for name in _FILES
+        if (path := getattr(config, name, None)) is not None and os.path.exists(path)})
+
+
+def check_out(config: C, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError if the folder of the run holds what would be lost."""
+    if not (resume or overwrite):
+        refuse_overwriting(Path(config.out))
+    for name in _FILES[1:]:
+        path = getattr(config, name, None)
+        if overwrite and path and Path(path).resolve().parent == Path(config.out).resolve():
+            raise ValueError(f"{path} lies in the folder that is to be overwritten; choose another --out")
 
 
 @contextlib.contextmanager
