@@ -19,7 +19,7 @@ from ..convert import convert
 from ..detection.coco import CocoImages, collate, open_coco
 from ..detection.criterion import DistillationLoss
 from ..detection.distill import DetectionDistillation
-from ..detection.evaluate import evaluate_detector
+from ..detection.evaluate import evaluate_detector, require_backend
 from ..detection.presets import PRESETS
 from ..detection.rtdetr import RTDETR
 from ..detection.transforms import eval_transform, multi_scale_sizes, train_transform
@@ -96,8 +96,10 @@ def train_detector(
     Raises:
         ValueError: on data without images or objects, classes that do not fit each other or the checkpoint, or a model
             that is no detector.
+        ImportError: without the extra `adn[detect]`.
         Otherwise as `fit`.
     """
+    require_backend("pycocotools")  # now, not after an epoch
     config = with_whole_paths(config)
     with process_group(config.device) as device:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

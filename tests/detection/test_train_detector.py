@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,15 @@ def test_data_that_does_not_fit(scenes: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="list different categories"):
         train_detector(config(data, tmp_path / "run"), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("package", ["pycocotools", "scipy.optimize"])
+def test_a_missing_package_is_named_before_anything_is_done(
+        package: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"adn\[detect\]"):
+        train_detector(config(scenes, tmp_path / "run"), progress=False)
     assert not (tmp_path / "run").exists()
 
 
