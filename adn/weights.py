@@ -41,8 +41,9 @@ from .state import state_with_modules, unwrap
 State = Mapping[str, torch.Tensor]
 Table = dict[str, str]
 
-# Where training scripts put the weights; the first that is there is used.
-_CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema", "ema")
+# Where training scripts put the weights; the first that is there is used. Averages first: the scripts that keep one
+# evaluate it, so published numbers are those of the average.
+_CONTAINERS = ("ema", "model_ema", "state_dict_ema", "model", "state_dict", "model_state_dict", "module")
 
 # Tables that follow from the model's sizes: never read, a model keeps its own.
 _COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
@@ -99,8 +100,8 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
     Args:
         net: a converted net, or a model not converted.
         source: a file (`.pth`, `.pt`, `.pth.tar`: read without running code; `.safetensors`), or a state dict. Either
-            may hold it under a key of training scripts ("model", "state_dict", ...; averaged weights are taken only
-            where there are no others), with the prefixes of DDP and torch.compile.
+            may hold it under a key of training scripts ("model", "state_dict", ...; averaged weights, "ema", ..., are
+            taken where there are any), with the prefixes of DDP and torch.compile.
         strict: False loads what fits and reports the rest; True refuses any mismatch of names or shapes.
 
     Returns:

@@ -230,9 +230,11 @@ def zeros(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 CONTAINERS = {
     "bare": lambda s: s,
-    "torchvision script": lambda s: {"model": s, "optimizer": {"state": {}}, "epoch": 3,
-                                     "args": argparse.Namespace(lr=1), "model_ema": average(zeros(s))},
-    "timm script": lambda s: {"state_dict_ema": zeros(s), "state_dict": s, "epoch": 1},
+    "torchvision script": lambda s: {"model": zeros(s), "optimizer": {"state": {}}, "epoch": 3,
+                                     "args": argparse.Namespace(lr=1), "model_ema": average(s)},
+    "timm script": lambda s: {"state_dict": zeros(s), "state_dict_ema": s, "epoch": 1},
+    "RT-DETR script": lambda s: {"model": zeros(s), "ema": {"module": s, "updates": 7}, "last_epoch": 3},
+    "no average": lambda s: {"model": s, "ema": None, "model_ema": None},
     "average only": lambda s: {"model_ema": average(s)},
     "nested": lambda s: {"ema": {"module": s, "updates": 7}},
     "DDP": lambda s: {f"module.{k}": v for k, v in s.items()},
