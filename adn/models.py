@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -56,7 +57,7 @@ def create_model(
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     if name in PRESETS:
-        return _detector(name, pretrained, twins or "frozen", kwargs)
+        return _detector(name, pretrained, twins, kwargs)
     if not isinstance(name, str) or name.partition(".")[0] not in _names():
         raise ValueError(_unknown(name))
     timm_name = name.removeprefix(PREFIX)
@@ -66,15 +67,32 @@ def create_model(
         tags = ", ".join(timm.list_pretrained(f"{timm_name.partition('.')[0]}.*"))
         raise ValueError(f"{error} timm has {tags or 'none'}") from error
     net = convert(timm.create_model(timm_name, pretrained=pretrained, **kwargs), twins=twins or "copy")
-    state_of(net).origin = {"name": name, "kwargs": {k: v for k, v in kwargs.items() if k not in _ABOUT_WEIGHTS}}
+    state_of(net).origin = {"name": name, "kwargs": _about_the_model(kwargs)}
     return net
 
 
-def _detector(name: str, pretrained: bool, twins: str, kwargs: dict[str, Any]) -> nn.Module:
+def _detector(name: str, pretrained: bool, twins: str | None, kwargs: dict[str, Any]) -> nn.Module:
+    preset = PRESETS[name]
     if pretrained:
         raise ValueError(f"this library has no weights of {name} to download; build it and adn.load_weights(net, path)")
-    model = build_source(name, kwargs)
-    return convert(model, twins=twins) if PRESETS[name].any_depth else model
+    if twins is not None and not preset.any_depth:
+        raise ValueError(f"{name} is not any-depth and has no twins: adn.convert(model, twins={twins!r})")
+    model = _build_detector(name, kwargs)
+    return convert(model, twins=twins or "frozen") if preset.any_depth else model
+
+
+def _build_detector(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    from .detection.rtdetr import RTDETR  # here, as it loads the kernels
+
+    model = RTDETR(**PRESETS[name].but(**kwargs))
+    model.adn_origin = {"name": name, "kwargs": _about_the_model(kwargs)}
+    return model
+
+
+def _about_the_model(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without arguments that say where weights come from, be they those of the model or of its backbone."""
+    return {name: _about_the_model(value) if isinstance(value, Mapping) else value
+            for name, value in kwargs.items() if name not in _ABOUT_WEIGHTS}
 
 
 def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -87,17 +105,14 @@ def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: on a name timm does not have or arguments that are not about the model.
     """
+    if kwargs != _about_the_model(kwargs):
+        raise ValueError(f"the arguments of {name!r} say where weights come from; pass none of "
+                         f"{', '.join(sorted(_ABOUT_WEIGHTS))}")
     if name in PRESETS:
-        from .detection.rtdetr import RTDETR  # here, as it loads the kernels
-
-        model = RTDETR(**{**PRESETS[name].args, **kwargs})
-        model.adn_origin = {"name": name, "kwargs": kwargs}
-        return model
+        return _build_detector(name, kwargs)
     timm_name = name.removeprefix(PREFIX)
     if not timm.is_model(timm_name):
         raise ValueError(f"timm {timm.__version__} has no model {timm_name!r}")
-    if refused := _ABOUT_WEIGHTS & kwargs.keys():
-        raise ValueError(f"the arguments of {name!r} name other weights ({', '.join(sorted(refused))})")
     return timm.create_model(timm_name, pretrained=False, **kwargs)
 
 

@@ -117,11 +117,11 @@ class Profile(list[Point]):
     def __str__(self) -> str:
         front = {point.depth for point in self.pareto()}
         accurate = any(point.top1 is not None for point in self)
-        unit, macs_of_unit = ("GMACs", 1e9) if all(point.macs >= 1e10 for point in self) else ("MMACs", 1e6)
+        unit, size = ("GMACs", 1e9) if all(point.macs >= 1e10 for point in self) else ("MMACs", 1e6)
         head = ["depth", unit, "params (M)", "p50 (ms)", "p99 (ms)",
                 *([_METRICS[self.metric][0]] if accurate else []), "Pareto"]
         rows = [
-            [str(p.depth), f"{p.macs / macs_of_unit:.1f}", f"{p.params / 1e6:.2f}", f"{p.p50_ms:.2f}", f"{p.p99_ms:.2f}",
+            [str(p.depth), f"{p.macs / size:.1f}", f"{p.params / 1e6:.2f}", f"{p.p50_ms:.2f}", f"{p.p99_ms:.2f}",
              *([f"{p.top1:.2f}"] if accurate else []), "*" if p.depth in front else ""]
             for p in self
         ]

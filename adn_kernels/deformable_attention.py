@@ -484,7 +484,7 @@ def deformable_attention(
         weights: (B, Q, heads, levels, points), those of a query and head usually with sum 1. Copied if not contiguous.
         deterministic: whether the gradient of the value is to be the same, bit by bit, in every run, at the cost of a
             sort; None: as `torch.are_deterministic_algorithms_enabled()` says at this call. Everything else always is,
-            and so is all of it on a CPU.
+            and so is all of it on a CPU. torch's `grid_sample` on a GPU (float64, more than 8 levels) never is.
 
     Returns:
         (B, Q, heads * dim), of the type of value.
@@ -492,7 +492,7 @@ def deformable_attention(
     Raises:
         ValueError: if a shape, dtype or device does not fit.
     """
-    shapes = [tuple(shape) for shape in shapes]
+    shapes = [(int(h), int(w)) for h, w in shapes]  # torch.jit.trace records sizes as tensors
     _check(value, shapes, locations, weights)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()

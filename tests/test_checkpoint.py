@@ -288,7 +288,7 @@ def rewritten(path: Path, tensors: dict[str, torch.Tensor] | None = None, **chan
         ({"origin": {"name": "anydepth_resnet9000", "kwargs": {}}}, "cannot build.*model="),
         ({"origin": {"name": "anydepth_resnet18", "kwargs": {"colour": "red"}}}, "cannot build.*model="),
         ({"origin": {"name": "hf-hub:someone/something", "kwargs": {}}}, "cannot build.*has no model"),
-        ({"origin": {"name": "anydepth_resnet18", "kwargs": {"checkpoint_path": "x"}}}, "name other weights"),
+        ({"origin": {"name": "anydepth_resnet18", "kwargs": {"checkpoint_path": "x"}}}, "where weights come from"),
         ({"origin": {"name": "anydepth_resnet18", "kwargs": {}}}, "does not fit this ResNet: .*and .* more"),
     ],
 )

@@ -230,7 +230,7 @@ def image_config(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
 
 def detector_size(args: argparse.Namespace) -> int:
     """Side of the images that a detector gets."""
-    from ..detection.transforms import STRIDE
+    from ..detection.presets import STRIDE
 
     if args.size is None:
         return (_stored(args) or {}).get("size", DETECTOR_SIZE)

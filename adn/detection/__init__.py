@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
 from torch import nn
 
@@ -31,9 +30,8 @@ __all__ = [*_LATER, "is_detector"]
 
 def is_detector(net: nn.Module) -> bool:
     """Is it a detector, any-depth or of one depth, and not a classifier?"""
-    # Importing the class would bring the kernels; who holds a detector has imported it.
-    known = sys.modules.get(f"{__name__}.rtdetr")
-    return known is not None and isinstance(unwrap(net) if is_any_depth(net) else net, known.RTDETR)
+    # Not by its class, whose import would bring the kernels.
+    return getattr(unwrap(net) if is_any_depth(net) else net, "adn_task", "classify") == "detect"
 
 
 def __getattr__(name: str) -> object:

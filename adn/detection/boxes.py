@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 
-# A hundredth of a pixel in an image of 1000 x 1000: two boxes of no area overlap by 0, not by NaN.
-_SMALLEST_AREA = 1e-8
+# Two boxes of no area overlap by 0, not by NaN.
+_SMALLEST_AREA = 1e-12
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """As float32 where it is of half precision, which is too coarse for boxes: bfloat16 has 1/256 of the image."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def iou_and_giou(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +34,9 @@ def _sides(boxes: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Left, top, right, bottom, area: one tensor each, as sums over a last dimension of 4 are slow."""
     x, y, w, h = boxes.unbind(-1)
     half_w, half_h = 0.5 * w, 0.5 * h
-    return x - half_w, y - half_h, x + half_w, y + half_h, w * h
+    left, top, right, bottom = x - half_w, y - half_h, x + half_w, y + half_h
+    # Not w * h: rounded otherwise than the intersection, a small box would overlap itself by more than 1.
+    return left, top, right, bottom, (right - left) * (bottom - top)
 
 
 def _extent(start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
@@ -37,6 +44,6 @@ def _extent(start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """`log(x / (1 - x))` of x clipped to 0..1, both x and 1 - x taken as at least `eps`."""
-    x = x.clamp(0, 1)
+    """`log(x / (1 - x))` of x clipped to 0..1, both x and 1 - x taken as at least `eps`; half precision as float32."""
+    x = widened(x).clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..distill import distillation_kl, pool_features
-from .boxes import iou_and_giou
+from .boxes import iou_and_giou, widened
 from .denoising import Denoising
-from .matcher import Matcher, Pairs, widened
-from .targets import Objects, Targets, pack
+from .matcher import Matcher, Pairs
+from .targets import Objects, Targets, fitting, pack
 
 Outputs = Mapping[str, Any]
 
@@ -118,7 +118,7 @@ class DetectionLoss(_Criterion):
         """
         suffixes = ["", *_aux_suffixes(outputs)]
         logits, boxes = _stacked([outputs, *outputs.get("aux_outputs", ())])
-        objects = pack(targets, logits.device, boxes.dtype)
+        objects = pack(fitting(targets, logits.shape[1]), logits.device, boxes.dtype)
         pairs = self.matcher.match_heads(logits, boxes, objects, _head_names(suffixes)).to(logits.device)
         num_boxes = _num_boxes(objects)
         return {**self._ground_truth(logits, boxes, pairs, objects, num_boxes, suffixes),
@@ -194,7 +194,7 @@ class DistillationLoss(_Criterion):
         suffixes = ["", *_aux_suffixes(base)]
         last_of_teacher = {name: teacher[name].detach() for name in ("pred_logits", "pred_boxes")}
         logits, boxes = _stacked([base, *base.get("aux_outputs", ()), last_of_teacher])
-        objects = pack(targets, logits.device, boxes.dtype)
+        objects = pack(fitting(targets, logits.shape[1]), logits.device, boxes.dtype)
         pairs = self.matcher.match_heads(logits, boxes, objects, [*_head_names(suffixes), "of the super-net"])
         num_boxes = _num_boxes(objects)
         terms = self._last_layer(logits, boxes, pairs, num_boxes) | self._features(base, teacher)
@@ -244,7 +244,7 @@ def pooled_feature_kl(teacher: Sequence[torch.Tensor], student: Sequence[torch.T
     Returns:
         A scalar.
     """
-    t, s = (torch.cat([pool_features(widened(map), 1) for map in maps], 1) for maps in (teacher, student))
+    t, s = (torch.cat([pool_features(widened(x), 1) for x in maps], 1) for maps in (teacher, student))
     return distillation_kl(t, s)
 
 

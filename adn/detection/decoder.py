@@ -22,7 +22,7 @@ Shapes = tuple[tuple[int, int], ...]
 # Side of a token's anchor on the finest map, as a part of the image; twice that on each coarser one.
 _ANCHOR = 0.05
 _PRIOR = 0.01
-_MARGIN = 0.01  # anchors that reach closer to the border than this are not used
+_MARGIN = 0.01  # an anchor with a centre or a side closer than this to 0 or to 1 is not used
 
 
 class DecoderLayer(nn.Module):
@@ -54,12 +54,13 @@ class DecoderLayers(nn.Module):
 
 
 class Anchors(Tables):
-    """The box that each token starts from, before the sigmoid: (1, L, 4), inf where it reaches over the border; and
-    where it does not: bool (1, L, 1)."""
+    """The box that each token starts from, before the sigmoid: (1, L, 4), inf for tokens that are not used; and which
+    are: bool (1, L, 1). At least float32, as all that follows from them."""
 
-    def forward(self, shapes: Shapes, like: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, shapes: Shapes, memory: Tensor) -> tuple[Tensor, ...]:
         shapes = tuple((int(h), int(w)) for h, w in shapes)
-        return self.kept(shapes, like, lambda: self.table(shapes))
+        wide = torch.promote_types(memory.dtype, torch.float32)
+        return self.kept(shapes, memory.device, wide, lambda: self.table(shapes))
 
     def table(self, shapes: Shapes) -> tuple[Tensor, Tensor]:
         levels = []
@@ -125,6 +126,8 @@ class Decoder(nn.Module):
         self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes).to(like) for _ in self.dec_bbox_head)
         for head in (self.enc_score_head, *self.dec_score_head):
             nn.init.constant_(head.bias, -math.log((1 - _PRIOR) / _PRIOR))
+        for module in (self.denoising_class_embed, self.enc_score_head, self.dec_score_head):
+            module.train(self.training)
 
     def running(self) -> int:
         """How many layers run."""
@@ -179,7 +182,7 @@ class Decoder(nn.Module):
 
     def _layer(self, i: int, x: Tensor, boxes: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None = None
                ) -> Tensor:
-        return self.decoder.layers[i](x, self.query_pos_head(boxes), boxes, memory, shapes, mask)
+        return self.decoder.layers[i](x, self.query_pos_head(boxes.to(x.dtype)), boxes, memory, shapes, mask)
 
     def _train(self, memory: Tensor, shapes: Shapes, queries: Queries, denoising: Denoising | None) -> dict[str, Any]:
         x, reference, mask, extra = queries.content, queries.box_unact, None, 0

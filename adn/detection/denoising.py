@@ -7,7 +7,7 @@ as positives, then once as negatives, padded to the largest number of objects in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from .boxes import inverse_sigmoid
 from .targets import Targets, pack
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Draws:
     """The random numbers of one batch's denoising queries, D per image.
 
@@ -34,7 +34,7 @@ class Draws:
     u_box: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Denoising:
     """Denoising queries, and what the losses must know of them.
 
@@ -113,21 +113,20 @@ def make_queries(
     if most == 0 or num_denoising == 0:
         return None
     groups = max(1, num_denoising // most)
-    batch, queries = len(targets), 2 * most * groups
+    images, queries = len(targets), 2 * most * groups
     if not isinstance(draws, Draws):
-        draws = draw(batch, queries, num_classes, draws, device)
-    elif draws.u_box.shape != (batch, queries, 4):
-        raise ValueError(f"draws are for boxes {tuple(draws.u_box.shape)}, these targets need {(batch, queries, 4)}")
+        draws = draw(images, queries, num_classes, draws, device)
+    _check(draws, images, queries)
 
     # Labels out of range are named by the matcher; as an index they would stop a GPU for good.
-    label = objects.labels.new_full((batch, most), num_classes)
+    label = objects.labels.new_full((images, most), num_classes)
     label[objects.image, objects.slot] = objects.labels.clamp(0, num_classes)
-    box = objects.boxes.new_zeros(batch, most, 4)
+    box = objects.boxes.new_zeros(images, most, 4)
     box[objects.image, objects.slot] = objects.boxes
     label, box = label.repeat(1, 2 * groups), box.repeat(1, 2 * groups, 1)
 
     replaced = (draws.u_label.to(device) < 0.5 * label_noise_ratio) & (label < num_classes)
-    label = torch.where(replaced, draws.new_label.to(device, label.dtype), label)
+    label = torch.where(replaced, draws.new_label.to(device, label.dtype).clamp(0, num_classes - 1), label)
 
     place = torch.arange(queries, device=device)
     negative = (place // most % 2)[:, None]
@@ -143,3 +142,11 @@ def make_queries(
     starts = torch.arange(0, queries, 2 * most)[:, None]
     positives = [(starts + torch.arange(n)).flatten() for n in objects.counts]
     return Denoising(class_embed(label), inverse_sigmoid(box), attn_mask, positives, groups, queries)
+
+
+def _check(draws: Draws, images: int, queries: int) -> None:
+    for field in dataclasses.fields(draws):
+        shape = getattr(draws, field.name).shape
+        wanted = (images, queries) if field.name.endswith("label") else (images, queries, 4)
+        if shape != wanted:
+            raise ValueError(f"draws have {field.name} {tuple(shape)}; these targets need {wanted}")

@@ -12,8 +12,9 @@ from torch import nn
 from ..distill import not_averaged
 from ..state import at_depth
 from .criterion import DetectionLoss, DistillationLoss, Outputs
+from .presets import STRIDE
 from .targets import Targets
-from .transforms import STRIDE, draw_size, rescale
+from .transforms import draw_size, rescale
 
 
 class _Step(nn.Module):
@@ -33,14 +34,14 @@ class _Step(nn.Module):
             images = rescale(images, draw_size(self.multi_scale, self.generator))
         return self.net(images, targets, draws=self.generator)
 
-    def _reaching_all(self, loss: torch.Tensor, targets: Targets) -> torch.Tensor:
+    def _reaching_all(self, loss: torch.Tensor, outputs: Outputs) -> torch.Tensor:
         """The loss, so that several processes can average gradients.
 
-        Without an object in a process's batch there are no denoising queries, and their parameters have no gradient;
+        Without denoising queries (no object in a process's batch, or none asked for) their parameters have no gradient;
         DistributedDataParallel waits for one of every parameter.
         """
         alone = not (dist.is_available() and dist.is_initialized())
-        if alone or any(len(target["labels"]) for target in targets):
+        if alone or "dn_aux_outputs" in outputs:
             return loss
         return loss + 0 * sum(p.sum() for p in self.net.parameters() if p.requires_grad)
 
@@ -69,8 +70,9 @@ class DetectionSupervised(_Step):
         self.criterion = DetectionLoss() if criterion is None else criterion
 
     def forward(self, images: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
-        terms = self.criterion(self._run(images, targets), targets)
-        return {**terms, "loss": self._reaching_all(_sum(terms), targets)}
+        outputs = self._run(images, targets)
+        terms = self.criterion(outputs, targets)
+        return {**terms, "loss": self._reaching_all(_sum(terms), outputs)}
 
 
 class DetectionDistillation(_Step):
@@ -124,7 +126,7 @@ class DetectionDistillation(_Step):
         of_super = self._run_at(images, targets, "super")
         terms = self._super_terms(of_super, targets)
         terms |= self._base_terms(self._run_at(images, targets, "base"), targets, of_super)
-        return {**terms, "loss": self._reaching_all(terms["super"] + terms["base"], targets)}
+        return {**terms, "loss": self._reaching_all(terms["super"] + terms["base"], of_super)}
 
     def backward(self, images: torch.Tensor, targets: Targets, scaler: Any = None) -> dict[str, torch.Tensor]:
         """Both passes, each with its backward at once: the same gradients, the memory of one pass.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .layers import ConvNorm, Tables
 
+_TEMPERATURE = 10000.0  # of the sines that tell a token its place
+
 
 class RepVGGBlock(nn.Module):
     """SiLU(norm(conv3x3 x) + norm(conv1x1 x)): one 3x3 convolution, once its norms are folded."""
@@ -78,20 +80,20 @@ class PositionTable(Tables):
     tokens come row by row (y = n // W). On a square map that swaps x and y; on others it is neither.
     """
 
-    def __init__(self, dim: int, temperature: float = 10000.0) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         if dim % 4:
             raise ValueError(f"a width of {dim}; sines and cosines of x and y need a multiple of 4")
-        self.dim, self.temperature = dim, temperature
+        self.dim = dim
 
     def forward(self, feature: Tensor) -> Tensor:
         h, w = feature.shape[-2:]
-        return self.kept((h, w), feature, lambda: (self.table(h, w),))[0]
+        return self.kept((h, w), feature.device, feature.dtype, lambda: (self.table(h, w),))[0]
 
     def table(self, h: int, w: int) -> Tensor:
         x, y = torch.meshgrid(torch.arange(w, dtype=torch.float32), torch.arange(h, dtype=torch.float32), indexing="ij")
         omega = torch.arange(self.dim // 4, dtype=torch.float32) / (self.dim // 4)
-        omega = 1.0 / self.temperature**omega
+        omega = 1.0 / _TEMPERATURE**omega
         x, y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega
         return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None]
 
@@ -102,17 +104,17 @@ class HybridEncoder(nn.Module):
     Args:
         channels: of the three maps that come in.
         hidden: of those that go out.
-        heads, feedforward, attention_layers: of the attention within the coarsest map.
+        heads, feedforward: of the attention within the coarsest map.
         expansion: width of the CSP blocks, of `hidden`.
         depth_mult: times 3 RepVGG blocks in each CSP block.
     """
 
     def __init__(self, channels: Sequence[int], hidden: int = 256, heads: int = 8, feedforward: int = 1024,
-                 attention_layers: int = 1, expansion: float = 1.0, depth_mult: float = 1.0) -> None:
+                 expansion: float = 1.0, depth_mult: float = 1.0) -> None:
         super().__init__()
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, hidden, 1, bias=False), nn.BatchNorm2d(hidden)) for c in channels)
-        self.encoder = nn.ModuleList([AttentionStack(attention_layers, hidden, heads, feedforward)])
+        self.encoder = nn.ModuleList([AttentionStack(1, hidden, heads, feedforward)])
         self.position = PositionTable(hidden)
         blocks, steps = max(1, round(3 * depth_mult)), len(channels) - 1
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_KEPT_TABLES = 16
+_KEPT_TABLES = 64
 
 
 class ConvNorm(nn.Module):
@@ -42,24 +42,26 @@ class MLP(nn.Module):
 
 
 class Tables(nn.Module):
-    """Base of modules that give tensors which follow from sizes alone: computed once for each of the first few sizes.
+    """Base of modules that give tensors which follow from sizes alone, computed once for each size.
 
-    They are never dropped again, since a CUDA graph may hold their address.
+    None is dropped again, since a CUDA graph may hold its address; from the 65th size on they are computed anew in each
+    call.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._kept: dict[Hashable, tuple[Tensor, ...]] = {}
 
-    def kept(self, key: Hashable, like: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `make` returns on the device and in the type of `like`."""
+    def kept(self, key: Hashable, device: torch.device, dtype: torch.dtype, make: Callable[[], tuple[Tensor, ...]]
+             ) -> tuple[Tensor, ...]:
+        """What `make` returns, on that device; as `dtype` if floating."""
         if torch.compiler.is_compiling():
-            return tuple(_as(table, like) for table in make())
-        key = key, like.device, like.dtype
+            return tuple(_as(table, device, dtype) for table in make())
+        key = key, device, dtype
         if key in self._kept:
             return self._kept[key]
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):  # gradients may be wanted later
-            tables = tuple(_as(table, like) for table in make())
+            tables = tuple(_as(table, device, dtype) for table in make())
         if len(self._kept) < _KEPT_TABLES:
             self._kept[key] = tables
         return tables
@@ -68,5 +70,5 @@ class Tables(nn.Module):
         return {**super().__getstate__(), "_kept": {}}
 
 
-def _as(table: Tensor, like: Tensor) -> Tensor:
-    return table.to(like.device, like.dtype if table.is_floating_point() else table.dtype)
+def _as(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return table.to(device, dtype if table.is_floating_point() else table.dtype)

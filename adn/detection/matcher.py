@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .boxes import iou_and_giou
-from .targets import Objects, Targets, pack
+from .boxes import iou_and_giou, widened
+from .targets import Objects, Targets, fitting, pack
 
 
 class Pairs(NamedTuple):
@@ -72,11 +72,11 @@ class Matcher:
             Per image the indices of queries, rising, and of the objects they got: int64 (min(n, Q),), on the CPU.
 
         Raises:
-            FloatingPointError: predictions are not finite.
-            ValueError: targets are not finite, or have a class that the detector does not.
+            FloatingPointError: what an image with objects predicts gives no finite cost.
+            ValueError: targets do not fit the batch, are not finite, or have a class that the detector does not.
         """
         logits, boxes = widened(outputs["pred_logits"]), widened(outputs["pred_boxes"])
-        objects = pack(targets, boxes.device, boxes.dtype)
+        objects = pack(fitting(targets, len(boxes)), boxes.device, boxes.dtype)
         pairs = self.match_heads(logits[None], boxes[None], objects)
         kept = [min(n, logits.shape[1]) for n in objects.counts]
         first = np.cumsum([0, *objects.counts])
@@ -131,11 +131,6 @@ class Matcher:
             cost += self.cost_bbox * (mine - yours).abs()
         cost -= self.cost_giou * iou_and_giou(of_image, wanted)[1]
         return cost.masked_fill_((labels != objects.labels)[:, None], torch.nan)
-
-
-def widened(x: torch.Tensor) -> torch.Tensor:
-    """As float32 where it is of half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _explain(cost: np.ndarray, classes: int, objects: Objects, names: Sequence[str]) -> None:

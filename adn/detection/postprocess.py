@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torchvision.ops import box_convert
 
-from .matcher import widened
+from .boxes import widened
 
 
 def postprocess(
@@ -24,12 +24,18 @@ def postprocess(
 
     Returns:
         Per image `scores` (K,) falling, `labels` int64 (K,), `boxes` (K, 4) xyxy in pixels, with K = min(top, Q * C).
+
+    Raises:
+        ValueError: sizes do not fit the batch.
     """
     logits, boxes = widened(outputs["pred_logits"]), widened(outputs["pred_boxes"])
     classes = logits.shape[-1]
     # Of the logits: distinct ones may have the same sigmoid.
-    best, index = logits.flatten(1).topk(min(top, logits[0].numel()), dim=1)
-    sizes = torch.stack([torch.as_tensor(size) for size in sizes]).to(boxes)
+    best, index = logits.flatten(1).topk(min(top, logits.shape[1] * classes), dim=1)
+    sizes = torch.stack([torch.as_tensor(size) for size in sizes]).to(boxes) if len(sizes) else boxes.new_empty(0, 2)
+    if sizes.shape != (len(boxes), 2):
+        raise ValueError(f"sizes of shape {tuple(sizes.shape)} for a batch of {len(boxes)}; pass (width, height) of "
+                         "each image")
     boxes = box_convert(boxes, "cxcywh", "xyxy") * sizes.repeat(1, 2)[:, None]
     boxes = boxes.gather(1, (index // classes)[..., None].expand(-1, -1, 4))
     return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(best.sigmoid(), index % classes, boxes)]

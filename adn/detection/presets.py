@@ -1,10 +1,13 @@
-"""Detectors by name: arguments of `adn.detection.RTDETR`. Importing this imports nothing else."""
+"""Detectors by name: arguments of `adn.detection.RTDETR`. Importing this imports nothing else of the package."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
+
+STRIDE = 32  # of the coarsest map: sides of images are multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +16,18 @@ class Preset:
 
     args: Mapping[str, Any]
     any_depth: bool = False
+
+    def but(self, **changes: Any) -> dict[str, Any]:
+        """The arguments with some changed. Those of the backbone are kept for a backbone of the same family, and added
+        to."""
+        args = {**self.args, **changes}
+        own = self.args.get("backbone_args") if _family(args) == _family(self.args) else None
+        return args | {"backbone_args": {**(own or {}), **(changes.get("backbone_args") or {})}}
+
+
+def _family(args: Mapping[str, Any]) -> str:
+    """"resnet" of "resnet50" and "resnet18.a1_in1k"."""
+    return re.match("[a-z]*", str(args["backbone"])).group()
 
 
 _FROZEN = {"freeze_norm": True, "freeze_stem": True}

@@ -98,11 +98,6 @@ class PResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @property
-    def stem(self) -> list[nn.Module]:
-        """What comes before the stages."""
-        return [self.conv1]
-
     def forward(self, x: Tensor) -> list[Tensor]:
         # No loop: a compiler that cannot look into the stages would give up what is around them.
         stage1, stage2, stage3, stage4 = self.res_layers

@@ -16,10 +16,9 @@ from . import family  # noqa: F401, which is to know the models of this file
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
 from .encoder import HybridEncoder
+from .presets import STRIDE
 from .presnet import PResNet
-from .targets import Targets
-
-STRIDE = 32  # of the coarsest map
+from .targets import Targets, fitting
 
 
 class RTDETR(nn.Module):
@@ -45,12 +44,14 @@ class RTDETR(nn.Module):
         decoder_layers, points: layers of the decoder; points that a query looks at, per map and head.
         num_denoising, label_noise, box_noise: of the denoising queries in training, see `make_queries`.
         freeze_norm: norms of the backbone keep statistics and parameters.
-        freeze_stem: so does what comes before the backbone's stages.
+        freeze_stem: what comes before the backbone's stages keeps its parameters.
         backbone_args: further arguments of the backbone.
 
     Raises:
-        ValueError: of a call, on images of another shape.
+        ValueError: on sizes that make no detector; of a call, on images of another shape or type.
     """
+
+    adn_task = "detect"
 
     def __init__(
         self,
@@ -75,18 +76,21 @@ class RTDETR(nn.Module):
         backbone_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        _check_counts(num_classes=num_classes, queries=queries, heads=heads, decoder_layers=decoder_layers,
+                      points=points)
+        if hidden % heads or decoder_hidden % heads:
+            raise ValueError(f"widths of {hidden} and {decoder_hidden} for {heads} heads; pass multiples of the heads")
         self.adn_origin: dict[str, Any] | None = None  # what `adn.create_model` was called with
         self.num_classes = num_classes
         self.num_denoising, self.label_noise, self.box_noise = num_denoising, label_noise, box_noise
         self.backbone, channels = _backbone(backbone, dict(backbone_args or {}))
-        self.encoder = HybridEncoder(channels, hidden, heads, feedforward, 1, expansion, depth_mult)
+        self.encoder = HybridEncoder(channels, hidden, heads, feedforward, expansion, depth_mult)
         self.decoder = Decoder([hidden] * 3, num_classes, queries, decoder_hidden, heads, decoder_layers,
                                decoder_feedforward, points)
         if freeze_norm:
             self.backbone = timm.layers.freeze_batch_norm_2d(self.backbone)
         if freeze_stem:
-            for module in _stem(self.backbone):
-                module.requires_grad_(False)
+            _freeze_stem(self.backbone)
 
     @only_calls
     def forward(self, images: Tensor, targets: Targets | None = None, draws: Draws | torch.Generator | None = None
@@ -102,7 +106,7 @@ class RTDETR(nn.Module):
         maps = self.encoder(features)
         if not self.training:
             return self.decoder(maps)
-        denoising = None if targets is None else self._denoising(targets, draws)
+        denoising = None if targets is None else self._denoising(targets, len(images), draws)
         outputs = {**self.decoder(maps, denoising), "backbone_features": list(features), "encoder_features": maps}
         # Here, not by the decoder: compiled, that would be for the objects of one batch.
         return outputs if denoising is None else outputs | {"dn_meta": denoising}
@@ -113,9 +117,9 @@ class RTDETR(nn.Module):
         self.decoder.reset_classifier(num_classes)
 
     @torch.compiler.disable
-    def _denoising(self, targets: Targets, draws: Draws | torch.Generator | None) -> Denoising | None:
+    def _denoising(self, targets: Targets, images: int, draws: Draws | torch.Generator | None) -> Denoising | None:
         return make_queries(
-            targets, self.num_classes, self.decoder.queries, self.decoder.denoising_class_embed,
+            fitting(targets, images), self.num_classes, self.decoder.queries, self.decoder.denoising_class_embed,
             num_denoising=self.num_denoising, label_noise_ratio=self.label_noise, box_noise_scale=self.box_noise,
             draws=draws)
 
@@ -126,6 +130,8 @@ def checked(images: Tensor, queries: int) -> Tensor:
     """The images, if a detector can take them."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {tuple(images.shape)}; pass (B, 3, H, W)")
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype}; pass floating numbers in 0..1, such as images.float() / 255")
     h, w = images.shape[-2:]
     if h % STRIDE or w % STRIDE or not h or not w:
         raise ValueError(f"images of {w} x {h} pixels; both sides must be multiples of {STRIDE}")
@@ -150,7 +156,16 @@ def _backbone(name: str, args: dict[str, Any]) -> tuple[nn.Module, Sequence[int]
     return net, net.feature_info.channels()
 
 
-def _stem(backbone: nn.Module) -> Sequence[nn.Module]:
-    if isinstance(backbone, PResNet):
-        return backbone.stem
-    return [module for name, module in backbone.named_children() if name in ("conv1", "bn1", "stem", "conv_stem")]
+def _freeze_stem(backbone: nn.Module) -> None:
+    stem = [module for name, module in backbone.named_children() if re.match("conv1|bn1|stem|conv_stem", name)]
+    if not stem:
+        raise ValueError(f"the stem of this {type(backbone).__name__} is not known (its children are "
+                         f"{', '.join(name for name, _ in backbone.named_children())}); pass freeze_stem=False")
+    for module in stem:
+        module.requires_grad_(False)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}; pass at least 1")

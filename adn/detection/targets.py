@@ -28,6 +28,18 @@ class Objects(NamedTuple):
     boxes: torch.Tensor
 
 
+def fitting(targets: Targets, images: int) -> Targets:
+    """The targets, of a batch of so many images.
+
+    Raises:
+        ValueError: there are fewer or more, or no image.
+    """
+    if len(targets) != images or not images:
+        raise ValueError(f"targets of {len(targets)} images for a batch of {images}; pass one dict for each image, and "
+                         "at least one image")
+    return targets
+
+
 def pack(targets: Targets, device: torch.device, dtype: torch.dtype) -> Objects:
     """The objects of `targets` on `device`, boxes as `dtype`; waits for no work of the device.
 

@@ -15,8 +15,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from .coco import Target
-
-STRIDE = 32  # sides of images must be multiples of it
+from .presets import STRIDE
 
 
 class _IoUCrop(v2.RandomIoUCrop):

@@ -44,7 +44,7 @@ def family(*timm_modules: str) -> Callable[[Finder], Finder]:
 
 
 def find_plan(model: nn.Module) -> Plan:
-    """The plan of the family that knows the model's blocks; of several, that which finds the most flags.
+    """The plan of the family that knows the model's blocks; of several, that which finds the most flags and stacks.
 
     Raises:
         ConversionError: if none does; it says what was looked for and what to pass.
@@ -52,7 +52,7 @@ def find_plan(model: nn.Module) -> Plan:
     found = [Plan(stages, known.name, getattr(stages, "stacks", ()))
              for known in FAMILIES.values() if (stages := known.find(model))]
     if found:
-        return max(found, key=lambda plan: len(plan.flags)).resolve(model)
+        return max(found, key=lambda plan: len(plan.flags) + len(plan.stacks)).resolve(model)
     containers = [name for name, m in model.named_modules()
                   if name and isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1][:6]
     raise ConversionError(

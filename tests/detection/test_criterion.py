@@ -269,6 +269,15 @@ def test_refused() -> None:
         DistillationLoss(class_kl="mean")
 
 
+def test_targets_of_other_images() -> None:
+    targets = some_targets([2, 1, 3])
+    outputs = some_outputs(targets)
+    with pytest.raises(ValueError, match="targets of 2 images for a batch of 3"):
+        DetectionLoss()(outputs, targets[:2])
+    with pytest.raises(ValueError, match="targets of 2 images for a batch of 3"):
+        DistillationLoss()(outputs, targets[:2], outputs)
+
+
 def test_no_object_in_the_whole_batch() -> None:
     targets = some_targets([0, 0, 0])
     base, teacher = some_outputs(targets), some_outputs(targets, seed=1)

@@ -130,9 +130,17 @@ def test_order_and_range_of_draws() -> None:
 
 
 def test_draws_for_another_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 10, 4\).*\(2, 18, 4\)"):
+    with pytest.raises(ValueError, match=r"u_label \(2, 10\).*\(2, 18\)"):
         make_queries(some_targets([3, 2]), CLASSES, QUERIES, an_embedding(), num_denoising=9,
                      draws=draw(2, 10, CLASSES))
+
+
+@pytest.mark.parametrize("field", ["u_label", "new_label", "sign01", "u_box"])
+def test_every_draw_must_fit(field: str) -> None:
+    draws = draw(2, 18, CLASSES)
+    with pytest.raises(ValueError, match=rf"{field} \(1, 18"):
+        make_queries(some_targets([3, 2]), CLASSES, QUERIES, an_embedding(), num_denoising=9,
+                     draws=dataclasses.replace(draws, **{field: getattr(draws, field)[:1]}))
 
 
 def test_gradients_reach_the_classes_but_not_the_padding() -> None:

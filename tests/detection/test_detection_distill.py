@@ -27,6 +27,7 @@ class Detector(nn.Module):
 
     def __init__(self, layers: int = 3) -> None:
         super().__init__()
+        self.num_denoising = 8
         self.module = adn.convert(build("resnet18", features_only=True, out_indices=(2, 3, 4)))
         self.neck = nn.ModuleList(nn.Conv2d(c, DIM, 1) for c in (128, 256, 512))
         self.queries = nn.Embedding(QUERIES, DIM)
@@ -39,7 +40,8 @@ class Detector(nn.Module):
         features = self.module(images)
         maps = [project(feature) for project, feature in zip(self.neck, features, strict=True)]
         context = maps[-1].mean((2, 3))[:, None]
-        meta = make_queries(targets, CLASSES, QUERIES, self.classes, num_denoising=8, draws=draws)
+        meta = make_queries(targets, CLASSES, QUERIES, self.classes, num_denoising=self.num_denoising,
+                            draws=draws)
         self.seen.append({"size": images.shape[2:], "depth": str(adn.get_depth(self)),
                           "boxes": None if meta is None else meta.box_unact})
         content = self.queries.weight.expand(len(images), -1, -1)
@@ -232,6 +234,12 @@ def worker(rank: int, folder: str) -> None:
         torch.save(gradients(net), f"{folder}/two backwards {counts} {rank}.pt")
     with pytest.raises(ValueError, match="find_unused_parameters"):
         a_step(DistributedDataParallel(a_net())).backward(images, targets)
+    for make in (DetectionSupervised, DetectionDistillation):  # without denoising, and each step needs every gradient
+        net = a_net()
+        net.num_denoising = 0
+        parallel = DistributedDataParallel(make(net))
+        for _ in range(2):
+            parallel(*shares(FULL)[rank])["loss"].backward()
     dist.destroy_process_group()
 
 

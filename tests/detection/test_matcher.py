@@ -144,6 +144,14 @@ def test_targets_that_are_not_finite_or_do_not_fit() -> None:
         Matcher().match(outputs, targets)
 
 
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_targets_of_other_images(images: int) -> None:
+    with pytest.raises(ValueError, match=rf"targets of {images} images for a batch of 2"):
+        Matcher().match(a_head(2, 4, 5, torch.Generator()), some_targets([1] * images))
+    with pytest.raises(ValueError, match="at least one image"):
+        Matcher().match(a_head(0, 4, 5, torch.Generator()), [])
+
+
 def test_scipy_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r'pip install "adn\[detect\]"'):

@@ -47,6 +47,14 @@ def test_sizes_in_any_form() -> None:
             assert torch.equal(a["boxes"], b["boxes"])
 
 
+def test_sizes_that_do_not_fit() -> None:
+    outputs = a_head(2, 4, 3, torch.Generator().manual_seed(0))
+    for sizes in ([(640, 480)], (640, 480), torch.zeros(3, 2), []):
+        with pytest.raises(ValueError, match="for a batch of 2"):
+            postprocess(outputs, sizes)
+    assert postprocess(a_head(0, 4, 3, torch.Generator()), []) == []
+
+
 def test_half_precision_scores_in_float32() -> None:
     outputs = {k: v.detach().half() for k, v in a_head(1, 4, 3, torch.Generator().manual_seed(0)).items()}
     [row] = postprocess(outputs, [(5000, 4001)])

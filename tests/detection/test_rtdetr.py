@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import randomise
 from detr_cases import Golden
@@ -322,6 +323,124 @@ def test_position_table_follows_the_official_order() -> None:
         torch.testing.assert_close(table[n], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["autocast", "weights"])
+def test_boxes_stay_exact_in_half_precision(way: str, dtype: torch.dtype) -> None:
+    """They are as near to those of float32 as the features allow, not as numbers of half precision are to each other:
+    that alone would be off by 1e-3 (bfloat16) at the mean."""
+    net, x = tiny().double(), torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for head in net.decoder.dec_bbox_head:
+            head.layers[-1].weight.zero_()  # what is left of a box: its anchor and the encoder's head
+        net.decoder.enc_bbox_head.layers[-1].weight.zero_()
+        expected = net(x.double())
+        net.float()
+        if way == "weights":
+            got = net.to(dtype)(x.to(dtype))
+        else:
+            with torch.autocast("cpu", dtype):
+                got = net(x)
+    assert got["pred_boxes"].dtype == torch.float32
+    of_token = {(i, int(token)): box for i in range(2) for token, box in
+                zip(expected["query_index"][i], expected["pred_boxes"][i])}
+    common = [(of_token[i, int(token)], box) for i in range(2) for token, box in
+              zip(got["query_index"][i], got["pred_boxes"][i]) if (i, int(token)) in of_token]
+    assert len(common) > 20
+    for a, b in common:
+        torch.testing.assert_close(b.double(), a, rtol=0, atol=1e-5)
+
+
+def test_boxes_in_training_stay_exact_in_half_precision() -> None:
+    net = tiny().train()
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.4, 0.2, 0.2]])}]
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = net(torch.rand(1, 3, 64, 64), targets)
+    for head in (outputs, *outputs["aux_outputs"], *outputs["dn_aux_outputs"]):
+        assert head["pred_boxes"].dtype == torch.float32
+
+
+def test_one_bottleneck_in_each_block_leaves_the_decoder_its_depth() -> None:
+    net = adn.convert(tiny(depth_mult=0.3))
+    assert str(adn.get_depth(net)) == "FFFF|3"
+    x = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        found = []
+        for depth in ("FFFF|3", "FFFF|2", "FFFF|1"):
+            with adn.at_depth(net, depth):
+                found.append(net(x)["pred_logits"])
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
+def test_a_fresh_head_is_in_the_mode_of_the_net() -> None:
+    net = adn.convert(tiny()).eval()
+    net.reset_classifier(7)
+    assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced() -> None:
+    static = adn.extract(adn.convert(tiny()), "base")
+    x = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = static(x)
+        for got in (torch.jit.trace(static, x, strict=False)(x), torch.export.export(static, (x,)).module()(x)):
+            assert all(torch.allclose(got[name], value, atol=1e-6) for name, value in expected.items())
+
+
+# --------------------------------------------------------------------------------------------- backbones, by keyword
+
+
+def test_arguments_of_another_backbone() -> None:
+    """Those of the named model's own are kept where they mean something."""
+    def backbone(**kwargs: object) -> nn.Module:
+        return adn.create_model("anydepth_rtdetr_r50vd", **TINY, **kwargs).backbone
+
+    assert isinstance(backbone(backbone="resnet18").layer2[0].downsample[0], nn.AvgPool2d)
+    own = backbone(backbone="resnet18", backbone_args={"stem_width": 16, "stem_type": "deep"})
+    assert isinstance(own.layer2[0].downsample[0], nn.AvgPool2d)
+    assert own.conv1[0].out_channels == 16
+    assert not isinstance(backbone(backbone="resnet18", backbone_args={"avg_down": False}).layer2[0].downsample[0],
+                          nn.AvgPool2d)
+    assert len(backbone(backbone="presnet18", backbone_args={"width": 8}).res_layers) == 4
+    assert backbone(backbone="regnetx_002").stem.conv.weight.requires_grad is False
+
+
+@pytest.mark.parametrize(("backbone", "first"), [
+    ("convnext_atto", "stem_0.weight"), ("resnet18", "conv1.weight"), ("mobilenetv2_035", "conv_stem.weight"),
+    ("resnet26d", "conv1.0.weight")])
+def test_frozen_stem(backbone: str, first: str) -> None:
+    net = RTDETR(backbone, **TINY, freeze_stem=True)
+    assert not net.backbone.get_parameter(first).requires_grad
+    assert net.backbone.get_parameter([name for name, _ in net.backbone.named_parameters()][-1]).requires_grad
+
+
+def test_a_stem_that_is_not_known() -> None:
+    with pytest.raises(ValueError, match=r"the stem of this .* freeze_stem=False"):
+        RTDETR("dla34", **TINY, freeze_stem=True)
+
+
+def test_where_weights_came_from_is_not_stored(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint has weights of its own: to load it, or to save, reads no other file and downloads nothing."""
+    asked = []
+    plain = timm.create_model
+
+    def create(name: str, pretrained: bool = False, **kwargs: object) -> nn.Module:
+        asked.append((pretrained, kwargs.pop("checkpoint_path", "")))
+        return plain(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    net = adn.convert(adn.create_model("rtdetr_r18vd", **TINY, backbone="resnet18",
+                                       backbone_args={"pretrained": True, "checkpoint_path": "some.pth"}))
+    assert asked == [(True, "some.pth")]
+    adn.save(net, tmp_path / "net.safetensors")
+    again = adn.load(tmp_path / "net.safetensors")
+    assert set(asked[1:]) == {(False, "")}
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match="say where weights come from"):
+        adn.models.build_source("rtdetr_r18vd", {"backbone_args": {"pretrained_cfg_overlay": {"url": "x"}}})
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -333,6 +452,18 @@ def test_images_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
     for each in (net, fuse(adn.convert(net, inplace=False))):
         with pytest.raises(ValueError, match=message):
             each(torch.zeros(shape))
+
+
+def test_images_of_bytes() -> None:
+    with pytest.raises(ValueError, match=r"torch.uint8; pass floating numbers"):
+        tiny()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_targets_of_other_images(images: int) -> None:
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.4, 0.2, 0.2]])}] * images
+    with pytest.raises(ValueError, match=f"targets of {images} images for a batch of 2"):
+        tiny().train()(torch.rand(2, 3, 64, 64), targets)
 
 
 def test_depths_of_other_models() -> None:
@@ -359,6 +490,15 @@ def test_unknown_names_and_settings() -> None:
         adn.create_model("rtdetr_r99vd")
     with pytest.raises(ValueError, match="no weights of rtdetr_r18vd to download"):
         adn.create_model("rtdetr_r18vd", pretrained=True)
+    with pytest.raises(ValueError, match=r"is not any-depth and has no twins: adn.convert\(model, twins='copy'\)"):
+        adn.create_model("rtdetr_r18vd", twins="copy")
+    with pytest.raises(ValueError, match="twins"):
+        adn.create_model("anydepth_rtdetr_r50vd", twins="bogus", **TINY, backbone="resnet18")
+    for name in ("num_classes", "queries", "decoder_layers", "points", "heads"):
+        with pytest.raises(ValueError, match=f"{name}=0; pass at least 1"):
+            RTDETR("presnet18", **TINY | {name: 0})
+    with pytest.raises(ValueError, match="30 and 32 for 4 heads"):
+        RTDETR("presnet18", **TINY | {"hidden": 30})
     with pytest.raises(ValueError, match="no backbone 'resnot'"):
         RTDETR("resnot")
     with pytest.raises(ValueError, match="strides"):
