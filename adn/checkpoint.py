@@ -127,8 +127,8 @@ def load(
             model = build_source(origin["name"], origin["kwargs"])
         except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{path} holds a {origin['name']} of timm {metadata['timm']}, which timm {timm.__version__} cannot "
-                f"build ({error}); pass the source model, adn.load(path, model=...)"
+                f"{path} holds a {origin['name']}, which cannot be built here ({error}; it was written with timm "
+                f"{metadata['timm']}, this is {timm.__version__}); pass the source model, adn.load(path, model=...)"
             ) from error
     net = convert(model, plan=Plan.from_dict(metadata["plan"]), twins=metadata["twins"])
     try:

@@ -9,9 +9,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
@@ -30,6 +31,28 @@ _FACTORY = {"torch": "torchvision", "hfds": "datasets", "hfids": "datasets", "tf
             "wds": "webdataset"}
 
 Transform = Callable[[Image.Image], Any]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits. 16 bits are scaled, where Pillow's own conversion cuts off at 255.
+
+    Raises:
+        OSError: for numbers of which it is not known what is white (32-bit and floating ones).
+    """
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not sixteen:
+        raise OSError(f"pixels are {'32-bit' if image.mode == 'I' else 'floating'} numbers of unknown range; convert "
+                      "the image to 8 bits")
+    if sixteen:
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As its EXIF data say it is to be shown."""
+    turned = ImageOps.exif_transpose(image)
+    turned.format = image.format  # which a copy does not keep
+    return turned
 
 
 class ImageData(Dataset):
@@ -70,10 +93,10 @@ class ImageData(Dataset):
         reader = getattr(self.source, "reader", None)
         if reader is None:
             image, label = self.source[index]
-            return image.convert("RGB"), label
+            return to_rgb(image), label
         file, label, *_ = reader[index]
         with file, Image.open(file) as image:
-            return image.convert("RGB"), label
+            return to_rgb(image), label
 
     def _name(self, index: int) -> str:
         reader = getattr(self.source, "reader", None)

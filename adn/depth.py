@@ -77,7 +77,8 @@ class Depth(tuple):
                 )
             for i, (entry, most) in enumerate(zip(depth, full, strict=True)):
                 if not isinstance(entry, bool) and entry > most:
-                    raise ValueError(f"entry {i} of depth {value!r} asks for {entry} layers of a stack of {most}")
+                    raise ValueError(f"entry {i} of depth {value!r} asks for {entry} layers of a stack of {most}: "
+                                     f'pass e.g. "{full}" (all of it) or "{like[1]}" (base)')
         return depth
 
     @staticmethod

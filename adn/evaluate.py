@@ -105,7 +105,8 @@ def chain(net: nn.Module) -> list[Depth]:
     points; not every point is on the Pareto front.
     """
     state = state_of(net)
-    return [Depth([*state.base[:i], *state.full[i:]]) for i in range(len(state.full) + 1)]
+    # A stack too short to cut gives the last one twice.
+    return list(dict.fromkeys(Depth([*state.base[:i], *state.full[i:]]) for i in range(len(state.full) + 1)))
 
 
 def choose_depths(net: nn.Module, text: str | None) -> list[Depth]:

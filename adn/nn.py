@@ -118,7 +118,7 @@ class Stack(Swapped):
 
     def running(self) -> int:
         cut = self._adn_switch
-        return super().running() if self.training and not cut.in_training else cut.entry
+        return super().running() if self.training and not cut.in_training else cut.running()
 
 
 class ShapeChecked(Swapped):

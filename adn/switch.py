@@ -17,6 +17,7 @@ from __future__ import annotations
 import bisect
 import sys
 import threading
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction
@@ -63,6 +64,42 @@ class Both:
         return False
 
 
+class _History:
+    """What something was set to, by the number that the next autograd node had at each change."""
+
+    __slots__ = ("_numbers", "_states", "_thread")
+
+    def __init__(self, state: Any) -> None:
+        self._forget(state)
+
+    def _forget(self, state: Any) -> None:
+        self._numbers, self._states, self._thread = [-1], [state], threading.get_ident()
+
+    def note(self, state: Any) -> None:
+        if self._thread != threading.get_ident():
+            self._forget(self._states[-1])  # another thread counts from its own start
+        if state == self._states[-1]:
+            return
+        self._numbers.append(_next_sequence_number())
+        self._states.append(state)
+        if len(self._numbers) > _REMEMBERED_CHANGES:
+            del self._numbers[: _REMEMBERED_CHANGES // 2], self._states[: _REMEMBERED_CHANGES // 2]
+
+    def at_forward(self) -> Any:
+        """During a backward: what was set when the forward ran of which it is."""
+        node = _autograd_node()
+        if node is None:
+            return self._states[-1]
+        _refuse_checkpoint_in_reentrant_checkpoint()
+        i = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+        if i < 0:
+            raise RuntimeError(
+                f"a checkpointed forward is being recomputed after more than {_REMEMBERED_CHANGES // 2} changes of "
+                "depth; call backward sooner"
+            )
+        return self._states[i]
+
+
 class Switch:
     """Shared by everything in one stage that depends on the stage's flag.
 
@@ -72,27 +109,17 @@ class Switch:
             does not depend on `skip`.
     """
 
-    __slots__ = ("_numbers", "_states", "_thread", "one_forward", "skip")
+    __slots__ = ("_history", "one_forward", "skip")
 
     def __init__(self, skip: bool | Both = False) -> None:
         self.skip = skip
         self.one_forward = skip if isinstance(skip, Both) else None
-        self._forget()
-
-    def _forget(self) -> None:
-        self._numbers, self._states, self._thread = [-1], [self.skip], threading.get_ident()
+        self._history = _History(skip)
 
     def set(self, skip: bool | Both) -> None:
-        if self._thread != threading.get_ident():
-            self._forget()  # another thread counts from its own start
-        if skip == self.skip:
-            return
+        self._history.note(skip)
         self.skip = skip
         self.one_forward = skip if isinstance(skip, Both) else None
-        self._numbers.append(_next_sequence_number())
-        self._states.append(skip)
-        if len(self._numbers) > _REMEMBERED_CHANGES:
-            del self._numbers[: _REMEMBERED_CHANGES // 2], self._states[: _REMEMBERED_CHANGES // 2]
 
     @property
     def entry(self) -> bool:
@@ -101,25 +128,12 @@ class Switch:
 
     def bypassed(self) -> bool | Both:
         """Is the refinement path bypassed in the forward that is running?"""
-        return self._at_forward() if recomputing() else self.skip
+        return self._history.at_forward() if recomputing() else self.skip
 
     def both(self) -> int:
         """How many samples each net has in a forward that runs super-net and base-net at once; 0 in any other."""
-        state = self._at_forward() if recomputing() else self.one_forward
+        state = self._history.at_forward() if recomputing() else self.one_forward
         return state.samples if isinstance(state, Both) else 0
-
-    def _at_forward(self) -> bool | Both:
-        node = _autograd_node()
-        if node is None:
-            return self.skip
-        _refuse_checkpoint_in_reentrant_checkpoint()
-        i = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
-        if i < 0:
-            raise RuntimeError(
-                f"a checkpointed forward is being recomputed after more than {_REMEMBERED_CHANGES // 2} changes of "
-                "depth; call backward sooner"
-            )
-        return self._states[i]
 
     def __reduce__(self) -> tuple:
         return Switch, (bool(self.skip),)  # a copy made while one forward runs both nets begins as any other
@@ -133,14 +147,23 @@ class Cut:
         in_training: does that hold in training too? If not, all run there.
     """
 
-    __slots__ = ("entry", "in_training")
+    __slots__ = ("_history", "entry", "in_training")
 
     def __init__(self, entry: int, in_training: bool = False) -> None:
         self.entry = entry
         self.in_training = in_training
+        self._history = _History(entry)
 
     def set(self, entry: int) -> None:
+        self._history.note(entry)
         self.entry = entry
+
+    def running(self) -> int:
+        """How many run in the forward that is running."""
+        return self._history.at_forward() if recomputing() else self.entry
+
+    def __reduce__(self) -> tuple:
+        return Cut, (self.entry, self.in_training)
 
 
 def _refuse_checkpoint_in_reentrant_checkpoint() -> None:

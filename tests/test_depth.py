@@ -78,7 +78,7 @@ def test_length_and_kind_are_checked(written) -> None:
 
 
 def test_too_many_layers() -> None:
-    with pytest.raises(ValueError, match="7 layers of a stack of 6"):
+    with pytest.raises(ValueError, match=r"7 layers of a stack of 6: pass e\.g\. "):
         Depth.parse("T|7", (Depth("F|6"), Depth("T|4")))
 
 

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     sources = list(_files(args.images))
     targets = _targets(sources, args.out)
     _check_kept(sources, [*filter(None, targets), *([args.json] if args.json else [])])
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after the work
     net, names = _load(args)
     if args.depth is not None:
         set_depth(net, args.depth)
@@ -171,10 +173,12 @@ def _check_kept(sources: Iterable[Path], targets: Iterable[Path]) -> None:
 
 
 def _read(path: Path) -> Image.Image:
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    from ..data import to_rgb, upright
 
     with Image.open(path) as file:
-        return ImageOps.exif_transpose(file).convert("RGB")
+        return to_rgb(upright(file))
 
 
 def _lines(objects: Sequence[dict[str, Any]]) -> Iterator[str]:

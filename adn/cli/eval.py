@@ -28,6 +28,7 @@ import csv
 import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..detection import is_detector
 
+    make_folder(args.csv)
     net = load_checkpoint(args) if args.model is None else None
     if net is None or is_detector(net):
         return _run_detector(args, net)
@@ -145,6 +147,12 @@ def _run_detector(args: argparse.Namespace, net: nn.Module | None) -> int:
     if args.depth is None:
         report_others(net, len(rows))
     return 0
+
+
+def make_folder(file: str | None) -> None:
+    """Make the folder of a file to write, now and not after the work that it is the result of."""
+    if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _refuse(args: argparse.Namespace, options: Iterable[str], why: str) -> None:

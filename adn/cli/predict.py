@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from PIL import Image
 
-    from ..data import UNREADABLE, eval_transform
+    from ..data import UNREADABLE, eval_transform, to_rgb
     from ..evaluate import try_forward
     from ..state import set_depth, state_of
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.images:
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = to_rgb(file)
         except UNREADABLE as error:
             print(f"{path}: cannot be read ({error})", file=sys.stderr)
             unread += 1

@@ -23,6 +23,7 @@ from .eval import (
     example,
     image_config,
     load_checkpoint,
+    make_folder,
     pick_device,
     report_others,
 )
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from ..profile import fit_budget, profile, read_table, require_matplotlib
     from ..state import depths as all_depths
 
+    for file in (args.csv, args.plot):
+        make_folder(file)
     if args.plot:
         require_matplotlib()
     if args.threads is not None:
@@ -83,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         column = "ap" if detector else "top1"
         _, rows = read_table(args.accuracy, ("depth", column))
         accuracy = {row["depth"]: float(row[column]) for row in rows if row[column]}
+        if not accuracy:
+            raise ValueError(f"{args.accuracy} has no accuracy in it: its column {column} is empty")
     every = len(all_depths(net))
     if args.depth is None and accuracy:
         depths = list(accuracy)

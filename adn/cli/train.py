@@ -32,7 +32,7 @@ examples:
 The recipes, but for "default", "detector" and "digits", are those published with
 Adaptive Depth Networks (NeurIPS 2024) and AnyDepth-DETR (2026), for 4 processes:
 with another number, scale --lr with the batch. In brackets below is what
-"default" says, or "detector" for settings that only detectors have.
+"default" says, and "detector" where it differs.
 """
 
 from __future__ import annotations
@@ -137,16 +137,28 @@ def run(args: argparse.Namespace) -> int:
     elif "data" not in given:
         raise ValueError("no images to train on: pass DATA, or --resume to go on with the run in --out")
     else:
-        if "checkpoint" in given and (clash := [name for name in ("model", "model_kwargs", "twins") if name in given]):
-            raise ValueError(f"--checkpoint says what the net is; leave out --{clash[0].replace('_', '-')}")
+        if "checkpoint" in given:
+            if clash := [name for name in ("model", "model_kwargs", "twins") if name in given]:
+                raise ValueError(f"--checkpoint says what the net is; leave out --{clash[0].replace('_', '-')}")
+            if task == "detect" and "size" not in settings and (size := _size_of(given["checkpoint"])):
+                settings["size"] = size
         config = Config(**others, recipe=(named or recipes[default]).but(**settings))
     try:
         train(config, resume=resume, overwrite="overwrite" in given)
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stop}:\nadn train --out {shlex.quote(args.out)} --resume", file=sys.stderr)
+            processes = os.environ.get("LOCAL_WORLD_SIZE")
+            start = f"torchrun --nproc-per-node {processes} -m adn" if processes else "adn"
+            print(f"{stop}:\n{start} train --out {shlex.quote(args.out)} --resume", file=sys.stderr)
         return 130
     return 0
+
+
+def _size_of(checkpoint: str) -> int | None:
+    """Side of the images that a stored detector was trained on."""
+    from ..checkpoint import read_metadata
+
+    return (read_metadata(checkpoint)["extra"].get("data") or {}).get("size")
 
 
 def _task_of(recipe: type[Settings]) -> str:
@@ -164,9 +176,11 @@ def _add_setting(group: argparse._ArgumentGroup, recipe: type[Settings], field: 
                  ) -> None:
     option, kind = f"--{field.name.replace('_', '-')}", setting_type(recipe, field.name)
     choices = field.metadata["choices"]
-    default = DETECTION_RECIPES[DEFAULT_DETECTION] if only == "detect" else RECIPES[DEFAULT]
+    defaults = {"classify": RECIPES[DEFAULT], "detect": DETECTION_RECIPES[DEFAULT_DETECTION]}
     mark = "" if only is None else f"; to {only} only"
-    text = f"{field.metadata['help']}{mark} [{_shown(getattr(default, field.name))}]".replace("%", "%%")
+    shown = {task: _shown(getattr(default, field.name)) for task, default in defaults.items() if only in (None, task)}
+    default = ", to detect ".join(dict.fromkeys(shown.values()))
+    text = f"{field.metadata['help']}{mark} [{default}]".replace("%", "%%")
     if kind is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         return

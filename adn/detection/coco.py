@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -11,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes
 
-from ..data import UNREADABLE
+from ..data import UNREADABLE, to_rgb, upright
 
 Target = dict[str, torch.Tensor]
 Transform = Callable[[Image.Image, Target], tuple[Any, Target]]
@@ -24,13 +26,19 @@ Transform = Callable[[Image.Image, Target], tuple[Any, Target]]
 # that `adn.detection.scenes` writes, and Roboflow's export.
 _LAYOUTS = (
     ("annotations/instances_{split}2017.json", "{split}2017"),
+    ("annotations/instances_{split}2017.json", "images/{split}2017"),
     ("annotations/instances_{split}.json", "{split}"),
+    ("annotations/instances_{split}.json", "images/{split}"),
     ("instances_{split}.json", "images/{split}"),
     ("{split}/_annotations.coco.json", "{split}"),
 )
 _VALIDATION = ("val", "valid", "validation")
 # Boxes are often written with rounding: to be called outside, one must reach over the edge by more than this (pixels).
 _SLACK = 0.5
+# Numbers in the file stay below this, so that areas are finite.
+_LARGEST = 1e15
+# So many images are looked at when the data are opened: do they have the sizes that the file says?
+_LOOKED_AT = 16
 
 
 class Category(NamedTuple):
@@ -53,9 +61,9 @@ class CocoImages(Dataset):
     Pixels are taken as stored: like the COCO tools, this ignores an orientation in the EXIF data, unless turning the
     image by it gives the width and height that the annotations are for, and the stored pixels do not.
 
-    An image that is missing or cannot be decoded gives None instead of an item, which `collate` drops, and is
-    remembered. Annotations are kept in a few arrays, without masks: about 50 bytes per object, shared by processes
-    that are forked.
+    An image that is missing, cannot be decoded or is of another size than annotated gives None instead of an item,
+    which `collate` drops, and is remembered. Annotations are kept in a few arrays, without masks: about 50 bytes per
+    object, shared by processes that are forked.
 
     Attributes:
         categories: by label, id in the file and name.
@@ -84,9 +92,7 @@ class CocoImages(Dataset):
         self._take_images(content["images"])
         self._take_objects(content["annotations"])
         self.notes = self._describe_faults()
-        if not any(os.path.exists(self._path(index)) for index in range(len(self))):
-            raise ValueError(f"none of the {len(self)} images of {self.file} is in {self.folder!r}, the first would be "
-                             f"{self._path(0)}: pass the folder that the file names are relative to")
+        self._look_at_first()
         # In shared memory: the processes of a DataLoader write here what the main process reads.
         self._failed = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
@@ -98,21 +104,26 @@ class CocoImages(Dataset):
         size = self._size(index)
         try:
             with Image.open(self._path(index)) as file:
-                image = (file if file.size == size else ImageOps.exif_transpose(file)).convert("RGB")
+                image = to_rgb(file if file.size == size else upright(file))
         except UNREADABLE:
+            image = None
+        if image is None or image.size != size:
             self._failed[index] = True
             return None
-        if image.size != size:
-            raise ValueError(f"{self._path(index)} has {image.width} x {image.height} pixels, but {self.file} is for "
-                             f"{size[0]} x {size[1]}: images and annotations do not belong together, or one of them "
-                             "was resized alone")
         target = self._target(index)
         return (image, target) if self.transform is None else self.transform(image, target)
 
     @property
     def unreadable(self) -> list[str]:
-        """Paths of the images that could not be read so far, in any process of a DataLoader; each once."""
+        """Paths of the images that could not be read so far, or had another size than annotated, in any process of a
+        DataLoader; each once."""
         return [self._path(index) for index in self._failed.nonzero().flatten().tolist()]
+
+    @property
+    def trainable(self) -> int:
+        """How many objects a detector can learn from: those with area in their image that are no crowd."""
+        sizes = np.repeat(self._sizes, np.diff(self._start), axis=0)
+        return int((_has_area(_clip(_corners(self._boxes), sizes)) & ~self._crowd).sum())
 
     def ground_truth(self, image_ids: Iterable[int] | None = None) -> dict[str, list[dict[str, Any]]]:
         """Images, annotations and categories in COCO's format, for evaluation: crowds included, nothing clipped.
@@ -144,7 +155,7 @@ class CocoImages(Dataset):
             _column(self.file, "images", entries, name, check) for name, check in (
                 ("id", _integer), ("file_name", _text), ("width", _positive), ("height", _positive)))
         _refuse_repeated(ids, f"{self.file}: image id")
-        _refuse_repeated(names, f"{self.file}: image file")
+        _refuse_repeated(list(map(os.path.normpath, names)), f"{self.file}: image file")
         self.image_ids = np.array(ids, dtype=np.int64)
         self._sizes = np.array([widths, heights], dtype=np.int64).T
         # One text: looking at one of 100,000 would unshare, by its reference count, a page between forked processes.
@@ -170,6 +181,23 @@ class CocoImages(Dataset):
         self._crowd = np.array(crowd, dtype=bool)[order]
         areas = np.array(areas, dtype=np.float64)[order]
         self._areas = np.where(np.isnan(areas), self._boxes[:, 2] * self._boxes[:, 3], areas)
+
+    def _look_at_first(self) -> None:
+        """Raise ValueError if the folder holds none of the images, or others than annotated."""
+        there = (index for index in range(len(self)) if os.path.exists(self._path(index)))
+        first = list(itertools.islice(there, _LOOKED_AT))
+        if not first:
+            raise ValueError(f"none of the {len(self)} images of {self.file} is in {self.folder!r}, the first would be "
+                             f"{self._path(0)}: pass the folder that the file names are relative to")
+        sizes = []
+        for index in first:
+            with contextlib.suppress(*UNREADABLE), Image.open(self._path(index)) as file:
+                sizes.append((file.size, self._size(index)))
+        if sizes and not any(sorted(found) == sorted(wanted) for found, wanted in sizes):
+            (width, height), (w, h) = sizes[0]
+            raise ValueError(f"{self._path(first[0])} has {width} x {height} pixels, but {self.file} is for {w} x {h}, "
+                             f"and so on for {len(sizes)} images: images and annotations do not belong together, or "
+                             "one of them was resized alone")
 
     def _describe_faults(self) -> list[str]:
         sizes = np.repeat(self._sizes, np.diff(self._start), axis=0)
@@ -210,9 +238,9 @@ class CocoImages(Dataset):
 def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | None = None) -> CocoImages:
     """Open one split of a folder in one of the usual layouts.
 
-    These are `ROOT/annotations/instances_SPLIT2017.json` with images in `ROOT/SPLIT2017`,
-    `ROOT/annotations/instances_SPLIT.json` with `ROOT/SPLIT`, `ROOT/instances_SPLIT.json` with `ROOT/images/SPLIT`, and
-    `ROOT/SPLIT/_annotations.coco.json` with the images beside it.
+    These are `ROOT/annotations/instances_SPLIT2017.json` with images in `ROOT/SPLIT2017` or `ROOT/images/SPLIT2017`,
+    the same without 2017, `ROOT/instances_SPLIT.json` with `ROOT/images/SPLIT`, and `ROOT/SPLIT/_annotations.coco.json`
+    with the images beside it.
 
     Args:
         root: the folder.
@@ -227,9 +255,12 @@ def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | N
     for file, folder in places:
         if Path(root, file).is_file() and Path(root, folder).is_dir():
             return CocoImages(Path(root, folder), Path(root, file), transform)
+    if without := [(file, folder) for file, folder in places if Path(root, file).is_file()]:
+        raise ValueError(f"{Path(root, without[0][0])} is there, but no folder with its images: looked for "
+                         f"{', '.join(str(Path(root, folder)) for _, folder in without)}")
     looked = "; ".join(f"{file} with images in {folder}" for file, folder in places[: len(_LAYOUTS)])
     raise ValueError(f"{os.fspath(root)!r} {'has' if Path(root).is_dir() else 'is no folder, so it has'} no COCO split "
-                     f"{split!r}. Looked for {looked}. Other places: CocoImages(IMAGES, ANNOTATIONS)")
+                     f"{split!r}. Looked for {looked}")
 
 
 def read_class_names(path: str | os.PathLike[str]) -> list[str]:
@@ -267,7 +298,7 @@ def _read_json(path: str) -> dict[str, list[Any]]:
             content = json.load(file, object_hook=_without_mask)
     except OSError as error:
         raise ValueError(f"no annotations in {path}: {error.strerror}") from error
-    except ValueError as error:  # also bytes that are no text
+    except (ValueError, RecursionError) as error:  # also bytes that are no text
         raise ValueError(f"{path} is no json file, or cut short ({error}): copy or download it again") from error
     if not isinstance(content, dict):
         content = {}
@@ -280,7 +311,9 @@ def _categories(path: str, entries: Sequence[Any]) -> list[Category]:
     ids = _column(path, "categories", entries, "id", _integer)
     names = _column(path, "categories", entries, "name", _text)
     _refuse_repeated(ids, f"{path}: category id")
-    return sorted(map(Category, ids, names))
+    if not ids:
+        raise ValueError(f"{path} lists no category")
+    return sorted(map(Category, ids, (" ".join(name.split()) for name in names)))  # a line break cannot be drawn
 
 
 def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
@@ -298,7 +331,7 @@ def _positive(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and abs(value) < _LARGEST
 
 
 def _flag(value: Any) -> bool:
@@ -310,10 +343,10 @@ def _text(value: Any) -> bool:
 
 
 def _box(value: Any) -> bool:
-    return type(value) is list and len(value) == 4 and all(_number(v) and math.isfinite(v) for v in value)
+    return type(value) is list and len(value) == 4 and all(map(_number, value))
 
 
-_MEANING = {_integer: "an integer", _positive: "a positive integer", _number: "a number", _flag: "0 or 1",
+_MEANING = {_integer: "an integer", _positive: "a positive integer", _number: "a finite number", _flag: "0 or 1",
             _text: "a text", _box: "four finite numbers, x, y, width, height"}
 
 
@@ -322,9 +355,13 @@ def _column(path: str, kind: str, entries: Sequence[Any], name: str, check: Call
     """One field of all entries of a list in the file; raises ValueError on the first that is not as it should be."""
     values = []
     for i, entry in enumerate(entries):
-        value = entry.get(name, default) if isinstance(entry, Mapping) else entry
-        if not isinstance(entry, Mapping) or not check(value):
-            raise ValueError(f"{path}: {name} of {kind}[{i}] must be {_MEANING[check]}, found {str(value)[:80]}")
+        value = entry.get(name) if isinstance(entry, Mapping) else entry
+        if value is None and default is not None:  # absent, or null
+            value = default
+        elif type(value) is float and value.is_integer() and check in (_integer, _positive):
+            value = int(value)
+        elif not isinstance(entry, Mapping) or not check(value):
+            raise ValueError(f"{path}: {name} of {kind}[{i}] must be {_MEANING[check]}, found {repr(value)[:80]}")
         values.append(value)
     return values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from ..checkpoint import load
 from ..convert import convert
 from ..detection.coco import CocoImages, collate, open_coco
 from ..detection.criterion import DistillationLoss
@@ -25,12 +24,22 @@ from ..detection.rtdetr import RTDETR
 from ..detection.transforms import eval_transform, multi_scale_sizes, train_transform
 from ..evaluate import evaluating, try_forward
 from ..models import build_source
+from ..nn import FROZEN_NORMS
 from ..state import state_of
 from ..weights import load_weights
 from .data import TrainBatches, ignore_interrupts
 from .engine import Result, fit
 from .recipes import DEFAULT_DETECTION, DETECTION_RECIPES, DetectionRecipe
-from .run import check_out, config_of_run, gather, process_group, share, with_whole_paths
+from .run import (
+    check_out,
+    config_of_run,
+    gather,
+    load_start,
+    process_group,
+    set_classes,
+    share,
+    with_whole_paths,
+)
 from .seeds import seed_all
 
 TASK = "detect"
@@ -50,7 +59,8 @@ class DetectionConfig:
         backbone: start from these weights of a classifier, whose backbone is the detector's; any-depth or not.
         new_head: with `checkpoint` or `weights` of other classes, begin with fresh heads for those of the data.
         train_split, val_split: names of the two parts of the data.
-        workers: processes that read images; None = one per core, at most 8.
+        workers: processes that read images; None = one per core, at most 8. What is drawn at random depends on how many
+            there are.
         device: "cpu", "cuda", "cuda:1"; None = a GPU if there is one.
         tensorboard: write the log for TensorBoard too.
     """
@@ -108,15 +118,15 @@ def train_detector(
             check_out(config, resume, overwrite)
         training = open_coco(config.data, config.train_split, augmentation(recipe))
         validation = open_coco(config.data, config.val_split, eval_transform(recipe.size))
-        _check_data(config, training, validation)
+        _check_data(training, validation, talk)
         seed_all(recipe.seed)
-        net = _start(config, len(training.class_names), resume)
+        net = _start(config, training.class_names, resume)
         state_of(net).class_names = training.class_names
         for cut in state_of(net).cuts:
             cut.in_training = recipe.cut_decoder
         net.to(device)
-        with evaluating(net), torch.inference_mode():
-            try_forward(net, torch.zeros(1, 3, recipe.size, recipe.size, device=device))
+        sizes = multi_scale_sizes(recipe.size) if recipe.multi_scale else ()
+        _try_out(net, min((recipe.size, *sizes)), device)
 
         workers = min(8, len(os.sched_getaffinity(0))) if config.workers is None else config.workers
         pin = device.type == "cuda"
@@ -132,7 +142,8 @@ def train_detector(
                        for which, row in zip(("super", "base"), rows, strict=True)}
             unreadable = gather([*training.unreadable, *validation.unreadable])
             if unreadable and talk:
-                print(f"skipped {len(unreadable)} unreadable images so far, e.g. {unreadable[0]}", flush=True)
+                print(f"skipped so far: {len(unreadable)} images that cannot be read or have another size than "
+                      f"annotated, e.g. {unreadable[0]}", flush=True)
             # Of sizes that no object has there is no accuracy.
             return {name: value for name, value in numbers.items() if value is not None} | {
                 "unreadable": len(unreadable)}
@@ -141,7 +152,7 @@ def train_detector(
             print(_describe(net, config, resume, training, validation), flush=True)
         loss = DetectionDistillation(
             net, distillation=DistillationLoss(class_kl=recipe.class_kl),
-            multi_scale=multi_scale_sizes(recipe.size) if recipe.multi_scale else ())
+            multi_scale=sizes)
         return fit(
             net, batches, measure, recipe, out=config.out, resume=resume, overwrite=overwrite, loss=loss,
             accuracy="AP_", device=device, config=config.to_dict(),
@@ -154,36 +165,48 @@ def augmentation(recipe: DetectionRecipe) -> v2.Transform:
                            flip=recipe.flip)
 
 
-def _check_data(config: DetectionConfig, training: CocoImages, validation: CocoImages) -> None:
+def _check_data(training: CocoImages, validation: CocoImages, talk: bool) -> None:
     if training.class_names != validation.class_names:
         raise ValueError(f"{training.file} and {validation.file} list different categories: labels would not mean the "
                          "same")
-    for data in (training, validation):
-        if data.notes:
-            print("\n".join(data.notes), flush=True)
+    if not training.trainable:
+        raise ValueError(f"{training.file} has no object to learn from: {len(training)} images, but no box with area "
+                         "in its image that is not a crowd")
+    notes = [f"{data.file}: {note}" for data in (training, validation) for note in data.notes]
+    if not validation.trainable:
+        notes.append(f"{validation.file} has no object to find, so no accuracy can be measured")
+    if talk and notes:
+        print("\n".join(notes), flush=True)
 
 
-def _start(config: DetectionConfig, classes: int, resume: bool) -> nn.Module:
+def _try_out(net: nn.Module, size: int, device: torch.device) -> None:
+    """Run the net once, at the smallest size it will be given, so that what cannot work is said before anything is
+    written."""
+    try:
+        with evaluating(net), torch.inference_mode():
+            try_forward(net, torch.zeros(1, 3, size, size, device=device))
+    except ValueError as error:
+        raise ValueError(f"{error} (training would go down to {size} pixels: --size, --no-multi-scale, --model-kwargs "
+                         """'{"queries": N}')""") from error
+
+
+def _start(config: DetectionConfig, names: Sequence[str], resume: bool) -> nn.Module:
     """The net before training. A resumed run only needs its structure."""
     recipe = config.recipe
     if sum(path is not None for path in (config.checkpoint, config.weights, config.backbone)) > 1:
         raise ValueError("pass one of --checkpoint, --weights, --backbone")
     if config.checkpoint is not None:
-        net = load(config.checkpoint)
+        net = load_start(config, resume)
         if not isinstance(net, RTDETR):
             raise ValueError(f"{config.checkpoint} holds a {type(net).__name__}, which is no detector")
-        if config.new_head:
-            net.reset_classifier(classes)
-        elif net.num_classes != classes:
-            raise ValueError(f"{config.checkpoint} has {net.num_classes} classes, the data has {classes}; pass "
-                             "--new-head to put fresh heads on it")
+        set_classes(net, config, len(names), names, resume)
         return net
     if recipe.model not in PRESETS:
         raise ValueError(f"{recipe.model!r} is no detector; pass one of {', '.join(PRESETS)}")
     if "num_classes" in recipe.model_kwargs:
         raise ValueError("num_classes does not belong into model_kwargs: the data say how many there are")
     try:
-        model = build_source(recipe.model, {**recipe.model_kwargs, "num_classes": classes})
+        model = build_source(recipe.model, {**recipe.model_kwargs, "num_classes": len(names)})
     except TypeError as error:
         raise ValueError(f"{recipe.model} cannot be built with --model-kwargs {json.dumps(recipe.model_kwargs)}: "
                          f"{error}") from error
@@ -193,9 +216,14 @@ def _start(config: DetectionConfig, classes: int, resume: bool) -> nn.Module:
     if config.backbone is not None and not resume:
         _load_backbone(net, config.backbone)  # with twins now, if it has some
     if config.weights is not None and not resume:
-        report = load_weights(net, config.weights, strict=not config.new_head)
+        report = load_weights(net, config.weights, strict=False)
         if wrong := [problem for problem in (*report.missing, *report.mismatched) if not problem.startswith(_HEADS)]:
             raise ValueError(f"{config.weights} does not fit {recipe.model}: {'; '.join(wrong[:4])}")
+        if report.mismatched and not config.new_head:
+            raise ValueError(f"{config.weights} is for other classes than the {len(names)} of the data "
+                             f"({report.mismatched[0]}); pass --new-head to begin with fresh heads")
+        if report.unexpected or (report.missing and not config.new_head):
+            raise ValueError(f"{config.weights} does not fit {recipe.model}:\n" + "\n".join(report.problems()))
     return net
 
 
@@ -211,8 +239,21 @@ def _describe(net: nn.Module, config: DetectionConfig, resume: bool, training: C
     recipe, file = config.recipe, config.checkpoint or config.weights or config.backbone
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     start = "resumed" if resume else f"from {file}" if file else "from scratch"
-    return (f"{recipe.model}, {millions:.1f} M parameters, {len(state_of(net).plan.flags)} flags and a decoder of "
+    name = (state_of(net).origin or {}).get("name", recipe.model)
+    return (f"{name}, {millions:.1f} M parameters, {len(state_of(net).plan.flags)} flags and a decoder of "
             f"{state_of(net).full.layers[0]} layers, {start}\n"
             f"{len(training)} images to train on, {len(validation)} to evaluate, {len(training.class_names)} classes; "
             f"{recipe.size} pixels\n"
-            f"{recipe.optimizer}, learning rate {recipe.lr:g}, {recipe.schedule}; results in {config.out}")
+            f"{recipe.optimizer}, learning rate {recipe.lr:g}, {recipe.schedule}; results in {config.out}"
+            f"{'' if resume or file else _warning(net)}")
+
+
+def _warning(net: nn.Module) -> str:
+    """Of a start from nothing with parts that cannot learn."""
+    frozen = sum(not p.requires_grad for p in net.backbone.parameters())
+    frozen += sum(isinstance(module, FROZEN_NORMS) for module in net.backbone.modules())
+    if not frozen:
+        return ""
+    return ("\nwarning: parts of the backbone are frozen at the random values they start with; begin with --backbone, "
+            "--weights or --checkpoint, or train them, too: --model-kwargs "
+            """'{"freeze_norm": false, "freeze_stem": false}'""")

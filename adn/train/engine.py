@@ -31,7 +31,7 @@ from ..checkpoint import atomic_write, save
 from ..convert import convert_sync_batchnorm
 from ..distill import SelfDistillation
 from ..evaluate import autocast
-from ..state import is_converted
+from ..state import is_converted, state_of
 from .optim import WeightAverage, create_optimizer, create_scheduler
 from .recipes import Recipe, Settings
 from .seeds import seed_all
@@ -201,6 +201,8 @@ class _Run:
         self.recipe, self.accuracy, self.device, self.talk = recipe, accuracy, device, talk
         self.rank, self.world = _rank(), _world()
         self.out = Path(out) if out is not None else None
+        if recipe.sync_bn and self.world > 1 and device.type == "cpu":
+            raise ValueError("torch has batch norms synchronised between processes for GPUs only: pass --no-sync-bn")
         if recipe.sync_bn:
             net = convert_sync_batchnorm(net) if is_converted(net) else nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.preserve_format
@@ -378,6 +380,10 @@ class _Run:
         except ValueError as error:
             raise ValueError(f"the run in {self.out} trains something else: {error}") from error
         self._compare(before, state["world"])
+        names = self._class_names()
+        if names and state.get("class_names") not in (None, names):
+            raise ValueError(f"the run in {self.out} was for other classes than those of the data now: it was for "
+                             f"{', '.join(state['class_names'][:5])}, ..., these are {', '.join(names[:5])}, ...")
         try:
             self.net.load_state_dict(state["net"])
             # Loading puts the saved hyper-parameters into the groups, where those of this recipe belong.
@@ -428,6 +434,9 @@ class _Run:
         if world != self.world:
             self.say(f"warning: {world} processes have become {self.world}, so the batch of a step is another")
 
+    def _class_names(self) -> list[str] | None:
+        return state_of(self.net).class_names if is_converted(self.net) else None
+
     def write_last(self) -> None:
         if self.out is None or self.rank != 0:
             return
@@ -436,7 +445,7 @@ class _Run:
             "history": self.history, "best": self.best, "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "ema": self.ema and self.ema.module.state_dict(), "ema_started": self.ema is not None and self.ema.started,
-            "ema_updates": 0 if self.ema is None else self.ema.updates,
+            "ema_updates": 0 if self.ema is None else self.ema.updates, "class_names": self._class_names(),
         }
         with atomic_write(self.out / LAST) as temporary, temporary.open("wb") as file:
             try:

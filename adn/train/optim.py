@@ -17,14 +17,15 @@ from .recipes import Settings
 TABLES = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed", "pos_embedding", "position_embedding",
           "relative_position_bias_table")
 COUNTER = "num_batches_tracked"
+_FUSED = ("adam", "adamw", "momentum", "nesterov", "sgd")  # those of torch that update all parameters in one call
 
 
 def parameter_groups(net: nn.Module, recipe: Settings) -> list[dict]:
     """The parameters that learn, in groups, each with its own weight decay: weights, norms, biases, tables; and those
     that have a learning rate of their own apart from the others.
 
-    A parameter whose own name is `bias` is a bias, also in a norm (of a detector also one called `in_proj_bias`); the
-    rest of a norm (twins included) is a norm.
+    A parameter whose own name is `bias` is a bias, of a classifier also in a norm; the rest of a norm (twins included)
+    is a norm. Of a detector all of a norm is, and biases are also called `in_proj_bias`, as in RT-DETR's recipes.
     Which groups there are depends on the net only, so that a run may be resumed with other decays.
     """
     decays = {"weights": None, "norms": recipe.norm_decay, "biases": recipe.bias_decay, "tables": recipe.table_decay}
@@ -37,7 +38,7 @@ def parameter_groups(net: nn.Module, recipe: Settings) -> list[dict]:
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            is_bias = f".{name}".endswith(recipe.bias_ending)
+            is_bias = f".{name}".endswith(recipe.bias_ending) and not (recipe.whole_norms and is_norm(module))
             kind = "biases" if is_bias else "norms" if is_norm(module) else "tables" if name in TABLES else "weights"
             groups[start, kind].append(parameter)
     return [
@@ -52,7 +53,7 @@ def create_optimizer(net: nn.Module, recipe: Settings) -> torch.optim.Optimizer:
     try:
         return timm.optim.create_optimizer_v2(
             parameter_groups(net, recipe), opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum,
+            momentum=recipe.momentum, **({"fused": True} if recipe.optimizer in _FUSED else {}),
         )
     except (AssertionError, ImportError) as error:
         raise ValueError(f"timm's optimizer {recipe.optimizer!r} cannot be made here ({error}); choose another one by "

@@ -42,8 +42,9 @@ class Settings:
         ValueError: if a setting is out of range; the message says what to pass.
     """
 
-    # What ends with it counts as a bias, as the projections of attention have some.
+    # What ends with it counts as a bias, as the projections of attention have some; of a norm, does its bias?
     bias_ending: ClassVar[str] = ".bias"
+    whole_norms: ClassVar[bool] = False
 
     model: str = setting("model", "", "name of the model")
     model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={
@@ -188,6 +189,7 @@ class DetectionRecipe(Settings):
     """
 
     bias_ending: ClassVar[str] = "bias"
+    whole_norms: ClassVar[bool] = True
 
     model: str = setting("model", "anydepth_rtdetr_r50vd", "a detector of adn.list_models()")
     epochs: int = setting("optimisation", 72, "passes over the data")
@@ -289,7 +291,7 @@ DETECTION_RECIPES: dict[str, DetectionRecipe] = {
     # As published, for 4 processes.
     "rtdetr-r50-72": DetectionRecipe(twins="frozen", sync_bn=True),
     "rtdetr-r101-72": DetectionRecipe(model="anydepth_rtdetr_r101vd", twins="frozen", sync_bn=True, batch_size=8,
-                                      lr=2e-4, backbone_lr=2e-6, weight_decay=2e-4),
+                                      lr=2e-4, backbone_lr=2e-6, weight_decay=2e-4, bias_decay=None),
     # A tiny detector for the scenes of `adn scenes`, on a CPU: without augmentation, as scenes differ enough, and in
     # small batches, as the number of steps counts.
     "digits": DetectionRecipe(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from ..models import PREFIX, create_model
 from ..state import state_of
 from ..weights import load_weights
 from .data import TrainBatches, ignore_interrupts, train_transform
-from .engine import CONFIG, Result, fit, refuse_overwriting
+from .engine import BEST, CONFIG, FINAL, Result, fit, refuse_overwriting
 from .recipes import RECIPES, Recipe
 from .seeds import seed_all
 
@@ -46,7 +46,8 @@ class Config:
         train_split, val_split: names of the two parts of the data.
         download: fetch a named data set that is not there.
         num_classes: of the data, where it does not say itself.
-        workers: processes that read images; None = one per core, at most 8.
+        workers: processes that read images; None = one per core, at most 8. What is drawn at random depends on how many
+            there are.
         device: "cpu", "cuda", "cuda:1"; None = a GPU if there is one.
         tensorboard: write the log for TensorBoard too.
     """
@@ -124,7 +125,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, prog
         training, validation = _open(config)
         classes = _count_classes(config, training)
         seed_all(recipe.seed)
-        net = _start(config, classes, resume)
+        net = _start(config, classes, training.class_names or None, resume)
         state_of(net).class_names = training.class_names or None
         sizes = _data_configs(net, recipe)
         training.transform = train_transform(recipe, sizes["train"])
@@ -230,19 +231,14 @@ def _count_classes(config: Config, training: Images) -> int:
     return count
 
 
-def _start(config: Config, classes: int, resume: bool) -> nn.Module:
+def _start(config: Config, classes: int, names: Sequence[str] | None, resume: bool) -> nn.Module:
     """The net before training. A resumed run only needs its structure."""
     recipe = config.recipe
     if config.checkpoint is not None:
         if config.weights or config.pretrained:
             raise ValueError("pass one of --checkpoint, --weights, --pretrained")
-        net = load(config.checkpoint)
-        count = getattr(net, "num_classes", classes)
-        if config.new_head:
-            net.reset_classifier(classes)
-        elif count != classes:
-            raise ValueError(f"{config.checkpoint} has {count} classes, the data has {classes}; pass --new-head to put "
-                             "a fresh classifier on it")
+        net = load_start(config, resume)
+        set_classes(net, config, classes, names, resume)
         return net
     name = recipe.model if recipe.model.startswith(PREFIX) else PREFIX + recipe.model
     if "num_classes" in recipe.model_kwargs:
@@ -260,6 +256,37 @@ def _start(config: Config, classes: int, resume: bool) -> nn.Module:
         if wrong := [problem for problem in (*report.missing, *report.mismatched) if not problem.startswith(head)]:
             raise ValueError(f"{config.weights} does not fit {name}: {'; '.join(wrong[:4])}")
     return net
+
+
+def load_start(config: C, resume: bool) -> nn.Module:
+    """The net of `--checkpoint`; of a resumed run whose file is gone, a net of the same structure."""
+    written = (Path(config.out) / name for name in (BEST, FINAL))
+    if not resume or os.path.exists(config.checkpoint):
+        return load(config.checkpoint)
+    if (file := next(filter(Path.exists, written), None)) is None:
+        raise ValueError(f"the run started from {config.checkpoint}, which is gone: put it back, a resumed run takes "
+                         "its structure from it")
+    return load(file)
+
+
+def set_classes(net: nn.Module, config: C, classes: int, names: Sequence[str] | None, resume: bool) -> None:
+    """Give a net of `--checkpoint` a fresh head, or see that it has the classes of the data.
+
+    Raises:
+        ValueError: if it has others.
+    """
+    if config.new_head:
+        net.reset_classifier(classes)
+        return
+    count, known = getattr(net, "num_classes", classes), state_of(net).class_names
+    if count != classes:
+        raise ValueError(f"{config.checkpoint} has {count} classes, the data has {classes}; pass --new-head to put a "
+                         "fresh classifier on it")
+    if known and names and list(known) != list(names) and not resume:
+        label = next(i for i, (a, b) in enumerate(zip(known, names)) if a != b)
+        raise ValueError(f"{config.checkpoint} names its classes otherwise than the data: class {label} is "
+                         f"{known[label]!r} there, {names[label]!r} in the data; pass --new-head to put a fresh "
+                         "classifier on it")
 
 
 def _head_names(net: nn.Module) -> tuple[str, ...]:

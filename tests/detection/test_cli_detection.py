@@ -374,6 +374,28 @@ def test_eval_of_the_weights_of_others(scenes: Path, tmp_path: Path, adn_command
         assert [line.split()[0] for line in out.splitlines()[1:]] == [*depths, "5", str(len(depths))]
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_decoder_too_short_to_cut(layers: int, scenes: Path, tmp_path: Path, adn_command) -> None:
+    pytest.importorskip("pycocotools")
+    kwargs = TINY | {"num_classes": 10, "backbone_args": {"width": 8}, "decoder_layers": layers}
+    net = adn.convert(adn.create_model("rtdetr_r18vd", **kwargs))
+    adn.save(net, tmp_path / "net.safetensors", class_names=list("0123456789"))
+    code, out, err = adn_command("eval", scenes, "--checkpoint", tmp_path / "net.safetensors", "--size", 64,
+                                 "--workers", 0, "--csv", tmp_path / "a" / "b.csv")
+    assert code == 0, err
+    depths = [f"{'T' * i}{'F' * (5 - i)}|{layers}" for i in range(6)]
+    assert [line.split()[0] for line in out.splitlines()[1:7]] == depths
+    with open(tmp_path / "a" / "b.csv", newline="") as file:  # whose folder was made
+        assert [row["depth"] for row in csv.DictReader(file)] == depths
+
+
+def test_no_accuracy_in_a_file(checkpoint: Path, tmp_path: Path, adn_command) -> None:
+    (tmp_path / "a.csv").write_text("depth,ap\nFFFFF|3,\n")
+    code, _, err = adn_command("profile", "--checkpoint", checkpoint, "--accuracy", tmp_path / "a.csv")
+    assert code == 2
+    assert "a.csv has no accuracy in it: its column ap is empty" in err
+
+
 def test_options_of_the_other_kind(checkpoint: Path, classifier: Path, scenes: Path, adn_command) -> None:
     for path, options, message in (
         (checkpoint, ("--resize", 70), "is a detector, which has no use for --resize"),

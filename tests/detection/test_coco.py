@@ -146,6 +146,28 @@ def test_pictures_become_rgb(tmp_path: Path) -> None:
     assert image.getpixel((3, 3)) == (90, 90, 90)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_sixteen_bits_are_scaled(tmp_path: Path, mode: str) -> None:
+    folder, file = write(tmp_path, content())
+    pixels = np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)
+    name = "first.png" if mode == "I;16" else "first.tif"
+    Image.frombytes(mode, (40, 30), (pixels if mode == "I;16" else pixels.byteswap()).tobytes()).save(folder / name)
+    if mode == "I;16B":
+        (folder / name).rename(folder / "first.png")
+    image, _ = CocoImages(folder, file)[0]
+    np.testing.assert_allclose(np.asarray(image), (pixels[..., None] / 257).round().repeat(3, -1), atol=1)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_of_unknown_range_are_no_picture(tmp_path: Path, mode: str) -> None:
+    folder, file = write(tmp_path, content())
+    Image.fromarray(np.ones((30, 40), np.int32 if mode == "I" else np.float32)).save(folder / "a.tif")
+    (folder / "a.tif").rename(folder / "first.png")
+    data = CocoImages(folder, file)
+    assert data[0] is None
+    assert data.unreadable == [str(folder / "first.png")]
+
+
 def oriented(path: Path, size: tuple[int, int], orientation: int) -> None:
     image = Image.new("RGB", size)
     image.putpixel((0, 0), (255, 255, 255))
@@ -165,11 +187,34 @@ def test_exif_orientation_counts_only_if_the_annotations_were_made_with_it(tmp_p
     assert turned.getpixel((39, 0)) == (255, 255, 255)
 
 
-def test_another_size_than_annotated_is_an_error(tmp_path: Path) -> None:
+def test_an_image_of_another_size_than_annotated_is_left_out(tmp_path: Path) -> None:
     data = CocoImages(*write(tmp_path, content(), sizes={"second.png": (20, 15)}))
     assert len(data[0]) == 2
-    with pytest.raises(ValueError, match=r"second.png has 20 x 15 pixels, but .* is for 40 x 30"):
-        data[1]
+    assert data[1] is None
+    assert [os.path.basename(path) for path in data.unreadable] == ["second.png"]
+
+
+def test_images_that_were_all_resized_are_an_error(tmp_path: Path) -> None:
+    sizes = {f"{name}.png": (20, 15) for name in ("first", "second", "third")}
+    with pytest.raises(ValueError, match=r"first.png has 20 x 15 pixels, but .* is for 40 x 30.* for 3 images"):
+        CocoImages(*write(tmp_path, content(), sizes=sizes))
+
+
+def test_numbers_in_other_forms(tmp_path: Path) -> None:
+    """Null is what is absent; a whole number may be written as a floating one."""
+    data = content()
+    data["images"][0] |= {"width": 40.0, "id": 7.0}
+    data["annotations"][0] |= {"iscrowd": None, "area": None}
+    truth = CocoImages(*write(tmp_path, data)).ground_truth()["annotations"]
+    assert (truth[0]["image_id"], truth[0]["iscrowd"], truth[0]["area"]) == (7, 0, 12.0)
+
+
+def test_what_can_be_learnt_from(tmp_path: Path) -> None:
+    assert CocoImages(*write(tmp_path, content())).trainable == 4  # but for a crowd and two without area
+
+
+def test_names_on_one_line(tmp_path: Path) -> None:
+    assert CocoImages(*write(tmp_path, with_entry("categories", 1, name="a\n person"))).class_names[0] == "a person"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -239,13 +284,19 @@ def with_entry(kind: str, index: int, **changes: Any) -> dict[str, Any]:
     (with_entry("categories", 2, id=1), "category id 1 is listed more than once"),
     (with_entry("images", 2, width=...), r"width of images\[2\] must be a positive integer, found None"),
     (with_entry("images", 2, height=0), r"height of images\[2\] must be a positive integer, found 0"),
-    (with_entry("images", 0, id="7"), r"id of images\[0\] must be an integer, found 7"),
+    (with_entry("images", 0, id="7"), r"id of images\[0\] must be an integer, found '7'"),
     (with_entry("categories", 0, name=...), r"name of categories\[0\] must be a text"),
     (with_entry("annotations", 4, image_id=8), r"annotations of an unlisted image, id 8 \(1 in all\)"),
     (with_entry("annotations", 4, category_id=2), r"annotations of an unlisted category, id 2 \(1 in all\)"),
     (with_entry("annotations", 5, bbox=...), r"bbox of annotations\[5\] must be four finite numbers"),
     (with_entry("annotations", 5, bbox=[1, 2, 3]), r"bbox of annotations\[5\] must be four finite numbers"),
     (with_entry("annotations", 5, bbox=[1, 2, 3, float("nan")]), r"bbox of annotations\[5\] must be four finite"),
+    (with_entry("annotations", 5, bbox=[10**400, 2, 3, 4]), r"bbox of annotations\[5\] must be four finite"),
+    (with_entry("annotations", 5, area=1e308), r"area of annotations\[5\] must be a finite number"),
+    (with_entry("images", 1, file_name="./first.png"), "image file 'first.png' is listed more than once"),
+    (with_entry("images", 2, width=40.5), r"width of images\[2\] must be a positive integer, found 40.5"),
+    (broken(categories=[], annotations=[]), "lists no category"),
+    ("[" * 100_000, "no json file"),
     (with_entry("annotations", 5, iscrowd=2), r"iscrowd of annotations\[5\] must be 0 or 1, found 2"),
 ])
 def test_what_is_no_coco_file(tmp_path: Path, data: Any, message: str) -> None:
@@ -283,6 +334,8 @@ def test_no_annotation_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("file", "folder", "split"), [
     ("annotations/instances_val2017.json", "val2017", "val"),
     ("annotations/instances_val2017.json", "val2017", "val2017"),
+    ("annotations/instances_val2017.json", "images/val2017", "val"),
+    ("annotations/instances_mine.json", "images/mine", "mine"),
     ("annotations/instances_mine.json", "mine", "mine"),
     ("instances_val.json", "images/val", "validation"),
     ("valid/_annotations.coco.json", "valid", "val"),
@@ -300,6 +353,13 @@ def test_layouts(tmp_path: Path, file: str, folder: str, split: str) -> None:
     with pytest.raises(ValueError, match=r"has no COCO split 'test'. Looked for annotations/instances_test2017.json "
                                          r"with images in test2017; .*test/_annotations.coco.json"):
         open_coco(tmp_path, "test")
+
+
+def test_annotations_without_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"val2017.json is there, but no folder .*/val2017, .*/images/val2017"):
+        open_coco(tmp_path, "val")
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import randomise
 from detr_cases import Golden
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import adn
 from adn.detection.criterion import DetectionLoss, DistillationLoss
@@ -282,6 +283,27 @@ def test_decoder_depth_in_training_is_an_option() -> None:
     state_of(net).cuts[0].in_training = True
     outputs = net(x, targets)
     assert len(outputs["aux_outputs"]) == len(outputs["dn_aux_outputs"]) == 2
+
+
+def test_a_checkpointed_decoder_is_recomputed_at_the_depth_of_its_forward() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        net = adn.convert(tiny()).train()
+        for cut in state_of(net).cuts:
+            cut.in_training = True
+        maps = [torch.randn(1, 32, side, side, generator=torch.Generator().manual_seed(side), requires_grad=True)
+                for side in (8, 4, 2)]
+        loss = 0
+        for depth in ("super", "base"):
+            with adn.at_depth(net, depth):
+                outputs = checkpoint(net.decoder, maps, use_reentrant=False) if checkpointed else net.decoder(maps)
+            assert len(outputs["aux_outputs"]) == (3 if depth == "super" else 2)
+            loss = loss + outputs["pred_logits"].square().sum() + outputs["pred_boxes"].sum()
+        loss.backward()
+        gradients.append([*(x.grad for x in maps), *(p.grad for p in net.decoder.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
 
 
 def test_saved_and_loaded(tmp_path) -> None:

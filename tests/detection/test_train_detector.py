@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,7 @@ def test_other_classes(scenes: Path, trained: Path, tmp_path: Path) -> None:
     static = adn.extract(adn.load(trained / "model.safetensors"), "super")
     torch.save({"model": static.state_dict()}, tmp_path / "w.pth")
     start = {"weights": str(tmp_path / "w.pth")}
-    with pytest.raises(adn.CheckpointError, match="of other shape"):
+    with pytest.raises(ValueError, match=r"for other classes than the 4 of the data .*pass --new-head"):
         train_detector(config(data, tmp_path / "b", **start), progress=False)
     result = train_detector(config(data, tmp_path / "b", SMALL.but(epochs=1), new_head=True, **start), progress=False)
     assert result.net.num_classes == 4
@@ -184,6 +185,83 @@ def test_data_that_does_not_fit(scenes: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def changed(scenes: Path, data: Path, change: Callable[[dict], None], split: str = "*") -> Path:
+    """A copy of the scenes with other annotations."""
+    shutil.copytree(scenes, data)
+    for file in data.glob(f"instances_{split}.json"):
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+    return data
+
+
+def test_nothing_to_learn_from(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def crowds(content: dict) -> None:
+        for entry in content["annotations"]:
+            entry["iscrowd"] = 1
+
+    data = changed(scenes, tmp_path / "crowds", crowds)
+    with pytest.raises(ValueError, match=r"instances_train.json has no object to learn from: 7 images"):
+        train_detector(config(data, tmp_path / "run"), progress=False)
+    assert not (tmp_path / "run").exists()
+    data = changed(scenes, tmp_path / "val", lambda content: content.update(annotations=[]), "val")
+    train_detector(config(data, tmp_path / "run", SMALL.but(epochs=1)))
+    assert "instances_val.json has no object to find" in capsys.readouterr().out
+
+
+def test_classes_of_other_names(scenes: Path, trained: Path, tmp_path: Path) -> None:
+    def rename(content: dict) -> None:
+        content["categories"][3]["name"] = "drei"
+
+    data = changed(scenes, tmp_path / "data", rename)
+    shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(ValueError, match="was for other classes than those of the data now"):
+        train_detector(config(data, tmp_path / "run", SMALL.but(epochs=3)), resume=True, progress=False)
+    start = {"checkpoint": str(trained / "model.safetensors")}
+    with pytest.raises(ValueError, match="class 3 is '3' there, 'drei' in the data; pass --new-head"):
+        train_detector(config(data, tmp_path / "new", **start), progress=False)
+    train_detector(config(data, tmp_path / "new", SMALL.but(epochs=1), new_head=True, **start), progress=False)
+
+
+def test_a_run_goes_on_without_the_file_it_began_with(scenes: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "model.safetensors", tmp_path / "start.safetensors")
+    run = config(scenes, tmp_path / "run", SMALL.but(epochs=1), checkpoint=str(tmp_path / "start.safetensors"))
+    train_detector(run, progress=False)
+    (tmp_path / "start.safetensors").unlink()
+    run = config(scenes, tmp_path / "run", SMALL.but(epochs=2), checkpoint=str(tmp_path / "start.safetensors"))
+    assert len(train_detector(run, resume=True, progress=False).history) == 2
+    for name in ("best.safetensors", "model.safetensors"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"start.safetensors, which is gone: put it back"):
+        train_detector(run, resume=True, progress=False)
+
+
+def test_the_smallest_of_many_sizes_is_tried_first(scenes: Path, tmp_path: Path) -> None:
+    recipe = SMALL.but(size=128, multi_scale=True, model_kwargs=KWARGS | {"queries": 300})
+    with pytest.raises(ValueError, match=r"96 x 96 pixels have 189 places for 300 queries.*--no-multi-scale"):
+        train_detector(config(scenes, tmp_path / "run", recipe), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_frozen_random_values_are_warned_of(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe = SMALL.but(epochs=1, model_kwargs=KWARGS | {"freeze_norm": True})
+    train_detector(config(scenes, tmp_path / "a", recipe))
+    assert "warning: parts of the backbone are frozen at the random values" in capsys.readouterr().out
+    train_detector(config(scenes, tmp_path / "b", SMALL.but(epochs=1)))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_says_what_it_is(scenes: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+                                      ) -> None:
+    """Its name, and at which size it was trained."""
+    assert main(["train", str(scenes), "--task", "detect", "--out", str(tmp_path / "run"), "--checkpoint",
+                 str(trained / "model.safetensors"), "--epochs", "1", "--device", "cpu", "--workers", "0",
+                 "--no-multi-scale"]) == 0
+    out = capsys.readouterr().out
+    assert "rtdetr_r18vd, 0." in out
+    assert "10 classes; 64 pixels" in out
+
+
 @pytest.mark.parametrize("package", ["pycocotools", "scipy.optimize"])
 def test_a_missing_package_is_named_before_anything_is_done(
         package: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +284,10 @@ def test_parameters_have_rates_and_decays_of_their_own() -> None:
             is_norm = adn.nn.is_norm(net.get_submodule(name.rpartition(".")[0]))
             assert group["weight_decay"] == (0 if is_norm or name.endswith("bias") else 0.1), name
     assert seen == {name for name, p in net.named_parameters() if p.requires_grad}
+    r101 = DETECTION_RECIPES["rtdetr-r101-72"]  # of its biases only those of norms have none
+    decays = {names[id(p)]: group["weight_decay"] for group in parameter_groups(net, r101) for p in group["params"]}
+    assert decays["decoder.enc_output.1.bias"] == decays["encoder.encoder.0.layers.0.norm1.weight"] == 0
+    assert decays["decoder.enc_score_head.bias"] == decays["decoder.enc_score_head.weight"] == 2e-4
     assert not any(name.startswith("backbone.conv1") for name in seen)  # the stem is frozen
 
 
