@@ -231,7 +231,7 @@ def test_help_names_every_setting_with_its_default(capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     for field in (*dataclasses.fields(Recipe), *dataclasses.fields(DetectionRecipe)):
         assert f"--{field.name.replace('_', '-')}" in text
-    assert "[0.0005]" in text
+    assert "[0.0005, to detect 0.0001]" in " ".join(text.split())
 
 
 def test_command_resume_and_extend(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -50,10 +50,12 @@ def parameter_groups(net: nn.Module, recipe: Settings) -> list[dict]:
 
 def create_optimizer(net: nn.Module, recipe: Settings) -> torch.optim.Optimizer:
     """timm's optimizer of that name over `parameter_groups`."""
+    # A gradient scaler's fused steps on a CPU go wrong where a gradient is infinite (torch 2.15).
+    fused = recipe.optimizer in _FUSED and recipe.amp != "fp16"
     try:
         return timm.optim.create_optimizer_v2(
             parameter_groups(net, recipe), opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum, **({"fused": True} if recipe.optimizer in _FUSED else {}),
+            momentum=recipe.momentum, **({"fused": True} if fused else {}),
         )
     except (AssertionError, ImportError) as error:
         raise ValueError(f"timm's optimizer {recipe.optimizer!r} cannot be made here ({error}); choose another one by "
