@@ -49,6 +49,7 @@ _OF_DETECTORS = ("results_dir", "backend", "latency")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="images with labels, or with boxes")
     add_source_arguments(parser)
+    add_task_argument(parser)
     add_depth_argument(parser)
     parser.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
     parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision (default: off)")
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     make_folder(args.csv)
     net = load_checkpoint(args) if args.model is None else None
+    check_task(args, net is None or is_detector(net))
     if net is None or is_detector(net):
         return _run_detector(args, net)
     return _run_classifier(args, net)
@@ -165,6 +167,17 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--checkpoint", metavar="FILE", help="a net, as adn.save writes it")
     source.add_argument("--model", metavar="NAME", help="a detector by name, such as rtdetr_r50vd, for --weights")
     parser.add_argument("--weights", metavar="FILE", help="weights for --model, such as the authors'")
+
+
+def add_task_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=("classify", "detect"), help="be sure that the net does this (what it does "
+                        "is known without)")
+
+
+def check_task(args: argparse.Namespace, detects: bool) -> None:
+    task = "detect" if detects else "classify"
+    if args.task not in (None, task):
+        raise ValueError(f"--task {args.task}, but {args.checkpoint or args.model} is made to {task}")
 
 
 def add_depth_argument(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,10 @@
 """Count and time a net at every depth, and pick one for a time budget.
 
-Prints one line per depth: its name, multiply-adds per image (in millions),
-parameters in use, median and 99th percentile of the measured time of a forward,
-and a star if no other depth is both faster and better (more accurate where
-accuracy is given, else more multiply-adds). For a detector multiply-adds include
-norms and sampling, as published numbers do.
+Prints one line per depth: its name, multiply-adds per image (in millions, of
+large nets in billions), parameters in use, median and 99th percentile of the
+measured time of a forward, and a star if no other depth is both faster and
+better (more accurate where accuracy is given, else more multiply-adds). For a
+detector multiply-adds include norms and sampling, as published numbers do.
 
 examples:
   adn profile --model resnet50 --threads 1
@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 
 from .eval import (
+    add_task_argument,
     build_detector,
+    check_task,
     detector_size,
     example,
     image_config,
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--model", metavar="NAME", help="a model of timm, converted, or a detector such as "
                         "rtdetr_r50vd, with random weights")
     source.add_argument("--checkpoint", metavar="FILE", help="a net, as adn.save writes it")
+    add_task_argument(parser)
     parser.add_argument("--size", type=int, metavar="N", help="side of the images in pixels (default: the net's own)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per forward (default: 1)")
     parser.add_argument(
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             PREFIX + args.model.removeprefix(PREFIX))
         net.to(args.device).eval()
     detector = is_detector(net)
+    check_task(args, detector)
     size = detector_size(args) if detector else image_config(args, net)["size"]
     accuracy = None
     if args.accuracy:

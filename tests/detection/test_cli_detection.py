@@ -391,7 +391,8 @@ def test_a_decoder_too_short_to_cut(layers: int, scenes: Path, tmp_path: Path, a
 
 def test_no_accuracy_in_a_file(checkpoint: Path, tmp_path: Path, adn_command) -> None:
     (tmp_path / "a.csv").write_text("depth,ap\nFFFFF|3,\n")
-    code, _, err = adn_command("profile", "--checkpoint", checkpoint, "--accuracy", tmp_path / "a.csv")
+    code, _, err = adn_command("profile", "--task", "detect", "--checkpoint", checkpoint, "--accuracy",
+                               tmp_path / "a.csv")
     assert code == 2
     assert "a.csv has no accuracy in it: its column ap is empty" in err
 
@@ -404,6 +405,8 @@ def test_options_of_the_other_kind(checkpoint: Path, classifier: Path, scenes: P
         (classifier, ("--latency",), "holds a classifier, which has no use for --latency"),
         (classifier, ("--results-dir", "r"), "no use for --results-dir"),
         (classifier, ("--weights", "w"), "--weights are for a detector"),
+        (classifier, ("--task", "detect"), "classifier.safetensors is made to classify"),
+        (checkpoint, ("--task", "classify"), "net.safetensors is made to detect"),
     ):
         code, out, err = adn_command("eval", scenes, "--checkpoint", path, *options)
         assert (code, out) == (2, "")
@@ -466,7 +469,8 @@ def test_profile_with_accuracy(checkpoint: Path, tmp_path: Path, adn_command) ->
     assert {str(point.depth): point.top1 for point in result} == {"TTTTT|2": 40.5, "FFFFF|3": 43.25}
     assert b"<!-- AP (%) -->" in (tmp_path / "p.svg").read_bytes()
     (tmp_path / "a.csv").write_text("depth,macs,top1\nFFFFF|3,1,50.5\n")
-    code, _, err = adn_command("profile", "--checkpoint", checkpoint, "--accuracy", tmp_path / "a.csv")
+    code, _, err = adn_command("profile", "--task", "detect", "--checkpoint", checkpoint, "--accuracy",
+                               tmp_path / "a.csv")
     assert code == 2
     assert "no column 'ap'" in err
 
