@@ -295,7 +295,7 @@ DETECTION_RECIPES: dict[str, DetectionRecipe] = {
     # A tiny detector for the scenes of `adn scenes`, on a CPU: without augmentation, as scenes differ enough, and in
     # small batches, as the number of steps counts.
     "digits": DetectionRecipe(
-        model="rtdetr_r18vd", epochs=11, batch_size=8, lr=2.5e-3, backbone_lr=None, distort=0.0, zoom_out=0.0, crop=0.0,
+        model="rtdetr_r18vd", epochs=9, batch_size=8, lr=2.5e-3, backbone_lr=None, distort=0.0, zoom_out=0.0, crop=0.0,
         flip=0.0, size=128, multi_scale=False, ema_every=5, ema_decay=0.99, ema_ramp=40, schedule="cosine",
         model_kwargs={
             "backbone_args": {"width": 16}, "hidden": 64, "decoder_hidden": 64, "heads": 4, "feedforward": 128,
