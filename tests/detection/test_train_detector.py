@@ -33,7 +33,7 @@ from adn.train.recipes import DETECTION_RECIPES, DetectionRecipe
 KWARGS = {key: value for key, value in TINY.items() if key != "num_classes"} | {
     "backbone_args": {"width": 8}, "decoder_layers": 2, "queries": 10}
 SMALL = DETECTION_RECIPES["digits"].but(
-    model_kwargs=KWARGS, epochs=2, batch_size=3, size=64, warmup_epochs=0, ema_ramp=2, lr=1e-3)
+    model_kwargs=KWARGS, epochs=2, batch_size=3, size=64, ema_every=1, ema_ramp=2, lr=1e-3)
 
 
 @pytest.fixture(scope="module")
