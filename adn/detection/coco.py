@@ -192,10 +192,10 @@ class CocoImages(Dataset):
         sizes = []
         for index in first:
             with contextlib.suppress(*UNREADABLE), Image.open(self._path(index)) as file:
-                sizes.append((file.size, self._size(index)))
-        if sizes and not any(sorted(found) == sorted(wanted) for found, wanted in sizes):
-            (width, height), (w, h) = sizes[0]
-            raise ValueError(f"{self._path(first[0])} has {width} x {height} pixels, but {self.file} is for {w} x {h}, "
+                sizes.append((file.size, self._size(index), self._path(index)))
+        if sizes and not any(sorted(found) == sorted(wanted) for found, wanted, _ in sizes):
+            (width, height), (w, h), path = sizes[0]
+            raise ValueError(f"{path} has {width} x {height} pixels, but {self.file} is for {w} x {h}, "
                              f"and so on for {len(sizes)} images: images and annotations do not belong together, or "
                              "one of them was resized alone")
 
