@@ -69,6 +69,7 @@ class CocoImages(Dataset):
         categories: by label, id in the file and name.
         class_names: by label.
         image_ids: by index.
+        trainable: how many objects a detector can learn from: those with area in their image that are no crowd.
         notes: what was put right or left out, one sentence each; empty if the file is in order.
         transform: what turns image and target into an item; None leaves them as they are.
     """
@@ -91,7 +92,7 @@ class CocoImages(Dataset):
         self.class_names = [category.name for category in self.categories]
         self._take_images(content["images"])
         self._take_objects(content["annotations"])
-        self.notes = self._describe_faults()
+        self._look_over_boxes()
         self._look_at_first()
         # In shared memory: the processes of a DataLoader write here what the main process reads.
         self._failed = torch.zeros(len(self), dtype=torch.bool).share_memory_()
@@ -118,12 +119,6 @@ class CocoImages(Dataset):
         """Paths of the images that could not be read so far, or had another size than annotated, in any process of a
         DataLoader; each once."""
         return [self._path(index) for index in self._failed.nonzero().flatten().tolist()]
-
-    @property
-    def trainable(self) -> int:
-        """How many objects a detector can learn from: those with area in their image that are no crowd."""
-        sizes = np.repeat(self._sizes, np.diff(self._start), axis=0)
-        return int((_has_area(_clip(_corners(self._boxes), sizes)) & ~self._crowd).sum())
 
     def ground_truth(self, image_ids: Iterable[int] | None = None) -> dict[str, list[dict[str, Any]]]:
         """Images, annotations and categories in COCO's format, for evaluation: crowds included, nothing clipped.
@@ -199,18 +194,19 @@ class CocoImages(Dataset):
                              f"and so on for {len(sizes)} images: images and annotations do not belong together, or "
                              "one of them was resized alone")
 
-    def _describe_faults(self) -> list[str]:
+    def _look_over_boxes(self) -> None:
+        """Set `trainable` and `notes`."""
         sizes = np.repeat(self._sizes, np.diff(self._start), axis=0)
         corners = _corners(self._boxes)
         clipped = _clip(corners, sizes)
-        empty = ~_has_area(clipped) & ~self._crowd
-        moved = (abs(clipped - corners) > _SLACK).any(axis=1) & ~empty & ~self._crowd
-        notes = []
+        usable = _has_area(clipped) & ~self._crowd
+        empty = ~usable & ~self._crowd
+        moved = (abs(clipped - corners) > _SLACK).any(axis=1) & usable
+        self.trainable, self.notes = int(usable.sum()), []
         if moved.any():
-            notes.append(f"boxes that reach over the edge of their image, and are clipped: {moved.sum()}")
+            self.notes.append(f"boxes that reach over the edge of their image, and are clipped: {moved.sum()}")
         if empty.any():
-            notes.append(f"boxes without area in their image, which are not trained on: {empty.sum()}")
-        return notes
+            self.notes.append(f"boxes without area in their image, which are not trained on: {empty.sum()}")
 
     def _target(self, index: int) -> Target:
         part = slice(self._start[index], self._start[index + 1])

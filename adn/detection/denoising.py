@@ -145,8 +145,8 @@ def make_queries(
 
 
 def _check(draws: Draws, images: int, queries: int) -> None:
-    for field in dataclasses.fields(draws):
-        shape = getattr(draws, field.name).shape
-        wanted = (images, queries) if field.name.endswith("label") else (images, queries, 4)
+    per_query, per_side = (images, queries), (images, queries, 4)
+    for name, wanted in (("u_label", per_query), ("new_label", per_query), ("sign01", per_side), ("u_box", per_side)):
+        shape = getattr(draws, name).shape
         if shape != wanted:
-            raise ValueError(f"draws have {field.name} {tuple(shape)}; these targets need {wanted}")
+            raise ValueError(f"draws have {name} {tuple(shape)}; these targets need {wanted}")

@@ -23,7 +23,8 @@ What differs from the reference's training (Adaptive Depth Networks, NeurIPS 202
 """
 
 from .data import TrainBatches, mixing, train_sampler, train_transform
-from .engine import Diverged, Interrupted, Result, Supervised, default_loss, fit, holds_run
+from .engine import Diverged, Interrupted, Result, Supervised, default_loss, fit
+from .folder import holds_run
 from .recipes import DEFAULT, RECIPES, Recipe, recipe
 from .run import Config, train
 from .seeds import seed_all

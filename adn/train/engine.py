@@ -6,11 +6,9 @@ start of each. So an epoch that was interrupted is repeated exactly, and there i
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
-import pickle
 import signal
 import threading
 import time
@@ -19,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -27,19 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from ..checkpoint import atomic_write, save
 from ..convert import convert_sync_batchnorm
 from ..distill import SelfDistillation
 from ..evaluate import autocast
 from ..state import is_converted, state_of
+from .folder import BEST, FINAL, LAST, RunFolder
 from .optim import WeightAverage, create_optimizer, create_scheduler
 from .recipes import Recipe, Settings
 from .seeds import seed_all
-
-FORMAT = 1
-CONFIG, LOG, LAST, BEST, FINAL, INTERRUPTED = (
-    "config.json", "log.csv", "last.pt", "best.safetensors", "model.safetensors", "interrupted.json")
-FILES = (CONFIG, LOG, LAST, BEST, FINAL, INTERRUPTED)
 
 Batch = tuple[torch.Tensor, Any]
 Batches = Callable[[int], Iterable[Batch | None]]
@@ -168,12 +160,12 @@ def fit(
     """
     run = _Run(net, recipe, loss, accuracy, _device(net, device), out, progress and _rank() == 0)
     start = time.perf_counter()
-    make_writer = run.tensorboard_writer() if tensorboard else None
+    make_writer = run.folder.tensorboard_writer() if tensorboard else None
     if resume:
         run.resume(config)
     else:
         run.begin(overwrite, config)
-    writer = make_writer() if make_writer else None
+    writer = make_writer(run.epoch) if make_writer else None
     try:
         with _Interrupts() as interrupts:
             while run.epoch < recipe.epochs:
@@ -188,9 +180,9 @@ def fit(
         if writer:
             writer.close()
     run.write_net(FINAL, extra)
-    if run.out:
-        run.say(f"done in {_duration(time.perf_counter() - start)}: {run.out / FINAL}")
-    return Result(run.evaluated.eval(), run.history, run.best, run.out)
+    if run.folder.path:
+        run.say(f"done in {_duration(time.perf_counter() - start)}: {run.folder.path / FINAL}")
+    return Result(run.evaluated.eval(), run.history, run.best, run.folder.path)
 
 
 class _Run:
@@ -200,7 +192,7 @@ class _Run:
                  out: str | Path | None, talk: bool) -> None:
         self.recipe, self.accuracy, self.device, self.talk = recipe, accuracy, device, talk
         self.rank, self.world = _rank(), _world()
-        self.out = Path(out) if out is not None else None
+        self.folder = RunFolder(out, writes=self.rank == 0)
         if recipe.sync_bn and self.world > 1 and device.type == "cpu":
             raise ValueError("torch has batch norms synchronised between processes for GPUs only: pass --no-sync-bn")
         if recipe.sync_bn:
@@ -341,48 +333,28 @@ class _Run:
         if improved:
             self.write_net(BEST, extra)
         self.write_last()
-        self.write_log()
+        self.folder.write_log(self.history)
 
-    # ------------------------------------------------------------------------------------------ what is on the disk
+    # ---------------------------------------------------------------------------------------- beginning and resuming
 
     def begin(self, overwrite: bool, config: Mapping[str, Any] | None) -> None:
-        if self.out is not None and self.rank == 0:
-            if not overwrite:
-                refuse_overwriting(self.out)
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OSError(error.errno, f"cannot make the folder {self.out} ({error.strerror}); choose another one "
-                              "by --out") from error
-            for name in FILES:
-                (self.out / name).unlink(missing_ok=True)
-            self._write_config(config)
+        self.folder.make(overwrite)
+        self._write_config(config)
         if 0 < self.recipe.epochs <= self.recipe.warmup_epochs:
             self.say(f"warning: all of the {self.recipe.epochs} epochs are warm-up (--warmup-epochs "
                      f"{self.recipe.warmup_epochs}), so the learning rate stays below {self.recipe.lr:g}")
         self.write_last()
 
     def resume(self, config: Mapping[str, Any] | None) -> None:
-        if self.out is None:
-            raise ValueError("nothing to resume: pass the folder of the run as `out`")
-        path = self.out / LAST
-        if not path.exists():
-            raise ValueError(f"nothing to resume in {self.out}: there is no {LAST}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            version = state["format"]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is damaged, or no state of a training run ({error})") from error
-        if version != FORMAT:
-            raise ValueError(f"{path} has format {version}, this version of adn reads {FORMAT}")
+        state, out = self.folder.read_state(), self.folder.path
         try:
             before = type(self.recipe).from_dict(state["recipe"])
         except ValueError as error:
-            raise ValueError(f"the run in {self.out} trains something else: {error}") from error
+            raise ValueError(f"the run in {out} trains something else: {error}") from error
         self._compare(before, state["world"])
         names = self._class_names()
         if names and state.get("class_names") not in (None, names):
-            raise ValueError(f"the run in {self.out} was for other classes than those of the data now: it was for "
+            raise ValueError(f"the run in {out} was for other classes than those of the data now: it was for "
                              f"{', '.join(state['class_names'][:5])}, ..., these are {', '.join(names[:5])}, ...")
         try:
             self.net.load_state_dict(state["net"])
@@ -390,7 +362,7 @@ class _Run:
             fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit this net: {error}") from error
+            raise ValueError(f"{out / LAST} does not fit this net: {error}") from error
         for group, values in zip(self.optimizer.param_groups, fresh, strict=True):
             group.update(values)
         if self.scaler.is_enabled() and state["scaler"]:
@@ -400,21 +372,18 @@ class _Run:
             self.ema.started, self.ema.updates = state["ema_started"], state.get("ema_updates", 0)
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
         if self.epoch > self.recipe.epochs:
-            raise ValueError(f"the run in {self.out} has {self.epoch} epochs already; pass --epochs {self.epoch} or "
+            raise ValueError(f"the run in {out} has {self.epoch} epochs already; pass --epochs {self.epoch} or "
                              "more")
-        if self.rank == 0:
-            self._say_where()
-            (self.out / INTERRUPTED).unlink(missing_ok=True)
-            self._write_config(config)
-            self.write_log()
+        self._say_where()
+        self._write_config(config)
+        self.folder.write_log(self.history)
 
     def _say_where(self) -> None:
-        marker = self.out / INTERRUPTED
+        stopped = self.folder.take_interruption()
         if self.epoch == self.recipe.epochs:
-            self.say(f"all {self.epoch} epochs of {self.out} are done; --epochs with a larger number goes on")
-        elif marker.exists() and (stopped := json.loads(marker.read_text()))["epoch"] == self.epoch + 1:
-            self.say(f"epoch {stopped['epoch']} was interrupted after {stopped['steps']} steps: it starts again from "
-                     "its beginning")
+            self.say(f"all {self.epoch} epochs of {self.folder.path} are done; --epochs with a larger number goes on")
+        elif stopped and stopped[0] == self.epoch + 1:
+            self.say(f"epoch {stopped[0]} was interrupted after {stopped[1]} steps: it starts again from its beginning")
         else:
             self.say(f"going on with epoch {self.epoch + 1} of {self.recipe.epochs}")
 
@@ -438,72 +407,30 @@ class _Run:
         return state_of(self.net).class_names if is_converted(self.net) else None
 
     def write_last(self) -> None:
-        if self.out is None or self.rank != 0:
-            return
-        state = {
-            "format": FORMAT, "recipe": self.recipe.to_dict(), "world": self.world, "epoch": self.epoch,
-            "history": self.history, "best": self.best, "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "ema": self.ema and self.ema.module.state_dict(), "ema_started": self.ema is not None and self.ema.started,
+        self.folder.write_state({
+            "recipe": self.recipe.to_dict(), "world": self.world, "epoch": self.epoch, "history": self.history,
+            "best": self.best, "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(), "ema": self.ema and self.ema.module.state_dict(),
+            "ema_started": self.ema is not None and self.ema.started,
             "ema_updates": 0 if self.ema is None else self.ema.updates, "class_names": self._class_names(),
-        }
-        with atomic_write(self.out / LAST) as temporary, temporary.open("wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:
-                # What the file raised, e.g. on a full disk, is hidden behind an error of torch's writer.
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from error
-                raise
-
-    def write_log(self) -> None:
-        if self.out is None or self.rank != 0 or not self.history:
-            return
-        names = list(dict.fromkeys(name for row in self.history for name in row))
-        with atomic_write(self.out / LOG) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            for row in self.history:
-                writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                                 for name, value in row.items()})
+        })
 
     def write_net(self, name: str, extra: Mapping[str, Any] | None) -> None:
-        if self.out is None or self.rank != 0:
-            return
-        if is_converted(self.evaluated):
-            last = self.history[-1] if self.history else {}
-            save(self.evaluated, self.out / name,
-                 extra={"recipe": self.recipe.to_dict(), "epoch": self.epoch, "log": last, **(extra or {})})
-        else:
-            with atomic_write(self.out / name) as temporary:
-                safetensors.torch.save_model(self.evaluated, str(temporary))
-
-    def tensorboard_writer(self) -> Callable[[], Any] | None:
-        """What makes the writer once the folder is there; a missing package is noticed before."""
-        if self.out is None or self.rank != 0:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError('TensorBoard is not installed: pip install "adn[tensorboard]"') from error
-        return lambda: SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch + 1)
+        last = self.history[-1] if self.history else {}
+        self.folder.write_net(name, self.evaluated, {
+            "recipe": self.recipe.to_dict(), "epoch": self.epoch, "log": last, **(extra or {})})
 
     def _write_config(self, config: Mapping[str, Any] | None) -> None:
-        self._write_json(CONFIG, {"recipe": self.recipe.to_dict()} if config is None else dict(config))
-
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        with atomic_write(self.out / name) as temporary:
-            temporary.write_text(json.dumps(value, indent=2) + "\n")
+        self.folder.write_config({"recipe": self.recipe.to_dict()} if config is None else config)
 
     # ------------------------------------------------------------------------------------------------ what can go wrong
 
     def interrupted(self) -> Interrupted:
         where = f"interrupted in epoch {self.epoch + 1} after {self.steps} steps"
-        if self.out is None:
+        if self.folder.path is None:
             return Interrupted(f"{where}; nothing was saved, since the run has no folder")
-        if self.rank == 0:
-            self._write_json(INTERRUPTED, {"epoch": self.epoch + 1, "steps": self.steps})
-        return Interrupted(f"{where}; its beginning is saved in {self.out}, resume to go on from there")
+        self.folder.note_interruption(self.epoch + 1, self.steps)
+        return Interrupted(f"{where}; its beginning is saved in {self.folder.path}, resume to go on from there")
 
     def _check_finite(self, loss: torch.Tensor) -> float:
         value = loss.item()
@@ -520,7 +447,7 @@ class _Run:
 
     def _diverged(self, what: str) -> Diverged:
         state = f"after epoch {self.epoch}" if self.epoch else "before the first epoch"
-        kept = f" {self.out / LAST} holds the state {state}." if self.out else ""
+        kept = f" {self.folder.path / LAST} holds the state {state}." if self.folder.path else ""
         half = ", or bf16 or none in place of fp16 (--amp)" if self.recipe.amp == "fp16" else ""
         clip = ", or clip gradients (--clip 1)" if self.recipe.clip is None else ""
         return Diverged(f"{what}.{kept} Try a lower learning rate (--lr, now {self.recipe.lr}), a longer warm-up "
@@ -539,18 +466,6 @@ class _Run:
         if self.world > 1:
             dist.all_reduce(total)
         return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
-
-
-def holds_run(out: Path) -> bool:
-    """Is there something in the folder that `overwrite` would destroy? (Settings alone are what a full disk leaves.)"""
-    return any((out / name).exists() for name in (LAST, BEST, FINAL, LOG))
-
-
-def refuse_overwriting(out: Path) -> None:
-    """Raise ValueError if there is a run in the folder."""
-    if holds_run(out):
-        raise ValueError(f"{out} holds a run already: go on with it by --resume, replace it by --overwrite, or choose "
-                         "another folder")
 
 
 class _Interrupts:

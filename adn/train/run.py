@@ -22,7 +22,8 @@ from ..models import PREFIX, create_model
 from ..state import state_of
 from ..weights import load_weights
 from .data import TrainBatches, ignore_interrupts, train_transform
-from .engine import BEST, CONFIG, FINAL, Result, fit, refuse_overwriting
+from .engine import Result, fit
+from .folder import BEST, CONFIG, FINAL, refuse_overwriting
 from .recipes import RECIPES, Recipe
 from .seeds import seed_all
 
