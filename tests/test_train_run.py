@@ -24,6 +24,7 @@ from adn.cli import main
 from adn.models import create_model
 from adn.state import state_of
 from adn.train import RECIPES, Config, recipe, train
+from adn.train.data import ignore_interrupts
 from adn.train.recipes import DetectionRecipe, Recipe
 
 KWARGS = {"channels": [8, 8, 16, 16], "zero_init_last": False}
@@ -253,6 +254,21 @@ def test_command_resume_and_extend(images: Path, tmp_path: Path, capsys: pytest.
     (out / "config.json").write_text("{")
     assert main(["train", "--out", str(out), "--resume"]) == 2
     assert "is not what adn train wrote" in capsys.readouterr().err
+
+
+def test_workers_leave_the_end_to_the_main_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+                                                   ) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        ignore_interrupts(0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    sys.excepthook(ConnectionResetError, ConnectionResetError("lost"), None)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(KeyError, KeyError("shown"), None)
+    assert "shown" in capsys.readouterr().err
 
 
 def test_ctrl_c(images: Path, tmp_path: Path) -> None:
