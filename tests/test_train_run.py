@@ -24,7 +24,7 @@ from adn.cli import main
 from adn.models import create_model
 from adn.state import state_of
 from adn.train import RECIPES, Config, recipe, train
-from adn.train.data import ignore_interrupts
+from adn.train.interrupts import ignore_interrupts
 from adn.train.recipes import DetectionRecipe, Recipe
 
 KWARGS = {"channels": [8, 8, 16, 16], "zero_init_last": False}

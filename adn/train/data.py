@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import timm.data.distributed_sampler
@@ -15,6 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 
 from ..data import collate
+from .interrupts import ignore_interrupts
 from .recipes import Recipe, Settings
 from .seeds import mixed_seed
 
@@ -114,18 +112,3 @@ class _Collate:
         if batch is None or (self.alone and len(batch[1]) == 1 < len(items)):
             return None
         return batch if self.mix is None else self.mix(*batch)
-
-
-def ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main one decides when workers end.
-
-    A tensor that it does not fetch any more then leaves a worker's thread with a lost connection: not worth a traceback
-    under the message that says how to go on.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _show_but_lost_connections
-
-
-def _show_but_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)

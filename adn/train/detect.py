@@ -27,8 +27,9 @@ from ..models import build_source
 from ..nn import FROZEN_NORMS
 from ..state import state_of
 from ..weights import load_weights
-from .data import TrainBatches, ignore_interrupts
+from .data import TrainBatches
 from .engine import Result, fit
+from .interrupts import ignore_interrupts
 from .recipes import DEFAULT_DETECTION, DETECTION_RECIPES, DetectionRecipe
 from .run import (
     check_out,

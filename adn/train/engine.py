@@ -9,12 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from ..distill import SelfDistillation
 from ..evaluate import autocast
 from ..state import is_converted, state_of
 from .folder import BEST, FINAL, LAST, RunFolder
+from .interrupts import Interrupts
 from .optim import WeightAverage, create_optimizer, create_scheduler
 from .recipes import Recipe, Settings
 from .seeds import seed_all
@@ -167,7 +165,7 @@ def fit(
         run.begin(overwrite, config)
     writer = make_writer(run.epoch) if make_writer else None
     try:
-        with _Interrupts() as interrupts:
+        with Interrupts() as interrupts:
             while run.epoch < recipe.epochs:
                 run.train_epoch(batches, evaluate, extra, interrupts)
                 if writer:
@@ -223,7 +221,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------------ one epoch
 
     def train_epoch(self, batches: Batches, evaluate: Evaluate | None, extra: Mapping[str, Any] | None,
-                    interrupts: _Interrupts) -> None:
+                    interrupts: Interrupts) -> None:
         began = time.perf_counter()
         row = self._train(batches, interrupts)
         metrics = self._evaluate(evaluate) if evaluate is not None else {}
@@ -233,7 +231,7 @@ class _Run:
         self._end_epoch(row | {"seconds": time.perf_counter() - began}, extra)
         interrupts.hold = False
 
-    def _train(self, batches: Batches, interrupts: _Interrupts) -> dict[str, Any]:
+    def _train(self, batches: Batches, interrupts: Interrupts) -> dict[str, Any]:
         recipe, epoch = self.recipe, self.epoch
         seed_all(recipe.seed, epoch, self.rank)
         self.scheduler.step(epoch)
@@ -466,35 +464,6 @@ class _Run:
         if self.world > 1:
             dist.all_reduce(total)
         return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
-
-
-class _Interrupts:
-    """Ctrl-C and SIGTERM inside the block: KeyboardInterrupt, but while `hold` is set only noted, the first time.
-
-    Also noted if raised where Python drops exceptions (a loader that is being deleted), hence `check`.
-    """
-
-    def __init__(self) -> None:
-        self.hold = self._asked = False
-        self._before: dict[int, Any] = {}
-
-    def check(self) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers, and get no signals
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, _signal: int, _frame: FrameType | None) -> None:
-        again, self._asked = self._asked, True
-        if again or not self.hold:
-            raise KeyboardInterrupt
 
 
 def _rank() -> int:

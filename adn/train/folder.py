@@ -31,10 +31,11 @@ class RunFolder:
         writes: False for all processes of a run but the first.
 
     Attributes:
-        writes: whether anything is written; without a folder nothing is, and every method here does nothing.
+        path: the folder, or None.
+        writes: whether anything is written; without a folder nothing is, and methods that write do nothing.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, writes: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, writes: bool) -> None:
         self.path = None if path is None else Path(path)
         self.writes = writes and self.path is not None
 

@@ -21,9 +21,10 @@ from ..evaluate import evaluate, evaluating, try_forward
 from ..models import PREFIX, create_model
 from ..state import state_of
 from ..weights import load_weights
-from .data import TrainBatches, ignore_interrupts, train_transform
+from .data import TrainBatches, train_transform
 from .engine import Result, fit
 from .folder import BEST, CONFIG, FINAL, refuse_overwriting
+from .interrupts import ignore_interrupts
 from .recipes import RECIPES, Recipe
 from .seeds import seed_all
 
