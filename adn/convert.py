@@ -9,6 +9,8 @@ import timm.layers
 import torch
 from torch import nn
 
+from adn_kernels import private
+
 from .errors import ConversionError
 from .families import FAMILIES, find_plan
 from .nn import (
@@ -192,7 +194,7 @@ def _with_plain_norms(net: nn.Module, change: Callable[[nn.Module], nn.Module]) 
     assert changed is net, "a converted net has blocks, so it is no norm itself"
     new = _attach(net, state.plan, state.twins, {name: change(twin) for name, twin in twins.items()}, state.switches)
     new.origin, new.class_names = state.origin, state.class_names
-    net._compiled_call_impl = None  # regions are gone; it is for the caller to compile again
+    private.forget_compiled(net)  # regions are gone; it is for the caller to compile again
     return net
 
 

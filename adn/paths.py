@@ -28,8 +28,8 @@ from typing import Any
 import timm.models.regnet
 import torch
 from torch import fx, nn
-from torch._dynamo.decorators import skip as _not_traced
-from torch._dynamo.eval_frame import skip_code
+
+from adn_kernels.private import not_traced, unseen
 
 from . import nn as adn_nn
 from .nn import Bypass, SkipNorm, Stack, Swapped, _input, original_class, swap
@@ -53,12 +53,6 @@ def own_code(function: types.FunctionType) -> types.FunctionType:
         setattr(own, name, getattr(function, name))
     own.__dict__.update(function.__dict__)
     return own
-
-
-def unseen(function: types.FunctionType) -> types.FunctionType:
-    """Dynamo does not compile this function where it is called from Python; called by what it traces, it traces it."""
-    skip_code(function.__code__)
-    return function
 
 
 def only_calls(forward: types.FunctionType) -> types.FunctionType:
@@ -104,7 +98,7 @@ class _Dispatch(Swapped):
 class Paths(_Dispatch):
     """A container that calls its children one after the other, in segments; see above."""
 
-    @_not_traced
+    @not_traced
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not isinstance(x, torch.Tensor) or recomputing() or vars(self).get("grad_checkpointing"):
             return super().forward(x, *args, **kwargs)
@@ -116,7 +110,7 @@ class Paths(_Dispatch):
 class Features(_Dispatch):
     """timm's container of a model with `features_only`: calls its children likewise, and returns what some return."""
 
-    @_not_traced
+    @not_traced
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor] | list[torch.Tensor]:
         if not isinstance(x, torch.Tensor) or recomputing() or self.grad_checkpointing:
             return super().forward(x)
@@ -132,7 +126,7 @@ class Features(_Dispatch):
 class Region(_Dispatch):
     """A module called by a forward that is not ours, compiled by itself; see above."""
 
-    @_not_traced
+    @not_traced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if recomputing() or (isinstance(self, Bypass) and self._adn_switch.skip is True):
             return super().__call__(*args, **kwargs)
@@ -178,7 +172,7 @@ class OwnCode(Swapped):
                 first.setdefault(name, (cls, value))
         # Only what the class itself would call: not what a property, a mixin or a decorated function stands before.
         return {
-            name: _not_traced(own_code(function)) if hasattr(function, "_adn_only_calls") else own_code(function)
+            name: not_traced(own_code(function)) if hasattr(function, "_adn_only_calls") else own_code(function)
             for name, (cls, function) in first.items()
             if isinstance(function, types.FunctionType) and not name.startswith("__")
             and issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.nn.")

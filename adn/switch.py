@@ -15,32 +15,21 @@ refused, since its nodes are made during backward.
 from __future__ import annotations
 
 import bisect
-import sys
 import threading
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
 
-_graph_task = torch._C._current_graph_task_id
-_autograd_node = torch._C._current_autograd_node
-_next_sequence_number = torch._C._autograd._get_sequence_nr
-
-_BACKWARD = torch.autograd.backward.__code__
-_REENTRANT_BACKWARD = CheckpointFunction.backward.__code__
+from adn_kernels.private import autograd_node, constant, graph_task, in_reentrant_checkpoint, next_sequence_number
 
 # A backward whose forward lies more changes of depth back than this cannot be served (and says so).
 _REMEMBERED_CHANGES = 4096
 
 
+@constant  # compiled forwards are not recomputed by Python, and every norm of every forward asks
 def recomputing() -> bool:
     """Is this forward running inside a backward pass, i.e. repeated by gradient checkpointing?"""
-    return _graph_task() != -1
-
-
-# What torch.compiler.assume_constant_result sets, without importing the compiler: compiled forwards are not recomputed
-# by Python, and every norm of every forward asks.
-recomputing._dynamo_marked_constant = True
+    return graph_task() != -1
 
 
 class Both:
@@ -80,17 +69,21 @@ class _History:
             self._forget(self._states[-1])  # another thread counts from its own start
         if state == self._states[-1]:
             return
-        self._numbers.append(_next_sequence_number())
+        self._numbers.append(next_sequence_number())
         self._states.append(state)
         if len(self._numbers) > _REMEMBERED_CHANGES:
             del self._numbers[: _REMEMBERED_CHANGES // 2], self._states[: _REMEMBERED_CHANGES // 2]
 
     def at_forward(self) -> Any:
         """During a backward: what was set when the forward ran of which it is."""
-        node = _autograd_node()
+        node = autograd_node()
         if node is None:
             return self._states[-1]
-        _refuse_checkpoint_in_reentrant_checkpoint()
+        if in_reentrant_checkpoint():
+            raise RuntimeError(
+                "a checkpoint inside a reentrant checkpoint: which depth its forward ran at is not known any more. "
+                "Pass use_reentrant=False to the outer one"
+            )
         i = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
         if i < 0:
             raise RuntimeError(
@@ -164,15 +157,3 @@ class Cut:
 
     def __reduce__(self) -> tuple:
         return Cut, (self.entry, self.in_training)
-
-
-def _refuse_checkpoint_in_reentrant_checkpoint() -> None:
-    frame = sys._getframe(2)
-    while frame is not None:
-        caller = frame.f_back
-        if frame.f_code is _BACKWARD and caller is not None and caller.f_code is _REENTRANT_BACKWARD:
-            raise RuntimeError(
-                "a checkpoint inside a reentrant checkpoint: which depth its forward ran at is not known any more. "
-                "Pass use_reentrant=False to the outer one"
-            )
-        frame = caller

@@ -196,10 +196,10 @@ def _combine_kernel(
 
 @triton.jit
 def _of_bank(first, second, is_second, c, mask):
-    value = tl.load(first + c, mask=mask, other=0.0).to(tl.float32)
     if second is not None:
-        value = tl.where(is_second, tl.load(second + c, mask=mask, other=0.0).to(tl.float32), value)
-    return value
+        # Chosen before it is read: the other bank takes no registers.
+        first = tl.where(is_second, second, first)
+    return tl.load(first + c, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -234,28 +234,28 @@ def _store_stats(
 
 
 @triton.jit
-def _load_running(mean, var, c, mask):
-    if mean is not None:
-        return (tl.load(mean + c, mask=mask, other=0.0).to(tl.float32),
-                tl.load(var + c, mask=mask, other=0.0).to(tl.float32))
-    else:
-        nothing = tl.zeros_like(c).to(tl.float32)
-        return nothing, nothing
-
-
-@triton.jit
-def _move_running(mean, var, batch_mean, m2, count, momentum, moves):
-    """Running values of a bank after a group; var is the unbiased one, of which there is none for a single value."""
-    moves &= count > 1
-    mean = tl.where(moves, (1.0 - momentum) * mean + momentum * batch_mean, mean)
-    return mean, tl.where(moves, (1.0 - momentum) * var + momentum * (m2 / (count - 1.0)), var)
-
-
-@triton.jit
-def _store_running(running_mean, new_mean, new_var, mean, var, c, mask):
+def _copy_running(running_mean, running_var, new_mean, new_var, c, mask):
     if running_mean is not None:
-        tl.store(new_mean + c, mean.to(new_mean.dtype.element_ty), mask=mask)
-        tl.store(new_var + c, var.to(new_var.dtype.element_ty), mask=mask)
+        tl.store(new_mean + c, tl.load(running_mean + c, mask=mask, other=0.0), mask=mask)
+        tl.store(new_var + c, tl.load(running_var + c, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
+def _move_running(running_mean, new_mean, new_var, is_second, mean, m2, count, momentum, c, C, mask):
+    """Moves the new running values of a group's bank; var is the unbiased one, of which there is none for one value.
+
+    They wait in memory for their group: those of two banks, held in every thread, are what spills first.
+    """
+    if running_mean is not None:
+        tl.debug_barrier()  # what was stored last may be another thread's
+        at = is_second.to(tl.int32) * C + c
+        moves = mask & (count > 1)
+        old_mean = tl.load(new_mean + at, mask=moves, other=0.0).to(tl.float32)
+        old_var = tl.load(new_var + at, mask=moves, other=0.0).to(tl.float32)
+        mean = (1.0 - momentum) * old_mean + momentum * mean
+        var = (1.0 - momentum) * old_var + momentum * (m2 / (count - 1.0))
+        tl.store(new_mean + at, mean.to(new_mean.dtype.element_ty), mask=moves)
+        tl.store(new_var + at, var.to(new_var.dtype.element_ty), mask=moves)
 
 
 @triton.jit
@@ -271,16 +271,13 @@ def _finalize_kernel(
 ):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = c < C
-    mean1, var1 = _load_running(running_mean, running_var, c, mask)
-    mean2, var2 = _load_running(running_mean2, running_var2, c, mask)
+    _copy_running(running_mean, running_var, new_mean, new_var, c, mask)
+    _copy_running(running_mean2, running_var2, new_mean + C, new_var + C, c, mask)
     for g in range(groups):
         is_second = _is_second(bank, g)
         mean, m2, count = _load_moments(moments, parts, g, groups, c, C, mask, BP)
         _store_stats(stats, weight, bias, weight2, bias2, is_second, mean, m2, count, eps, g, groups, c, C, mask)
-        mean1, var1 = _move_running(mean1, var1, mean, m2, count, momentum, is_second == 0)
-        mean2, var2 = _move_running(mean2, var2, mean, m2, count, momentum, is_second)
-    _store_running(running_mean, new_mean, new_var, mean1, var1, c, mask)
-    _store_running(running_mean2, new_mean + C, new_var + C, mean2, var2, c, mask)
+        _move_running(running_mean, new_mean, new_var, is_second, mean, m2, count, momentum, c, C, mask)
 
 
 @triton.jit
@@ -354,8 +351,8 @@ def _few_kernel(
     column = c[None, :]
     mask = (row < rows) & c_mask[None, :]
     count = tl.full([BC], rows, tl.int32).to(tl.float32)
-    mean1, var1 = _load_running(running_mean, running_var, c, c_mask)
-    mean2, var2 = _load_running(running_mean2, running_var2, c, c_mask)
+    _copy_running(running_mean, running_var, new_mean, new_var, c, c_mask)
+    _copy_running(running_mean2, running_var2, new_mean + C, new_var + C, c, c_mask)
     for g in range(groups):
         is_second = _is_second(bank, g)
         r = g * rows + row
@@ -366,14 +363,11 @@ def _few_kernel(
         m2 = tl.sum(d * d, 0)
         scale, shift = _store_stats(
             stats, weight, bias, weight2, bias2, is_second, mean, m2, count, eps, g, groups, c, C, c_mask)
-        mean1, var1 = _move_running(mean1, var1, mean, m2, count, momentum, is_second == 0)
-        mean2, var2 = _move_running(mean2, var2, mean, m2, count, momentum, is_second)
+        _move_running(running_mean, new_mean, new_var, is_second, mean, m2, count, momentum, c, C, c_mask)
         z = tl.fma(v - mean[None, :], scale[None, :], shift[None, :])
         if residual is not None:
             z += tl.load(residual + r * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
         tl.store(y + r * y_stride + column, act(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
-    _store_running(running_mean, new_mean, new_var, mean1, var1, c, c_mask)
-    _store_running(running_mean2, new_mean + C, new_var + C, mean2, var2, c, c_mask)
 
 
 # Backward. With dz = dy * act'(z), the gradient before the activation (and that of the residual), in each group:
@@ -492,16 +486,17 @@ def _backward_reduce_planes_kernel(
 
 @triton.jit
 def _line(stats, sum_dz, sum_dzx, g, groups, c, C, mask):
-    """a, k and the group's part of dweight."""
+    """a, k, the group's part of dweight, and whether it took the second bank."""
     rstd = tl.load(stats + (groups + g) * C + c, mask=mask, other=0.0)
-    count = tl.maximum(tl.load(stats + (4 * groups + g) * C + c, mask=mask, other=1.0), 1.0)
-    return sum_dz / count, sum_dzx / count * rstd * rstd, sum_dzx * rstd
+    # Alike for all channels, so one value is read: a vector of them would take as many registers as the channels do.
+    count = tl.maximum(tl.load(stats + (4 * groups + g) * C), 1.0)
+    is_second = tl.load(stats + (5 * groups + g) * C) != 0
+    return sum_dz / count, sum_dzx / count * rstd * rstd, sum_dzx * rstd, is_second
 
 
 @triton.jit
-def _add_to_bank(first, second, value, stats, g, groups, c, C, mask):
+def _add_to_bank(first, second, value, is_second):
     """Chosen, not multiplied by 0: a NaN in the group of one bank stays out of the other's gradient."""
-    is_second = tl.load(stats + (5 * groups + g) * C + c, mask=mask, other=0.0) != 0
     return first + tl.where(is_second, 0.0, value), second + tl.where(is_second, value, 0.0)
 
 
@@ -534,11 +529,11 @@ def _backward_finalize_kernel(
         at = sums + (p * groups + g)[:, None] * 2 * C + c[None, :]
         sum_dz = tl.sum(tl.load(at, mask=part_mask, other=0.0), 0)
         sum_dzx = tl.sum(tl.load(at + C, mask=part_mask, other=0.0), 0)
-        a, k, of_weight = _line(stats, sum_dz, sum_dzx, g, groups, c, C, mask)
+        a, k, of_weight, is_second = _line(stats, sum_dz, sum_dzx, g, groups, c, C, mask)
         tl.store(line + g * C + c, a, mask=mask)
         tl.store(line + (groups + g) * C + c, k, mask=mask)
-        dweight1, dweight2 = _add_to_bank(dweight1, dweight2, of_weight, stats, g, groups, c, C, mask)
-        dbias1, dbias2 = _add_to_bank(dbias1, dbias2, sum_dz, stats, g, groups, c, C, mask)
+        dweight1, dweight2 = _add_to_bank(dweight1, dweight2, of_weight, is_second)
+        dbias1, dbias2 = _add_to_bank(dbias1, dbias2, sum_dz, is_second)
     _store_parameter_gradient(dweight, dweight1, dweight2, c, C, mask, TWO_BANKS)
     _store_parameter_gradient(dbias, dbias1, dbias2, c, C, mask, TWO_BANKS)
 
@@ -614,11 +609,11 @@ def _backward_few_kernel(
             dy, x, residual, dz, r, dy_stride, x_stride, residual_stride, dz_stride, c[None, :], mean[None, :],
             scale[None, :], bias[None, :], mask, ACTIVATION)
         sum_dz = tl.sum(grad, 0)
-        a, k, of_weight = _line(stats, sum_dz, tl.sum(grad * d, 0), g, groups, c, C, c_mask)
+        a, k, of_weight, is_second = _line(stats, sum_dz, tl.sum(grad * d, 0), g, groups, c, C, c_mask)
         grad = scale[None, :] * (grad - tl.fma(d, k[None, :], a[None, :]))
         tl.store(dx + r * dx_stride + c[None, :], grad.to(dx.dtype.element_ty), mask=mask)
-        dweight1, dweight2 = _add_to_bank(dweight1, dweight2, of_weight, stats, g, groups, c, C, c_mask)
-        dbias1, dbias2 = _add_to_bank(dbias1, dbias2, sum_dz, stats, g, groups, c, C, c_mask)
+        dweight1, dweight2 = _add_to_bank(dweight1, dweight2, of_weight, is_second)
+        dbias1, dbias2 = _add_to_bank(dbias1, dbias2, sum_dz, is_second)
     _store_parameter_gradient(dweight, dweight1, dweight2, c, C, c_mask, TWO_BANKS)
     _store_parameter_gradient(dbias, dbias1, dbias2, c, C, c_mask, TWO_BANKS)
 
@@ -712,10 +707,22 @@ def _walk(name: str, rows: _Rows) -> tuple[tuple[int, int], int, dict[str, int]]
     return (cdiv(rows.columns, config["BN"]) * cdiv(rows.rows, walk), rows.groups), walk, config
 
 
-def _few_config(rows: _Rows, warps: int) -> dict[str, int]:
-    """The grid is one of blocks of 16 channels, which are at least 32 bytes of each row; `warps` for many rows."""
-    height, width = next_power_of_2(rows.rows), _power_of_2(rows.channels, 16)
-    return {"BM": height, "BC": width, "num_warps": 4 if height * width <= 2048 else warps}
+def _few_config(rows: _Rows) -> dict[str, int]:
+    """The grid is one of blocks of 16 channels, at least 32 bytes of each row; of 8 where rows are many."""
+    height = next_power_of_2(rows.rows)
+    width = _power_of_2(rows.channels, 16 if height <= 128 else 8)
+    return {"BM": height, "BC": width, "num_warps": _warps(height * width, 8)}
+
+
+def _combine_config(parts: int) -> dict[str, int]:
+    """Of the kernels that add up parts, of which a program holds all at once."""
+    height = next_power_of_2(parts)
+    return {"BP": height, "BC": 8, "num_warps": _warps(height * 8, 16)}
+
+
+def _warps(elements: int, per_thread: int) -> int:
+    """So that no target has to spill registers, with any Triton: tests/kernels/test_aot.py looks."""
+    return max(4, min(elements // (32 * per_thread), 16))
 
 
 def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
@@ -769,8 +776,8 @@ def launch_batch_norm_moments(x: Tensor, groups: int) -> Tensor:
     parts = _launch_parts(x, _Rows(x, groups))
     combined = torch.empty_like(parts[0])
     c = x.shape[1]
-    launch(_combine_kernel, (cdiv(c, 8), groups), parts, combined, parts.shape[0], groups, c,
-           BP=next_power_of_2(parts.shape[0]), BC=8, num_warps=4)
+    config = _combine_config(parts.shape[0])
+    launch(_combine_kernel, (cdiv(c, config["BC"]), groups), parts, combined, parts.shape[0], groups, c, **config)
     return combined
 
 
@@ -782,8 +789,9 @@ def launch_batch_norm_finish(
     rows = rows or _Rows(x, groups)
     c, parts = rows.channels, moments.shape[0]
     y, stats, *running = _outputs(x, residual, parameters, bank, rows)
-    launch(_finalize_kernel, (cdiv(c, 8),), moments, stats, *parameters, *running, bank, parts, groups, c, momentum,
-           eps, BP=next_power_of_2(parts), BC=8, num_warps=4)
+    config = _combine_config(parts)
+    launch(_finalize_kernel, (cdiv(c, config["BC"]),), moments, stats, *parameters, *running, bank, parts, groups, c,
+           momentum, eps, **config)
     if x.numel() != 0:
         grid, walk, config = _walk("batch_norm_apply", rows)
         strides = rows.strides(x, residual, y)
@@ -815,7 +823,7 @@ def launch_batch_norm(
     y, stats, *running = _outputs(x, residual, parameters, bank, rows)
     strides = rows.strides(x, residual, y)
     vec = _vector(rows.channels, *strides)
-    config = _few_config(rows, 8)
+    config = _few_config(rows)
     launch(_few_kernel, (cdiv(rows.channels, config["BC"]),), x, residual, y, stats, *parameters, *running, bank,
            rows.rows, groups, rows.channels // vec, *(s // vec for s in strides), momentum, eps, VEC=vec,
            ACTIVATION=activation, **config)
@@ -843,9 +851,9 @@ def launch_batch_norm_backward_reduce(
            *split, VEC=vec, ACTIVATION=activation, **config)
     line = torch.empty(2, groups, c, device=x.device)
     dweight, dbias = _empty_per_bank(rows, weight, two_banks), _empty_per_bank(rows, bias, two_banks)
-    launch(_backward_finalize_kernel, (cdiv(c, 8),), sums, stats, line, None if weight is None else dweight,
-           None if bias is None else dbias, grid[0], groups, c, TWO_BANKS=two_banks, BP=next_power_of_2(grid[0]), BC=8,
-           num_warps=4)
+    config = _combine_config(grid[0])
+    launch(_backward_finalize_kernel, (cdiv(c, config["BC"]),), sums, stats, line, None if weight is None else dweight,
+           None if bias is None else dbias, grid[0], groups, c, TWO_BANKS=two_banks, **config)
     return x.new_empty(0) if dz is None else dz, line, dweight, dbias
 
 
@@ -881,7 +889,7 @@ def launch_batch_norm_backward(
     dweight, dbias = _empty_per_bank(rows, weight, two_banks), _empty_per_bank(rows, bias, two_banks)
     strides = rows.strides(dy, x, residual, dx, dz)
     vec = _vector(c, *strides)
-    config = _few_config(rows, 16)
+    config = _few_config(rows)
     launch(_backward_few_kernel, (cdiv(c, config["BC"]),), dy, x, residual, dx, dz, stats,
            None if weight is None else dweight, None if bias is None else dbias, rows.rows, groups, c // vec,
            *(s // vec for s in strides), TWO_BANKS=two_banks, VEC=vec, ACTIVATION=activation, **config)

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import triton
-from torch._prims_common import suggest_memory_format
 from torch.library import wrap_triton
+
+from .private import is_alias, suggest_memory_format
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -132,7 +133,7 @@ def check_no_alias(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
     if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride())):
         raise ValueError(f"the output is expanded (strides {out.stride()}); pass memory of its own to write to")
     for name, tensor in inputs.items():
-        if tensor is not None and torch._C._is_alias_of(out, tensor) and _overlap(out, tensor):
+        if tensor is not None and is_alias(out, tensor) and _overlap(out, tensor):
             raise ValueError(f"{name} shares memory with the output, which is written while it is read; "
                              f"pass a tensor of its own, {name}.clone() if nothing else")
 

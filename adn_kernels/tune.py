@@ -53,6 +53,7 @@ from . import (
     distillation_kl,
     launch,
     layer_norm,
+    private,
 )
 
 Config = dict[str, Any]
@@ -461,7 +462,7 @@ def _frozen(config: Config) -> tuple:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    return [t for t in private.pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def _agree(actual: Tensor, expected: Tensor) -> bool:

@@ -15,10 +15,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo.utils
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from adn_kernels import private
+from adn_kernels.private import pytree
 
 from .. import paths
 from ..nn import mixing_norm
@@ -66,7 +67,7 @@ def compile(
             evaluation and `batch_sizes` are given, or they are for a deploy form.
         RuntimeError: if the default backend would need a C++ compiler (for a net on the CPU) and there is none.
     """
-    if isinstance(net, torch._dynamo.OptimizedModule):
+    if private.is_wrapped(net):
         raise ValueError("this net is wrapped by torch.compile already; pass the net that adn.convert returned")
     inner = unwrap(net)
     if options.get("backend", "inductor") == "inductor":
@@ -82,8 +83,8 @@ def compile(
         _check_sizes(inner, batch_sizes)
         compiler = partial(_compile_for_sizes, compiler)
     paths.compile_regions(inner, compiler)
-    call = torch.compile(inner._call_impl, **options)
-    inner._compiled_call_impl = call if batch_sizes is None else partial(_in_sizes, inner, call, sorted(batch_sizes))
+    around = None if batch_sizes is None else lambda call: partial(_in_sizes, inner, call, sorted(batch_sizes))
+    private.compile_in_place(inner, around, **options)
     return net
 
 
@@ -123,10 +124,9 @@ def count(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike] | None = 
         depths: which; None = all.
     """
     swept = list(all_depths(net)) if depths is None else list(depths)
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    before = breaks.total()
-    first = _compilations(lambda: [_forward(net, x, depth) for depth in swept])
-    breaks = breaks.total() - before
+    before = private.graph_breaks()
+    first = private.compilations(lambda: [_forward(net, x, depth) for depth in swept])
+    breaks = private.graph_breaks() - before
     done = [m for m in first if m.fail_type is None]
     regions = [m for m in done if m.co_filename == paths.__file__]
 
@@ -135,13 +135,13 @@ def count(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike] | None = 
             with torch.autograd.profiler.record_function(f"{_DEPTH}{depth}"):
                 _forward(net, x, depth)
 
-    @paths.unseen
+    @private.unseen
     def marked(run: Callable, *args: Any) -> Any:
         with torch.autograd.profiler.record_function(_REGION):
             return run(*args)
 
     with mock.patch.object(paths, "run_region", marked), torch.autograd.profiler.profile() as profile:
-        recompiles = len(_compilations(sweep))
+        recompiles = len(private.compilations(sweep))
     uncompiled = collections.Counter(filter(None, map(_uncompiled_at, profile.function_events)))
     given_up = tuple(m.co_name for m in first if m.fail_type is not None)
     return Counts(len(swept), len(regions), len(done) - len(regions), given_up, breaks, recompiles, dict(uncompiled))
@@ -150,20 +150,6 @@ def count(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike] | None = 
 def _forward(net: nn.Module, x: torch.Tensor, depth: DepthLike) -> None:
     with at_depth(net, depth):
         net(x)
-
-
-def _compilations(run: Callable[[], object]) -> list[Any]:
-    """What Dynamo records of each compilation that it tries meanwhile."""
-    utils = torch._dynamo.utils
-    limit = utils._compilation_metrics.maxlen
-    before = len(utils.get_compilation_metrics())
-    utils.set_compilation_metrics_limit(before + 100_000)
-    try:
-        run()
-        # Backwards are recorded too, without a function.
-        return [m for m in utils.get_compilation_metrics()[before:] if m.co_name is not None]
-    finally:
-        utils.set_compilation_metrics_limit(limit)
 
 
 def _uncompiled_at(event: Any) -> str | None:
@@ -182,26 +168,19 @@ def _uncompiled_at(event: Any) -> str | None:
 
 
 def _check_toolchain(net: nn.Module) -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    if all(p.device.type != "cpu" for p in net.parameters()):
-        return
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
+    if any(p.device.type == "cpu" for p in net.parameters()) and (fault := private.cpp_compiler_fault()) is not None:
         raise RuntimeError(
             "compiling for the CPU needs a C++ compiler, and none was found: install one (apt-get install g++), or "
             'name it in the environment variable CXX; backend="eager" runs every region as it is'
-        ) from error
+        ) from fault
 
 
 def _check_sizes(net: nn.Module, sizes: Sequence[int]) -> None:
     if not sizes or any(type(size) is not int or size < 1 for size in sizes):
         raise ValueError(f"batch_sizes={sizes!r}; pass whole numbers above 0")
-    limit = torch._dynamo.config.recompile_limit // 2
+    limit = private.recompile_limit() // 2
     if len(set(sizes)) > limit:
-        raise ValueError(f"{len(set(sizes))} batch sizes; torch.compile keeps {torch._dynamo.config.recompile_limit} "
+        raise ValueError(f"{len(set(sizes))} batch sizes; torch.compile keeps {private.recompile_limit()} "
                          f"variants of a region, training included: pass at most {limit}")
     if (norm := mixing_norm(net)) is not None:
         raise ValueError(f"norm {norm!r} has no running statistics, so a padded batch would change its results; "

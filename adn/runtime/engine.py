@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from adn_kernels.private import pytree
 
 from ..depth import Depth
 from ..evaluate import read_depths
@@ -131,7 +132,7 @@ class Engine:
                 result = self._run(x, depth, copy=self._copy_output)
             else:
                 parts = [self._run(part, depth, copy=True, is_part=True) for part in x.split(self._sizes[-1])]
-                result = tree_map(lambda *leaves: torch.cat(leaves) if torch.is_tensor(leaves[0]) else leaves[0],
+                result = pytree.tree_map(lambda *leaves: torch.cat(leaves) if torch.is_tensor(leaves[0]) else leaves[0],
                                   *parts)
             self._kinds.add(_kind(x))
             return result

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adn_kernels import private
+
 from ..depth import Depth
 from ..nn import mixing_norm
 from ..state import DepthLike, State, state_of, unwrap
@@ -176,14 +178,14 @@ class FusedNet(nn.Module):
             for layer in self.modules():
                 if isinstance(layer, Layer):
                     layer.refresh()
-        self._versions = list(map(_version, self._tensors))
+        self._versions = list(map(private.version, self._tensors))
 
     def refresh_if_changed(self) -> bool:
         """What every call does first: notice changes of the net, and follow them. Were there any?"""
         if self._watch.changed():
             self._build()
             return True
-        if any(map(operator.ne, map(_version, self._tensors), self._versions)):
+        if any(map(operator.ne, map(private.version, self._tensors), self._versions)):
             self.refresh()
             return True
         return False
@@ -212,9 +214,4 @@ class FusedNet(nn.Module):
         self._watch = Watch(source)
         # Of counters too: torch's batch norm writes its running statistics without counting a version of them.
         self._tensors = [*source.parameters(), *source.buffers()]
-        self._versions = list(map(_version, self._tensors))
-
-
-def _version(tensor: Tensor) -> int:
-    # Tensors made in inference mode count nothing.
-    return 0 if tensor.is_inference() else tensor._version
+        self._versions = list(map(private.version, self._tensors))

@@ -12,23 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adn_kernels import ops
+from adn_kernels import ops, private
 from adn_kernels.activation import act_reference
 
 from .graph import hooked
 from .norms import activation_in, evenly_spaced
-
-# (attribute, scalars, algorithm) of an activation for oneDNN.
-_ONEDNN: dict[str, tuple[str, list, str]] = {
-    "identity": ("none", [], ""),
-    "relu": ("relu", [], ""),
-    "relu6": ("hardtanh", [0.0, 6.0], ""),
-    "silu": ("swish", [], ""),
-    "gelu": ("gelu", [], "none"),
-    "hardswish": ("hardswish", [], ""),
-}
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
-_AFTER_ADDITION = ("identity", "relu")  # what oneDNN's convolution applies after it has added something
 
 
 def split_norm(module: nn.Module) -> str | None:
@@ -107,7 +95,7 @@ class ConvNormAct(Layer):
         if x.is_cuda:
             return self._on_gpu(x, residual, activation)
         # A compiler has no use for weights in oneDNN's own layout.
-        if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling() or not _HAS_ONEDNN:
+        if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling() or not private.has_onednn():
             return self._plain(x, residual, activation)
         return self._on_cpu(x, residual, activation)
 
@@ -123,22 +111,10 @@ class ConvNormAct(Layer):
         return act_reference(y if residual is None else y + residual, activation)
 
     def _on_cpu(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        stride, padding, dilation, groups = self.place
         if self.packed is None:
-            # The layout oneDNN wants; without it every call would bring the weight into it.
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, padding, stride, dilation, groups, list(x.shape))
-        args = x, self.packed, self.bias, padding, stride, dilation, groups
-        if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(*args, *_ONEDNN[activation])
-        if residual.shape[2:].numel() == 1:  # torch 2.11 cannot tell the layout of such a one
-            y = torch.ops.mkldnn._convolution_pointwise(*args, *_ONEDNN["identity"]).add_(residual)
-            return act_reference(y, activation)
-        inside = activation if activation in _AFTER_ADDITION else "identity"
-        attribute = None if inside == "identity" else inside
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, *args[1:], "add", None, attribute, [], "")
-        return y if inside == activation else act_reference(y, activation)
+            stride, padding, dilation, groups = self.place
+            self.packed = private.pack_weight(self.weight, padding, stride, dilation, groups, x.shape)
+        return act_reference(*private.conv_pointwise(x, self.packed, self.bias, self.place, residual, activation))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "packed": None}  # its layout cannot be copied

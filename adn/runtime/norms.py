@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from adn_kernels import ops
+from adn_kernels import ops, private
 from adn_kernels.activation import act_reference
 from adn_kernels.layer_norm import MAX_CHANNELS
 
@@ -97,12 +97,12 @@ def write(moved: Moved) -> None:
     if not moved:
         return
     with torch.no_grad():
-        torch._foreach_copy_([old for norm, *_ in moved for old in (norm.running_mean, norm.running_var)],
+        private.copy_all([old for norm, *_ in moved for old in (norm.running_mean, norm.running_var)],
                              [new for _, mean, var, _ in moved for new in (mean, var)])
         counts = [(norm.num_batches_tracked, times) for norm, *_, times in moved]
         counts = [(counter, times) for counter, times in counts if counter is not None]
         if counts:
-            torch._foreach_add_(*map(list, zip(*counts)))
+            private.add_all(*map(list, zip(*counts)))
 
 
 def sum_and_layer_norm(norm: nn.Module, a: Tensor, b: Tensor, shape: tuple | None = None) -> tuple[Tensor, Tensor]:

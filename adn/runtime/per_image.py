@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from adn_kernels import ops
 from adn_kernels.activation import act_reference
 from adn_kernels.epilogue import write_active
 from adn_kernels.launch import memory_format
+from adn_kernels.private import pytree
 
 from .graph import hooked
 from .layers import ConvNormAct, Layer, conv_shape, folded_norm, is_plain_conv, is_square

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from adn_kernels import private
+
 from ..convert import detach
 from ..export import unwrap_blocks
 from ..nn import is_norm
@@ -241,7 +243,7 @@ class _Builder:
         inner, modules = fx.Graph(), {}
         output = inner.graph_copy(traced.graph, {})
         for call in inner.nodes:
-            call.type = None  # as text, which torch 2.11 cannot pickle
+            private.forget_annotations(call)
             if call.op in ("call_module", "get_attr"):
                 value, call.target = _attribute(traced.root, call.target), call.target.replace(".", "_")
                 modules[call.target] = value

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from adn_kernels.private import pytree
 
 from ..state import state_of
 from .cuda_graphs import Graph
@@ -79,10 +80,11 @@ class Place:
         for name, value in zip(names, values, strict=True):
             if name not in self._values:
                 # A run of warm-up, not yet the capture.
-                holds_tensors = any(map(torch.is_tensor, tree_leaves(value)))
+                holds_tensors = any(map(torch.is_tensor, pytree.tree_leaves(value)))
                 self._values[name] = map_tensors(torch.empty_like, value) if holds_tensors else value
-            if any(map(torch.is_tensor, tree_leaves(value))):
-                tree_map(lambda to, source: to.copy_(source) if torch.is_tensor(to) else to, self._values[name], value)
+            if any(map(torch.is_tensor, pytree.tree_leaves(value))):
+                pytree.tree_map(
+                    lambda to, source: to.copy_(source) if torch.is_tensor(to) else to, self._values[name], value)
 
     def result(self, graphs: Sequence[Graph]) -> Any:
         """What the forward returns: of one graph that is all of it, or of those of its segments, which return nothing.
@@ -91,7 +93,7 @@ class Place:
 
     def tensors(self) -> list[Tensor]:
         """The input, and all that segments leave."""
-        leaves = [self.flags, *tree_leaves(self._values)]
+        leaves = [self.flags, *pytree.tree_leaves(self._values)]
         return [self.x, *(leaf for leaf in leaves if torch.is_tensor(leaf) and leaf is not self.x)]
 
 
@@ -117,4 +119,4 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         raise TypeError(f"the net returns a {type(value).__name__}, in which an engine does not see the tensors: "
                         "return tensors, tuples, lists or dicts, or register it with torch.utils._pytree")
 
-    return leaf(tree) if torch.is_tensor(tree) else tree_map(leaf, tree)
+    return leaf(tree) if torch.is_tensor(tree) else pytree.tree_map(leaf, tree)

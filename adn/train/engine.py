@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
+
+from adn_kernels.private import pytree
 
 from ..convert import convert_sync_batchnorm
 from ..distill import SelfDistillation
@@ -279,7 +280,7 @@ class _Run:
         recipe = self.recipe
         x = x.to(self.device, non_blocking=True,
                  memory_format=self.memory_format if x.ndim == 4 else torch.preserve_format)
-        y = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), y)
+        y = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), y)
         self.optimizer.zero_grad()
         # One backward per pass needs less memory, but DDP wants all of a step in one forward.
         in_two = self.world == 1 and hasattr(self.loss, "backward")
