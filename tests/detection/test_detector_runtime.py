@@ -22,10 +22,11 @@ from adn.detection.criterion import DetectionLoss
 from adn.profile import fit_budget, profile
 from adn.runtime import engine as engine_module
 from adn.runtime.accelerate import accelerate, fusions, use_kernels
-from adn.runtime.compile import _compilations, compile, count
+from adn.runtime.compile import compile, count
 from adn.runtime.engine import Engine
 from adn.runtime.fuse import fuse
 from adn.runtime.layers import NormAct, RepConvNormAct
+from adn_kernels import private
 
 NARROW = {"avg_down": True, "channels": (8, 16, 24, 32)}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -316,7 +317,7 @@ def test_training_a_compiled_detector(way: str) -> None:
         done = []
         for depth in ("super", "base"):
             found: dict[str, Tensor] = {}
-            done += _compilations(lambda: found.update(step(compiled, x, counts, depth)))  # noqa: B023
+            done += private.compilations(lambda: found.update(step(compiled, x, counts, depth)))  # noqa: B023
             expected = step(eager, x, counts, depth)
             assert len(found) == len(expected)
             for name, value in expected.items():
@@ -344,7 +345,7 @@ def test_images_of_many_sizes_compile_a_few_times(training: bool) -> None:
             with torch.no_grad():
                 return each(x, targets, torch.Generator().manual_seed(0)) if training else each(x)
 
-        recompiled.append(bool(_compilations(lambda: found.update(run(net)))))  # noqa: B023
+        recompiled.append(bool(private.compilations(lambda: found.update(run(net)))))  # noqa: B023
         expected = run(eager)
         torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"], rtol=1e-4, atol=1e-4)
     assert recompiled[0]
@@ -359,7 +360,7 @@ def test_a_copy_of_a_compiled_detector_is_a_plain_one() -> None:
     compile(net, backend="eager")
     agree(forward(net, x, "TFFFT|1"), expected)
     for each in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert not _compilations(lambda: agree(forward(each, x, "TFFFT|1"), expected))  # noqa: B023
+        assert not private.compilations(lambda: agree(forward(each, x, "TFFFT|1"), expected))  # noqa: B023
         assert each.state_dict().keys() == net.state_dict().keys()
         with pytest.raises(ValueError, match="3 layers of a stack of 2"):
             adn.set_depth(each, "FFFFF|3")
