@@ -1,22 +1,22 @@
 """Any-depth networks: one set of weights, every depth, chosen at run time."""
 
-import importlib
 from typing import TYPE_CHECKING
 
-from .calibrate import calibrate
-from .checkpoint import load, save
 from .convert import convert, convert_sync_batchnorm, freeze_batch_norm, plan
-from .depth import Depth
+from .core import lazy
+from .core.behaviours import fx_leaf_modules
+from .core.depth import Depth
+from .core.errors import CheckpointError, ConversionError
+from .core.plan import Plan, StagePlan
+from .core.state import at_depth, depths, get_depth, set_depth, stages
 from .distill import SelfDistillation
-from .errors import CheckpointError, ConversionError
-from .evaluate import evaluate
-from .export import extract
-from .models import create_model, list_models
-from .nn import fx_leaf_modules
-from .plan import Plan, StagePlan
-from .profile import Profile, fit_budget, profile
-from .state import at_depth, depths, get_depth, set_depth, stages
-from .weights import load_weights
+from .export.extract import extract
+from .measure.accuracy import evaluate
+from .measure.calibrate import calibrate
+from .measure.profile import Profile, fit_budget, profile
+from .models.registry import create_model, list_models
+from .weights.checkpoint import load, save
+from .weights.foreign import load_weights
 
 if TYPE_CHECKING:
     from .runtime.accelerate import accelerate, fusions, use_kernels
@@ -63,24 +63,12 @@ __all__ = [
     "use_kernels",
 ]
 
-# Imported when first asked for, as they bring the kernels and a compiler, which take seconds.
-_LATER = {
-    "Engine": "engine",
-    "FusedNet": "fuse",
-    "accelerate": "accelerate",
-    "compile": "compile",
-    "fuse": "fuse",
-    "fusions": "accelerate",
-    "use_kernels": "accelerate",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".runtime.{_LATER[name]}", __name__), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+__getattr__, __dir__ = lazy.attach(globals(), {
+    "Engine": ".runtime.engine",
+    "FusedNet": ".runtime.fuse",
+    "accelerate": ".runtime.accelerate",
+    "compile": ".runtime.compile",
+    "fuse": ".runtime.fuse",
+    "fusions": ".runtime.accelerate",
+    "use_kernels": ".runtime.accelerate",
+})

@@ -11,9 +11,7 @@ from torch import nn
 
 from adn_kernels import private
 
-from .errors import ConversionError
-from .families import FAMILIES, find_plan
-from .nn import (
+from .core.behaviours import (
     BATCH_NORMS,
     TWINS,
     Bypass,
@@ -30,10 +28,12 @@ from .nn import (
     twin_of,
     unswap,
 )
-from .paths import install
-from .plan import Plan, StagePlan
-from .state import State, is_converted, state_of, state_with_modules, unwrap
-from .switch import Cut, Switch
+from .core.errors import ConversionError
+from .core.plan import Plan, StagePlan
+from .core.regions import install
+from .core.state import State, is_converted, state_of, state_with_modules, unwrap
+from .core.switch import Cut, Switch
+from .families import FAMILIES, find_plan
 
 PlanLike = Plan | Sequence[StagePlan | str] | Mapping[str, int]
 

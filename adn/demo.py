@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .convert import convert
-from .evaluate import evaluate
-from .export import extract
-from .models import create_model
-from .profile import Profile, profile, require_matplotlib
-from .state import state_of
+from .core.state import state_of
+from .export.extract import extract
+from .measure.accuracy import evaluate
+from .measure.profile import Profile, profile, require_matplotlib
+from .models.registry import create_model
 from .train import Recipe, fit, holds_run
 
 SIZE = 32  # the 8 x 8 digits are enlarged to this

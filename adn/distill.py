@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .nn import halves
-from .paths import listening
-from .state import Stage, at_depth, stages, super_and_base
+from .core.behaviours import halves
+from .core.regions import listening
+from .core.state import Stage, at_depth, stages, super_and_base
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

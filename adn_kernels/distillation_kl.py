@@ -609,7 +609,7 @@ def distillation_kl(
 ) -> Tensor:
     """`T^2 KL(softmax(teacher / T) || softmax(student / T))`, summed over classes, mean over rows.
 
-    As `adn.distill.distillation_kl` computes it, but the teacher has a gradient if it requires one.
+    As `adn.train.distill.distillation_kl` computes it, but the teacher has a gradient if it requires one.
 
     Bytes: forward teacher + student, backward the same and the gradients. With `top_classes` only those columns, and
     their indices; but `torch.topk` reads all of the teacher, and each gradient is filled with zeros. Bound by the

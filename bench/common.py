@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 def header(device: torch.device | str = "cpu") -> dict[str, str]:
     """Device, versions, commit, date and the command: without them a number is worth nothing."""
     import adn
-    from adn.profile import device_name
+    from adn.measure.profile import device_name
 
     return {
         # Folders of one machine mean nothing on another.
@@ -127,6 +127,6 @@ def read_head(path: Path) -> dict[str, str]:
 
 def columns(rows: Sequence[Sequence[object]]) -> str:
     """Rows as aligned text."""
-    from adn.profile import table
+    from adn.core.tables import table
 
     return table([[str(cell) for cell in row] for row in rows])

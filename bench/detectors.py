@@ -41,11 +41,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import adn
-from adn.evaluate import read_depths
+from adn.core.state import is_converted
+from adn.measure.accuracy import read_depths
 from adn.runtime.compile import compile as compile_net
 from adn.runtime.engine import Engine
 from adn.runtime.fuse import fuse
-from adn.state import is_converted
 
 MODELS = ("anydepth_rtdetr_r50vd", "rtdetr_r50vd")
 DEPTHS = ("super", "base", "TTFF|F|6", "FFFF|T|6")

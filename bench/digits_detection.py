@@ -21,14 +21,14 @@ from common import columns, header, write_rows
 from torch.utils.data import DataLoader
 
 import adn
-from adn.detection.coco import collate, open_coco
-from adn.detection.criterion import DistillationLoss
-from adn.detection.distill import DetectionDistillation, DetectionSupervised
-from adn.detection.evaluate import evaluate_detector
-from adn.detection.scenes import write_scenes
-from adn.detection.transforms import eval_transform
-from adn.evaluate import chain
-from adn.state import state_of
+from adn.core.state import state_of
+from adn.data.coco import collate, open_coco
+from adn.data.scenes import write_scenes
+from adn.data.transforms import eval_transform
+from adn.measure.accuracy import chain
+from adn.measure.average_precision import evaluate_detector
+from adn.models.rtdetr.criterion import DistillationLoss
+from adn.models.rtdetr.distill import DetectionDistillation, DetectionSupervised
 from adn.train import TrainBatches, fit
 from adn.train.detect import augmentation
 from adn.train.recipes import DETECTION_RECIPES, DetectionRecipe

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import adn
-from adn.evaluate import choose_depths
-from adn.profile import device_name, require_matplotlib
+from adn.measure.accuracy import choose_depths
+from adn.measure.profile import device_name, require_matplotlib
 from adn.runtime.cuda_graphs import CudaGraphs
 from adn.runtime.fuse import FusedNet, fuse
 from adn.runtime.layers import ConvNormAct
@@ -56,7 +56,7 @@ def randomised(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in model.modules():
-            if adn.nn.is_norm(module):
+            if adn.core.behaviours.is_norm(module):
                 for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                     if tensor.is_floating_point():
                         low, high = (0.5, 1.5) if name in ("weight", "running_var") else (-0.1, 0.1)

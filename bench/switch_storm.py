@@ -22,7 +22,7 @@ from common import columns, header, write_rows
 from tqdm import tqdm
 
 import adn
-from adn.evaluate import choose_depths
+from adn.measure.accuracy import choose_depths
 
 IN_A_ROW = 5  # counted calls of a depth in a round, in either way
 

@@ -20,7 +20,7 @@ import torchvision
 import triton
 from torch import nn
 
-import adn
+from adn.core import behaviours
 
 GOLDEN = Path(os.environ.get("ADN_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
@@ -142,7 +142,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for module in model.modules():
             tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in tensors:
-                if adn.nn.is_norm(module) and tensor.is_floating_point():
+                if behaviours.is_norm(module) and tensor.is_floating_point():
                     positive = name in ("weight", "running_var")
                     tensor.uniform_(0.5, 1.5, generator=generator) if positive else tensor.normal_(
                         0, 0.1, generator=generator)

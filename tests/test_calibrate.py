@@ -12,10 +12,10 @@ from test_data import damage, write_images
 from torch import nn
 
 import adn
-from adn.calibrate import calibrate
-from adn.checkpoint import load, read_metadata, save
 from adn.cli import calibrate as command
-from adn.models import create_model
+from adn.measure.calibrate import calibrate
+from adn.models.registry import create_model
+from adn.weights.checkpoint import load, read_metadata, save
 
 DEPTH = "TFFT"
 

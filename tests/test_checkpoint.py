@@ -18,9 +18,10 @@ from conftest import build, randomise
 from torch import nn
 
 import adn
-from adn.checkpoint import atomic_write, load, read_metadata, save
-from adn.models import create_model
-from adn.state import state_of
+from adn.core.files import atomic_write
+from adn.core.state import state_of
+from adn.models.registry import create_model
+from adn.weights.checkpoint import load, read_metadata, save
 
 SMALL = {"channels": (8, 16, 24, 32), "num_classes": 5}
 
@@ -354,7 +355,7 @@ def test_a_limit_of_the_system_keeps_the_former_file(tmp_path: Path) -> None:
     former = path.read_bytes()
     assert len(former) > 2**16
     script = (
-        "import resource, sys, adn\nfrom adn.checkpoint import load, save\n"
+        "import resource, sys, adn\nfrom adn.weights.checkpoint import load, save\n"
         "net = load(sys.argv[1])\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))\n"
         "try:\n    save(net, sys.argv[1])\nexcept OSError as error:\n    print(error)\n"
     )

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adn
-from adn import switch
+from adn.core import switch
 
 NAMES = ["resnet18", "resnet50d", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv2_100",
          "convnext_atto"]

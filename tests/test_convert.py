@@ -15,6 +15,7 @@ from conftest import build, randomise
 from torch import nn
 
 import adn
+from adn.core import behaviours
 
 # (family, names): 3 to 12 of each. Small inputs and reduced widths where a model allows, so that all run on a laptop.
 MODELS = {
@@ -77,11 +78,11 @@ def test_family(name: str, table: list) -> None:
         stages = adn.stages(net)
         for stage in stages:
             norms = [m for block in stage.essential for n, m in block.named_modules()
-                     if adn.nn.is_norm(m) and not n.endswith("skip")]
-            with_twin = [m for m in norms if isinstance(m, adn.nn.SkipNorm)]
+                     if behaviours.is_norm(m) and not n.endswith("skip")]
+            with_twin = [m for m in norms if isinstance(m, behaviours.SkipNorm)]
             assert with_twin, stage.name
             exempt = {n for block in stage.essential for n, m in block.named_modules()
-                      if adn.nn.is_norm(m) and not n.endswith("skip") and not isinstance(m, adn.nn.SkipNorm)}
+                      if behaviours.is_norm(m) and not n.endswith("skip") and not isinstance(m, behaviours.SkipNorm)}
             # Shortcuts see the stage's input; query/key norms belong to attention, not to the residual stream.
             assert all("downsample" in n or n.startswith("proj") or n.endswith(("q_norm", "k_norm"))
                        for n in exempt), exempt
@@ -121,7 +122,7 @@ def test_twins_are_used_and_only_while_bypassed(name: str) -> None:
         for which in ("super", "base"):
             with adn.at_depth(net, which):
                 before[which] = net(x)
-        for stage_norm in [m for m in net.modules() if isinstance(m, adn.nn.SkipNorm)]:
+        for stage_norm in [m for m in net.modules() if isinstance(m, behaviours.SkipNorm)]:
             stage_norm.skip.bias.add_(0.1)
         with adn.at_depth(net, "base"):
             assert not torch.equal(net(x), before["base"])
@@ -143,10 +144,10 @@ def test_one_stage_at_a_time(name: str) -> None:
         depth = adn.Depth([i == s for i in range(len(adn.stages(net)))])
         with torch.inference_mode(), adn.at_depth(net, depth):
             for m in net.modules():
-                if isinstance(m, adn.nn.SkipNorm):
+                if isinstance(m, behaviours.SkipNorm):
                     m.skip.weight.mul_(1.5)
             for m in by_hand.modules():
-                if isinstance(m, adn.nn.SkipNorm):
+                if isinstance(m, behaviours.SkipNorm):
                     m.skip.weight.mul_(1.5)
             assert torch.equal(net(x), by_hand(x))
 
@@ -191,7 +192,7 @@ def test_vit_with_an_incomplete_group() -> None:
     assert [(s.essential, s.has_flag) for s in plan] == [(2, True), (2, True), (2, False)]
     net = adn.convert(model)
     assert len(adn.depths(net)) == 4
-    assert not any(isinstance(m, adn.nn.SkipNorm) for m in net.blocks[6:].modules())
+    assert not any(isinstance(m, behaviours.SkipNorm) for m in net.blocks[6:].modules())
 
 
 class TestTwins:
@@ -238,7 +239,7 @@ class TestStateDict:
         other = randomise(build("resnet18"), seed=5)
         net = adn.convert(plain, twins=twins)
         for m in net.modules():
-            if isinstance(m, adn.nn.SkipNorm):
+            if isinstance(m, behaviours.SkipNorm):
                 m.skip.weight.data.fill_(9)
         net.load_state_dict(other.state_dict())
         norm = net.layer2[0].bn2
@@ -252,7 +253,7 @@ class TestStateDict:
         net = adn.convert(model)
         adn.set_depth(net, "TFTF")
         for m in net.modules():
-            if isinstance(m, adn.nn.SkipNorm):
+            if isinstance(m, behaviours.SkipNorm):
                 m.skip.weight.data.mul_(1.3)
         other = adn.convert(build("resnet18", num_classes=10))
         other.load_state_dict(net.state_dict())
@@ -300,7 +301,7 @@ class TestCopies:
         torch.save(net, buffer)
         buffer.seek(0)
         for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(buffer, weights_only=False)):
-            assert adn.nn.original_class(other) is adn.nn.original_class(net)
+            assert behaviours.original_class(other) is behaviours.original_class(net)
             assert str(adn.get_depth(other)) == "TTFFF"
             assert torch.equal(other(x), expected)
             adn.set_depth(other, "super")
@@ -314,7 +315,7 @@ class TestCopies:
         model, x = net_and_input("resnet18")
         net = adn.convert(model, inplace=False)
         assert net is not model
-        assert not any(isinstance(m, adn.nn.Swapped) for m in model.modules())
+        assert not any(isinstance(m, behaviours.Swapped) for m in model.modules())
         assert torch.equal(net(x), model(x))
         adn.convert(model)
 
@@ -528,7 +529,7 @@ class TestNorms:
         net = adn.convert(model)
         adn.freeze_batch_norm(net)
         assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
-        assert any(isinstance(m, adn.nn.SkipNorm) for m in net.modules())
+        assert any(isinstance(m, behaviours.SkipNorm) for m in net.modules())
         source = build(name, num_classes=10)
         for depth in ("super", "base"):
             with adn.at_depth(net, depth), adn.at_depth(plain := adn.convert(copy.deepcopy(source)), depth):

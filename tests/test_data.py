@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from adn.data import ImageStream, collate, data_config, eval_transform, open_dataset
+from adn.data.images import ImageStream, collate, data_config, eval_transform, open_dataset
 
 
 def write_images(folder: Path, classes: dict[str, int], size: tuple[int, int] = (30, 22)) -> Path:

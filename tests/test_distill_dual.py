@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adn
-from adn.nn import SharedNorm, halves
+from adn.core.behaviours import SharedNorm, halves
+from adn.core.state import super_and_base
 from adn.runtime.accelerate import accelerate, use_kernels
-from adn.state import super_and_base
 from adn_kernels import ops
 
 # Nets of every family, with stochastic depth where they have it.
@@ -273,7 +273,7 @@ def test_a_checkpoint_around_the_whole_net() -> None:
 def test_copies_are_independent() -> None:
     net = a_net()
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        with adn.state.super_and_base(net, 3):
+        with adn.core.state.super_and_base(net, 3):
             assert other(a_batch()[0]).shape == (3, 10)
         assert net(a_batch()[0]).shape == (3, 10)
         compare(other)

@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import adn
-from adn.checkpoint import save
 from adn.cli import eval as eval_command
 from adn.cli import predict as predict_command
-from adn.data import collate, eval_transform, open_dataset
-from adn.evaluate import Row, chain, choose_depths, evaluate
-from adn.models import create_model
+from adn.data.images import collate, eval_transform, open_dataset
+from adn.measure.accuracy import Row, chain, choose_depths, evaluate
+from adn.models.registry import create_model
+from adn.weights.checkpoint import save
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_eval_command(photos: Path, checkpoint, tmp_path: Path, capsys: pytest.C
     assert "text.png" in err
 
     data = open_dataset(photos, transform=eval_transform(**STORED))
-    expected = evaluate(adn.checkpoint.load(path), DataLoader(data, 64, collate_fn=collate), ["FFFF", "TTTT"])
+    expected = evaluate(adn.weights.checkpoint.load(path), DataLoader(data, 64, collate_fn=collate), ["FFFF", "TTTT"])
     with open(table, newline="") as file:
         rows = {row["depth"]: row for row in csv.DictReader(file)}
     assert len(rows) == 5
@@ -286,7 +286,7 @@ def test_predict_command(photos: Path, checkpoint, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(image)
 
-    net = adn.checkpoint.load(path).eval()
+    net = adn.weights.checkpoint.load(path).eval()
     x = eval_transform(**STORED)(open_dataset(photos)[8][0])[None]
     shown = {}
     for depth in ("TTTT", "TTFF"):

@@ -7,6 +7,7 @@ import torch
 from conftest import build
 
 import adn
+from adn.core import behaviours
 
 
 @pytest.mark.parametrize("name", ["resnet18", "seresnet50", "resnetv2_50", "mobilenetv2_100", "efficientnet_b0",
@@ -18,7 +19,7 @@ def test_extract_equals_the_net_at_every_depth(name: str) -> None:
     source = copy.deepcopy(model)
     net = adn.convert(model)
     for m in net.modules():
-        if isinstance(m, adn.nn.SkipNorm):
+        if isinstance(m, behaviours.SkipNorm):
             m.skip.weight.data.mul_(1.2)
     x = torch.randn(2, 3, 64, 64)
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -74,7 +75,7 @@ def test_wrapped_blocks_are_found() -> None:
     """A wrapper forwards what is read from it, not what is written into it."""
     net = adn.convert(build("resnet18", num_classes=10))
     for m in net.modules():
-        if isinstance(m, adn.nn.SkipNorm):
+        if isinstance(m, behaviours.SkipNorm):
             m.skip.weight.data.mul_(1.2)
     for layer in (net.layer1, net.layer2):
         for i in range(2):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import adn
+import adn_kernels
 
 PUBLIC = {
     "CheckpointError", "ConversionError", "Depth", "Engine", "FusedNet", "Plan", "Profile", "SelfDistillation",
@@ -40,3 +45,61 @@ def test_import_is_light() -> None:
     assert done.returncode == 0, done.stderr
     # The bound is the promise made to users, an order of magnitude above what it takes.
     assert float(done.stdout) < 3
+
+
+# Each room may import those before it in the list; `detection` only has names for scripts.
+ROOMS = ("core", "families", "convert", "distill", "data", "detect", "models", "weights", "measure", "export",
+         "runtime", "train", "demo", "cli", "__main__", "detection")
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in (adn, adn_kernels):
+        root = Path(package.__file__).parent
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """Also those inside of functions."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{module}.{alias.name}" if f"{module}.{alias.name}" in known else module
+
+
+def test_imports_point_one_way() -> None:
+    known = modules()
+    graph = {name: {other for other in imports(name, path, known)
+                    if other in known and other not in ("adn", name, name.rpartition(".")[0])}
+             for name, path in known.items() if name != "adn"}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
+    for name, others in graph.items():
+        for other in others:
+            assert not (name.startswith("adn_kernels") and other.startswith("adn.")), f"{name} imports {other}"
+            if name.startswith("adn.") and other.startswith("adn."):
+                room, below = (ROOMS.index(module.split(".")[1]) for module in (name, other))
+                assert below <= room, f"{name} imports {other}, a room above its own"
+
+
+def test_rooms_say_what_belongs_in_them() -> None:
+    for name, path in modules().items():
+        if path.name == "__init__.py":
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{name} has no docstring"
+
+
+def test_names_for_scripts() -> None:
+    """By which detection was once imported."""
+    script = ("import importlib, adn.detection\n"
+              "for name in 'boxes criterion decoder deformable denoising encoder matcher rtdetr'.split():\n"
+              "    module = importlib.import_module(f'adn.detection.{name}')\n"
+              "    assert module is getattr(adn.detection, name)\n"
+              "from adn.detection.rtdetr import RTDETR\n"
+              "assert RTDETR is adn.detection.RTDETR\n")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -7,9 +7,9 @@ import timm
 import torch
 
 import adn
+from adn.core.state import state_of
 from adn.families import FAMILIES
-from adn.models import _EXCLUDED, build_source, create_model, list_models
-from adn.state import state_of
+from adn.models.registry import _EXCLUDED, build_source, create_model, list_models
 
 
 def test_list_models_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

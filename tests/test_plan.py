@@ -12,6 +12,7 @@ from conftest import build, randomise
 from torch import nn
 
 import adn
+from adn.core import behaviours
 
 
 class ShortcutA(nn.Module):
@@ -83,8 +84,8 @@ def test_editing_moves_the_split() -> None:
     del plan[0]
     net = adn.convert(model, plan=plan)
     assert [(len(s.essential), len(s.refinement)) for s in adn.stages(net)] == [(2, 2), (1, 5), (2, 1)]
-    assert not isinstance(net.layer1[0].bn1, adn.nn.SkipNorm)
-    assert not isinstance(net.layer3[1].bn1, adn.nn.SkipNorm)
+    assert not isinstance(net.layer1[0].bn1, behaviours.SkipNorm)
+    assert not isinstance(net.layer3[1].bn1, behaviours.SkipNorm)
 
 
 def test_planning_changes_nothing() -> None:
@@ -240,7 +241,7 @@ class TestEdited:
         for stage in plan:
             stage.norms = []
         net = adn.convert(model, plan=plan)
-        assert not any(isinstance(m, adn.nn.SkipNorm) for m in net.modules())
+        assert not any(isinstance(m, behaviours.SkipNorm) for m in net.modules())
         assert len(adn.depths(net)) == 16
 
     def test_merged_stages_fail_with_a_reason(self) -> None:
@@ -254,7 +255,7 @@ class TestEdited:
 
     def test_an_unchanged_plan_is_as_good_as_none(self) -> None:
         net = adn.convert(model := build("resnet18"), plan=adn.plan(model))
-        assert not any(isinstance(m, adn.nn.ShapeChecked) for m in net.modules())
+        assert not any(isinstance(m, behaviours.ShapeChecked) for m in net.modules())
 
 
 def test_one_module_in_two_places() -> None:

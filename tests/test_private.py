@@ -174,7 +174,7 @@ def test_constants_are_asked_once_while_tracing() -> None:
 
 @pytest.mark.usefixtures("dynamo")
 def test_what_is_not_traced_may_call_what_is_compiled() -> None:
-    """The mechanism of `adn.paths`: dispatch outside of compiled code, regions inside; flags are no guards."""
+    """The mechanism of `adn.core.regions`: dispatch outside of compiled code, regions inside; flags are no guards."""
     flag = [False]
     double = torch.compile(lambda x: 2 * x, backend="eager")
     triple = torch.compile(lambda x: 3 * x, backend="eager")
@@ -252,7 +252,7 @@ def test_recompile_limit() -> None:
 
 
 def test_cpp_compiler_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import config, cpp_builder
+    from torch._inductor import config
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     assert private.cpp_compiler_fault() is not None, VERSION + "InvalidCxxCompiler is not raised without a compiler"

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import nn
 
 import adn
-from adn.checkpoint import save
 from adn.cli import profile as command
-from adn.evaluate import Row
-from adn.models import create_model
-from adn.profile import Point, Profile, count_macs, count_parameters, fit_budget, in_use, profile, read_table
+from adn.core.tables import read_table
+from adn.measure.accuracy import Row
+from adn.measure.profile import Point, Profile, count_macs, count_parameters, fit_budget, in_use, profile
+from adn.models.registry import create_model
+from adn.weights.checkpoint import save
 
 # Specification of the reference, at 224: GMAC of the super-net, saved by each stage, base-net; parameters of the
 # base-net (torchvision models).

@@ -52,7 +52,7 @@ SPEC = {
 def test_published_recipes(name: str) -> None:
     values = dataclasses.asdict(RECIPES[name])
     assert {key: values[key] for key in (*COMMON, *SPEC[name])} == COMMON | SPEC[name]
-    assert "anydepth_" + values["model"] in adn.models.list_models()
+    assert "anydepth_" + values["model"] in adn.models.registry.list_models()
     assert Recipe.from_dict(RECIPES[name].to_dict()) == RECIPES[name]
 
 

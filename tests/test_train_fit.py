@@ -24,10 +24,11 @@ from conftest import randomise
 from torch import nn
 
 import adn
-from adn.checkpoint import load, read_metadata
-from adn.evaluate import evaluate
-from adn.models import create_model
+from adn.core import behaviours
+from adn.measure.accuracy import evaluate
+from adn.models.registry import create_model
 from adn.train import Diverged, Interrupted, Recipe, Result, Supervised, fit
+from adn.weights.checkpoint import load, read_metadata
 
 RECIPE = Recipe(epochs=3, batch_size=4, optimizer="adamw", lr=1e-3, norm_decay=0.0, schedule="cosine", clip=1.0)
 FULL = RECIPE.but(ema=True, ema_every=2, ema_decay=0.9, warmup_epochs=1, label_smoothing=0.1, amp="bf16")
@@ -109,7 +110,7 @@ def test_settings_for_speed_change_no_number(monkeypatch: pytest.MonkeyPatch) ->
     for net, recipe in ((plain, RECIPE), (fast, RECIPE.but(single_pass=True, accelerate=True, compile=True))):
         fit(net, lambda epoch: in_double, None, recipe.but(epochs=1))
     assert compiled == [fast]
-    assert isinstance(fast.blocks[0], adn.nn.Rerouted)
+    assert isinstance(fast.blocks[0], behaviours.Rerouted)
     for (name, ours), expected in zip(fast.named_parameters(), plain.parameters(), strict=True):
         # Adam divides by the size of a gradient, also where that is nothing but rounding.
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6, msg=name)

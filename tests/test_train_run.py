@@ -19,13 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-from adn.checkpoint import load, read_metadata, save
 from adn.cli import main
-from adn.models import create_model
-from adn.state import state_of
+from adn.core.state import state_of
+from adn.models.registry import create_model
 from adn.train import RECIPES, Config, recipe, train
 from adn.train.interrupts import ignore_interrupts
 from adn.train.recipes import DetectionRecipe, Recipe
+from adn.weights.checkpoint import load, read_metadata, save
 
 KWARGS = {"channels": [8, 8, 16, 16], "zero_init_last": False}
 SMALL = recipe("default", model="resnet18", model_kwargs=KWARGS, epochs=2, batch_size=8, train_size=16, lr=5e-3,

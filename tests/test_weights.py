@@ -21,8 +21,8 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 import adn
-from adn.checkpoint import save
-from adn.weights import LoadReport, load_weights
+from adn.weights.checkpoint import save
+from adn.weights.foreign import LoadReport, load_weights
 
 # fixture: (torchvision, timm, float32 deviation stated by the specification)
 REFERENCE = {

@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from torch.utils.data import IterableDataset, random_split
 
-    from ..calibrate import calibrate
-    from ..checkpoint import read_metadata, save
-    from ..evaluate import evaluate
-    from ..profile import table
-    from ..state import get_depth, set_depth
+    from ..core.state import get_depth, set_depth
+    from ..core.tables import table
+    from ..measure.accuracy import evaluate
+    from ..measure.calibrate import calibrate
+    from ..weights.checkpoint import read_metadata, save
 
     if args.batches < 1:
         raise ValueError(f"--batches {args.batches}; pass 1 or more")

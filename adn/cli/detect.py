@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data import UNREADABLE
-    from ..detection.draw import draw_detections
-    from ..state import get_depth, set_depth
+    from ..core.state import get_depth, set_depth
+    from ..data.images import UNREADABLE
+    from ..detect.draw import draw_detections
 
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold}; pass a score from 0 to 1")
@@ -93,9 +93,9 @@ def detect(net: nn.Module, image: Image.Image, size: int, threshold: float) -> d
     import torch
     from torchvision.ops import clip_boxes_to_image
 
-    from ..detection.postprocess import postprocess
-    from ..detection.transforms import image_transform
-    from ..evaluate import try_forward
+    from ..data.transforms import image_transform
+    from ..detect.postprocess import postprocess
+    from ..measure.accuracy import try_forward
 
     parameter = next(net.parameters())
     x = image_transform(size)(image)[None].to(parameter.device, parameter.dtype)
@@ -108,9 +108,9 @@ def detect(net: nn.Module, image: Image.Image, size: int, threshold: float) -> d
 
 def _load(args: argparse.Namespace) -> tuple[nn.Module, Sequence[str]]:
     """The net, and the names of its classes."""
-    from ..detection import is_detector
-    from ..detection.coco import read_class_names
-    from ..state import state_of
+    from ..core.state import state_of
+    from ..data.coco import read_class_names
+    from ..models.registry import is_detector
 
     names = read_class_names(args.classes) if args.classes else None
     if args.model:
@@ -175,7 +175,7 @@ def _check_kept(sources: Iterable[Path], targets: Iterable[Path]) -> None:
 def _read(path: Path) -> Image.Image:
     from PIL import Image
 
-    from ..data import to_rgb, upright
+    from ..data.images import to_rgb, upright
 
     with Image.open(path) as file:
         return to_rgb(upright(file))

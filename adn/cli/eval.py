@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import DataLoader, Dataset
 
-    from ..data import ImageData
+    from ..data.images import ImageData
 
 NAMED_UNREADABLE = 5
 LATENCY_ROUNDS = 20
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..detection import is_detector
+    from ..models.registry import is_detector
 
     make_folder(args.csv)
     net = load_checkpoint(args) if args.model is None else None
@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_classifier(args: argparse.Namespace, net: nn.Module) -> int:
-    from ..evaluate import choose_depths, evaluate
-    from ..profile import count_macs, table
+    from ..core.tables import table
+    from ..measure.accuracy import choose_depths, evaluate
+    from ..measure.profile import count_macs
 
     _refuse(args, _OF_DETECTORS, f"{args.checkpoint} holds a classifier")
     args.batch_size = _BATCH_SIZE if args.batch_size is None else args.batch_size
@@ -110,11 +111,11 @@ def _run_detector(args: argparse.Namespace, net: nn.Module | None) -> int:
     import torch
     from torch.utils.data import DataLoader
 
-    from ..detection.coco import collate, open_coco
-    from ..detection.evaluate import ACCURACIES, detection_table, evaluate_detector
-    from ..detection.transforms import eval_transform
-    from ..evaluate import autocast, choose_depths
-    from ..profile import count_macs, profile
+    from ..data.coco import collate, open_coco
+    from ..data.transforms import eval_transform
+    from ..measure.accuracy import autocast, choose_depths
+    from ..measure.average_precision import ACCURACIES, detection_table, evaluate_detector
+    from ..measure.profile import count_macs, profile
 
     _refuse(args, _OF_CLASSIFIERS, f"{args.checkpoint or args.model} is a detector")
     size = detector_size(args)
@@ -222,7 +223,7 @@ def pick_device(name: str | None) -> str:
 
 def load_net(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """The classifier of `--checkpoint` on `--device` (which is filled in), and how it wants its images."""
-    from ..detection import is_detector
+    from ..models.registry import is_detector
 
     net = load_checkpoint(args)
     if is_detector(net):
@@ -233,7 +234,7 @@ def load_net(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
 
 def load_checkpoint(args: argparse.Namespace) -> nn.Module:
     """The net of `--checkpoint`, of whatever kind, on `--device` (which is filled in)."""
-    from ..checkpoint import load
+    from ..weights.checkpoint import load
 
     if getattr(args, "weights", None):
         raise ValueError("--weights are for a detector of --model; a checkpoint has its own")
@@ -243,7 +244,7 @@ def load_checkpoint(args: argparse.Namespace) -> nn.Module:
 
 def image_config(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
     """How a classifier wants its images."""
-    from ..data import data_config
+    from ..data.images import data_config
 
     given = {key: getattr(args, key, None) for key in ("size", "resize", "interpolation", "mean", "std")}
     return data_config(net, _stored(args), **given)
@@ -251,17 +252,21 @@ def image_config(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
 
 def detector_size(args: argparse.Namespace) -> int:
     """Side of the images that a detector gets."""
-    from ..detection.presets import STRIDE
+    from ..models.registry import ENTRIES
+    from ..weights.checkpoint import read_metadata
 
     if args.size is None:
         return (_stored(args) or {}).get("size", DETECTOR_SIZE)
-    if args.size < STRIDE or args.size % STRIDE:
-        raise ValueError(f"--size {args.size}; a detector takes multiples of {STRIDE}, such as {DETECTOR_SIZE}")
+    name = (read_metadata(args.checkpoint)["origin"] or {}).get("name") if args.checkpoint else args.model
+    stride = ENTRIES[name].stride if name in ENTRIES else 1
+    if args.size < stride or args.size % stride:
+        raise ValueError(f"--size {args.size}; {name or 'a detector'} takes multiples of {stride}, such as "
+                         f"{DETECTOR_SIZE}")
     return args.size
 
 
 def _stored(args: argparse.Namespace) -> dict[str, Any] | None:
-    from ..checkpoint import read_metadata
+    from ..weights.checkpoint import read_metadata
 
     return read_metadata(args.checkpoint)["extra"].get("data") if args.checkpoint else None
 
@@ -269,19 +274,18 @@ def _stored(args: argparse.Namespace) -> dict[str, Any] | None:
 def build_detector(name: str, num_classes: int | None = None) -> nn.Module:
     """A detector by name, converted if it is not any-depth."""
     from ..convert import convert
-    from ..detection.presets import PRESETS
-    from ..models import create_model
+    from ..models.registry import ENTRIES, create_model
 
-    if name not in PRESETS:
-        raise ValueError(f"no detector {name!r}; there are {', '.join(PRESETS)}. A classifier comes as a file of "
+    if name not in ENTRIES:
+        raise ValueError(f"no detector {name!r}; there are {', '.join(ENTRIES)}. A classifier comes as a file of "
                          "adn.save: --checkpoint")
     net = create_model(name, num_classes=num_classes)
-    return net if PRESETS[name].any_depth else convert(net)
+    return net if ENTRIES[name].any_depth else convert(net)
 
 
 def load_weights_of(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
     """The detector of `--model` with `--weights` on `--device` (which is filled in)."""
-    from ..weights import load_weights
+    from ..weights.foreign import load_weights
 
     if not args.weights:
         raise ValueError(f"--model {args.model} alone has random weights: pass --weights, or --checkpoint instead")
@@ -293,15 +297,15 @@ def load_weights_of(args: argparse.Namespace, num_classes: int | None) -> nn.Mod
 
 def default_depths(args: argparse.Namespace) -> str:
     """Of a model that is not any-depth by itself, the only depth that its weights were trained at."""
-    from ..detection.presets import PRESETS
+    from ..models.registry import ENTRIES
 
-    return "super" if args.model and not PRESETS[args.model].any_depth else "chain"
+    return "super" if args.model and not ENTRIES[args.model].any_depth else "chain"
 
 
 def open_images(root: str, args: argparse.Namespace, config: dict[str, Any], split: str = "",
                 net: nn.Module | None = None) -> ImageData:
-    from ..data import eval_transform, open_dataset
-    from ..state import state_of
+    from ..core.state import state_of
+    from ..data.images import eval_transform, open_dataset
 
     data = open_dataset(root, split, transform=eval_transform(**config), class_map=args.class_map)
     known = state_of(net).class_names if net is not None else None
@@ -315,7 +319,7 @@ def open_images(root: str, args: argparse.Namespace, config: dict[str, Any], spl
 def make_loader(data: Dataset, args: argparse.Namespace, **options: Any) -> DataLoader:
     from torch.utils.data import DataLoader
 
-    from ..data import collate
+    from ..data.images import collate
 
     return DataLoader(data, args.batch_size, num_workers=args.workers, collate_fn=collate,
                       pin_memory=args.device.startswith("cuda"), **options)
@@ -337,7 +341,7 @@ def example(net: nn.Module, size: int, batch: int = 1) -> Any:
 
 
 def report_others(net: nn.Module, shown: int) -> None:
-    from ..state import depths as all_depths
+    from ..core.state import depths as all_depths
 
     every = len(all_depths(net))
     if shown < every:

@@ -29,9 +29,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from PIL import Image
 
-    from ..data import UNREADABLE, eval_transform, to_rgb
-    from ..evaluate import try_forward
-    from ..state import set_depth, state_of
+    from ..core.state import set_depth, state_of
+    from ..data.images import UNREADABLE, eval_transform, to_rgb
+    from ..measure.accuracy import try_forward
 
     if args.top < 1:
         raise ValueError(f"--top {args.top}; pass 1 or more")

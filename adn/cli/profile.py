@@ -62,12 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..detection import is_detector
-    from ..detection.presets import PRESETS
-    from ..evaluate import choose_depths
-    from ..models import PREFIX, create_model
-    from ..profile import fit_budget, profile, read_table, require_matplotlib
-    from ..state import depths as all_depths
+    from ..core.state import depths as all_depths
+    from ..core.tables import read_table
+    from ..measure.accuracy import choose_depths
+    from ..measure.profile import fit_budget, profile, require_matplotlib
+    from ..models.registry import ENTRIES, PREFIX, create_model, is_detector
 
     for file in (args.csv, args.plot):
         make_folder(file)
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         net = load_checkpoint(args)
     else:
         args.device = pick_device(args.device)
-        net = build_detector(args.model) if args.model in PRESETS else create_model(
+        net = build_detector(args.model) if args.model in ENTRIES else create_model(
             PREFIX + args.model.removeprefix(PREFIX))
         net.to(args.device).eval()
     detector = is_detector(net)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..detection.scenes import SPLITS, write_scenes
+    from ..data.scenes import SPLITS, write_scenes
 
     out = write_scenes(args.out, args.images, args.val_images, args.size, args.seed)
     for split in SPLITS:

@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _size_of(checkpoint: str) -> int | None:
     """Side of the images that a stored detector was trained on."""
-    from ..checkpoint import read_metadata
+    from ..weights.checkpoint import read_metadata
 
     return (read_metadata(checkpoint)["extra"].get("data") or {}).get("size")
 

@@ -1,4 +1,5 @@
-"""Detection: RT-DETR at any depth, its losses, COCO data and evaluation.
+"""Names for scripts, by which detection was once imported; what they name is in `adn.models.rtdetr`, `adn.detect`,
+`adn.data` and `adn.measure`. Nothing in this library imports it.
 
     net = adn.create_model("anydepth_rtdetr_r50vd")
     data = open_coco("coco", "val", eval_transform(640))
@@ -8,38 +9,27 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
-from torch import nn
+from ..data.coco import CocoImages, collate, open_coco
+from ..data.scenes import write_scenes
+from ..data.transforms import eval_transform, train_transform
+from ..detect.draw import draw_detections
+from ..measure.average_precision import detection_table, evaluate_detector
+from ..models.registry import is_detector
+from ..models.rtdetr.criterion import DetectionLoss, DistillationLoss
+from ..models.rtdetr.distill import DetectionDistillation, DetectionSupervised
+from ..models.rtdetr.model import RTDETR
 
-from ..state import is_any_depth, unwrap
+__all__ = [
+    "RTDETR", "CocoImages", "DetectionDistillation", "DetectionLoss", "DetectionSupervised", "DistillationLoss",
+    "collate", "detection_table", "draw_detections", "eval_transform", "evaluate_detector", "is_detector", "open_coco",
+    "train_transform", "write_scenes",
+]
 
-# By the module that has them; loaded when first asked for, as some bring the kernels.
-_LATER = {
-    "CocoImages": "coco", "collate": "coco", "open_coco": "coco",
-    "DetectionLoss": "criterion", "DistillationLoss": "criterion",
-    "DetectionDistillation": "distill", "DetectionSupervised": "distill",
-    "draw_detections": "draw",
-    "detection_table": "evaluate", "evaluate_detector": "evaluate",
-    "RTDETR": "rtdetr",
-    "write_scenes": "scenes",
-    "eval_transform": "transforms", "train_transform": "transforms",
-}
-
-__all__ = [*_LATER, "is_detector"]
-
-
-def is_detector(net: nn.Module) -> bool:
-    """Is it a detector, any-depth or of one depth, and not a classifier?"""
-    # Not by its class, whose import would bring the kernels.
-    return getattr(unwrap(net) if is_any_depth(net) else net, "adn_task", "classify") == "detect"
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+for _name, _module in {
+    "boxes": "detect.boxes", "matcher": "detect.matcher", "criterion": "models.rtdetr.criterion",
+    "decoder": "models.rtdetr.decoder", "deformable": "models.rtdetr.deformable",
+    "denoising": "models.rtdetr.denoising", "encoder": "models.rtdetr.encoder", "rtdetr": "models.rtdetr.model",
+}.items():
+    globals()[_name] = sys.modules[f"{__name__}.{_name}"] = importlib.import_module(f"adn.{_module}")

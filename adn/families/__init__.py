@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
-from ..errors import ConversionError
-from ..nn import is_norm
-from ..plan import Plan, StagePlan
+from ..core.behaviours import is_norm
+from ..core.errors import ConversionError
+from ..core.plan import Plan, StagePlan
 
 Finder = Callable[[nn.Module], list[StagePlan] | Plan]
 

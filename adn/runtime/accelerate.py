@@ -19,9 +19,9 @@ import torch
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
 
-from ..nn import Rerouted, is_norm, original_class, swap
-from ..plan import Plan
-from ..state import state_of, unwrap
+from ..core.behaviours import Rerouted, is_norm, original_class, swap
+from ..core.plan import Plan
+from ..core.state import state_of, unwrap
 from . import norms
 from .graph import CannotTrace, activation_of, addition_of, hooked, trace
 

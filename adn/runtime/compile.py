@@ -1,7 +1,7 @@
 """Compiled nets: every path of every stage a region of its own, so that no depth is a reason to compile again.
 
-Two ways, one mechanism (`adn.paths`): `compile` here, in place and loud, and plain `torch.compile(net)`. Without it,
-where the compiler traces the flags themselves, each combination of them is a variant of one piece of code, of which
+Two ways, one mechanism (`adn.core.regions`): `compile` here, in place and loud, and plain `torch.compile(net)`. Without
+it, where the compiler traces the flags themselves, each combination of them is a variant of one piece of code, of which
 torch.compile keeps 8: of 16 depths 8 run uncompiled, with a warning once.
 """
 
@@ -21,10 +21,10 @@ from torch import nn
 from adn_kernels import private
 from adn_kernels.private import pytree
 
-from .. import paths
-from ..nn import mixing_norm
-from ..state import DepthLike, at_depth, state_of, unwrap
-from ..state import depths as all_depths
+from ..core import regions as paths
+from ..core.behaviours import mixing_norm
+from ..core.state import DepthLike, at_depth, state_of, unwrap
+from ..core.state import depths as all_depths
 from .fuse import FusedNet
 
 _DEPTH, _REGION = "adn depth ", "adn region"
@@ -94,7 +94,7 @@ class Counts:
 
     Attributes:
         depths: how many were swept.
-        regions: paths and modules of `adn.paths` that were compiled in the first sweep.
+        regions: paths and modules of `adn.core.regions` that were compiled in the first sweep.
         frames: other pieces of code that were compiled in it: what lies around the stages.
         given_up: names of functions that could not be compiled and run uncompiled.
         graph_breaks: how often code was cut because something in it is not traced; the dispatch of stages is.

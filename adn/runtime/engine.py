@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from adn_kernels.private import pytree
 
-from ..depth import Depth
-from ..evaluate import read_depths
-from ..nn import BATCH_NORMS, mixing_norm
-from ..profile import Profile, device_name, fit_budget, profile
-from ..state import DepthLike, get_depth, set_depth, state_of, unwrap
-from ..state import depths as all_depths
+from ..core.behaviours import BATCH_NORMS, mixing_norm
+from ..core.depth import Depth
+from ..core.state import DepthLike, get_depth, set_depth, state_of, unwrap
+from ..core.state import depths as all_depths
+from ..measure.accuracy import read_depths
+from ..measure.profile import Profile, device_name, fit_budget, profile
 from .cuda_graphs import CudaGraphs, Graph
 from .fuse import FusedNet
 from .per_image import checked_flags

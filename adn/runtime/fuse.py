@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from adn_kernels import private
 
-from ..depth import Depth
-from ..nn import mixing_norm
-from ..state import DepthLike, State, state_of, unwrap
+from ..core.behaviours import mixing_norm
+from ..core.depth import Depth
+from ..core.state import DepthLike, State, state_of, unwrap
 from .layers import Layer
 from .per_image import checked_flags, fastest, split_run
 from .segments import Segment, filled, segments_of

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from ..nn import is_norm, original_class
+from ..core.behaviours import is_norm, original_class
 
 # Modules and functions by the name their activation has in `adn_kernels.ops.ACTIVATIONS`.
 _ACTIVATION_MODULES: dict[type, str] = {

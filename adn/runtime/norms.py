@@ -18,8 +18,8 @@ from adn_kernels import ops, private
 from adn_kernels.activation import act_reference
 from adn_kernels.layer_norm import MAX_CHANNELS
 
-from ..nn import FROZEN_NORMS, Rerouted, SkipNorm, original_class
-from ..switch import recomputing
+from ..core.behaviours import FROZEN_NORMS, Rerouted, SkipNorm, original_class
+from ..core.switch import recomputing
 from .graph import activation_of_module
 
 _WITH_ACTIVATION = (timm.layers.BatchNormAct2d, timm.layers.SyncBatchNormAct, timm.layers.FrozenBatchNormAct2d)
@@ -83,7 +83,7 @@ def batch_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, activation: 
         y, mean, var = ops.batch_norm(
             x, *parameters, *statistics, momentum=first.momentum or 0.0, groups=groups, bank=live.bank(x),
             process_group=_process_group(first), **arguments)
-        # A recomputed forward must not move them again (`adn.nn.CountOnce`).
+        # A recomputed forward must not move them again (`adn.core.behaviours.CountOnce`).
         if moves and not recomputing():
             if second is None:
                 moved.append((first, mean, var, groups))

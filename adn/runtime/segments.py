@@ -18,9 +18,9 @@ from torch import fx, nn
 from adn_kernels import private
 
 from ..convert import detach
-from ..export import unwrap_blocks
-from ..nn import is_norm
-from ..paths import is_one_region, switches_in
+from ..core.behaviours import is_norm
+from ..core.regions import is_one_region, switches_in
+from ..export.extract import unwrap_blocks
 from .graph import (
     CannotTrace,
     Traced,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adn_kernels.private import pytree
 
-from ..state import state_of
+from ..core.state import state_of
 from .cuda_graphs import Graph
 
 _CONSTANTS = (bool, int, float, str, type(None))

@@ -22,14 +22,16 @@ What differs from the reference's training (Adaptive Depth Networks, NeurIPS 202
   no published recipe depends on it.
 """
 
-from .data import TrainBatches, mixing, train_sampler, train_transform
-from .engine import Diverged, Interrupted, Result, Supervised, default_loss, fit
-from .folder import holds_run
-from .recipes import DEFAULT, RECIPES, Recipe, recipe
-from .run import Config, train
-from .seeds import seed_all
+from ..core import lazy
 
-__all__ = [
-    "DEFAULT", "RECIPES", "Config", "Diverged", "Interrupted", "Recipe", "Result", "Supervised", "TrainBatches",
-    "default_loss", "fit", "holds_run", "mixing", "recipe", "seed_all", "train", "train_sampler", "train_transform",
-]
+_WHERE = {
+    "TrainBatches": ".data", "mixing": ".data", "train_sampler": ".data", "train_transform": ".data",
+    "holds_run": ".folder",
+    "Diverged": ".loop", "Interrupted": ".loop", "Result": ".loop", "Supervised": ".loop", "default_loss": ".loop",
+    "fit": ".loop",
+    "DEFAULT": ".recipes", "RECIPES": ".recipes", "Recipe": ".recipes", "recipe": ".recipes",
+    "Config": ".run", "train": ".run",
+    "seed_all": ".seeds",
+}
+__all__ = [*_WHERE]
+__getattr__, __dir__ = lazy.attach(globals(), _WHERE)

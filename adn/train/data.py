@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 
-from ..data import collate
+from ..data.images import collate
 from .interrupts import ignore_interrupts
 from .recipes import Recipe, Settings
 from .seeds import mixed_seed

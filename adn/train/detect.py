@@ -15,32 +15,22 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from ..convert import convert
-from ..detection.coco import CocoImages, collate, open_coco
-from ..detection.criterion import DistillationLoss
-from ..detection.distill import DetectionDistillation
-from ..detection.evaluate import evaluate_detector, require_backend
-from ..detection.presets import PRESETS
-from ..detection.rtdetr import RTDETR
-from ..detection.transforms import eval_transform, multi_scale_sizes, train_transform
-from ..evaluate import evaluating, try_forward
-from ..models import build_source
-from ..nn import FROZEN_NORMS
-from ..state import state_of
-from ..weights import load_weights
+from ..core.behaviours import FROZEN_NORMS
+from ..core.state import state_of
+from ..data.coco import CocoImages, collate, open_coco
+from ..data.transforms import eval_transform, multi_scale_sizes, train_transform
+from ..measure.accuracy import evaluating, try_forward
+from ..measure.average_precision import evaluate_detector, require_backend
+from ..models.registry import ENTRIES, build_source
+from ..models.rtdetr.criterion import DistillationLoss
+from ..models.rtdetr.distill import DetectionDistillation
+from ..models.rtdetr.model import RTDETR
+from ..weights.foreign import load_weights
 from .data import TrainBatches
-from .engine import Result, fit
 from .interrupts import ignore_interrupts
+from .loop import Result, fit
 from .recipes import DEFAULT_DETECTION, DETECTION_RECIPES, DetectionRecipe
-from .run import (
-    check_out,
-    config_of_run,
-    gather,
-    load_start,
-    process_group,
-    set_classes,
-    share,
-    with_whole_paths,
-)
+from .run import check_out, config_of_run, gather, load_start, process_group, set_classes, share, with_whole_paths
 from .seeds import seed_all
 
 TASK = "detect"
@@ -52,7 +42,7 @@ class DetectionConfig:
     """A training run of a detector: the recipe, and where things are.
 
     Attributes:
-        data: a directory in one of the layouts of `adn.detection.coco.open_coco`.
+        data: a directory in one of the layouts of `adn.data.coco.open_coco`.
         out: folder for what the run writes, see `fit`.
         recipe: every setting the numbers depend on.
         checkpoint: start from a file of `adn.save` in place of the recipe's model.
@@ -161,7 +151,7 @@ def train_detector(
 
 
 def augmentation(recipe: DetectionRecipe) -> v2.Transform:
-    """Of training images, see `adn.detection.transforms.train_transform`."""
+    """Of training images, see `adn.data.transforms.train_transform`."""
     return train_transform(recipe.size, distort=recipe.distort, zoom_out=recipe.zoom_out, crop=recipe.crop,
                            flip=recipe.flip)
 
@@ -202,8 +192,8 @@ def _start(config: DetectionConfig, names: Sequence[str], resume: bool) -> nn.Mo
             raise ValueError(f"{config.checkpoint} holds a {type(net).__name__}, which is no detector")
         set_classes(net, config, len(names), names, resume)
         return net
-    if recipe.model not in PRESETS:
-        raise ValueError(f"{recipe.model!r} is no detector; pass one of {', '.join(PRESETS)}")
+    if recipe.model not in ENTRIES:
+        raise ValueError(f"{recipe.model!r} is no detector; pass one of {', '.join(ENTRIES)}")
     if "num_classes" in recipe.model_kwargs:
         raise ValueError("num_classes does not belong into model_kwargs: the data say how many there are")
     try:

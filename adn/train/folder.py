@@ -14,8 +14,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ..checkpoint import atomic_write, save
-from ..state import is_converted
+from ..core.files import atomic_write
+from ..core.state import is_converted
+from ..weights.checkpoint import save
 
 FORMAT = 1
 CONFIG, LOG, LAST, BEST, FINAL, INTERRUPTED = (

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Self
 import timm.data
 import timm.optim
 
-from ..detection.criterion import CLASS_KL
-from ..detection.transforms import multi_scale_sizes
+from ..core.behaviours import TWINS
+from ..data.transforms import multi_scale_sizes
 from ..distill import VARIANTS
-from ..nn import TWINS
+from ..models.rtdetr.criterion import CLASS_KL
 
 DEFAULT = "default"
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -207,7 +207,7 @@ class DetectionRecipe(Settings):
     ema_ramp: int = setting("averaging", 2000, "updates over which the decay of the average rises")
 
     class_kl: str = setting("loss", "softmax-mean", "how the super-net's classes are distilled, see "
-                             "adn.detection.DistillationLoss", CLASS_KL)
+                             "adn.models.rtdetr.criterion.DistillationLoss", CLASS_KL)
     cut_decoder: bool = setting(
         "loss", False, "train the base-net's decoder at the number of layers it has, not at all of them; measured on "
         "scenes of digits, this costs accuracy at every depth")

@@ -15,16 +15,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from ..checkpoint import load
-from ..data import ImageData, ImageStream, collate, data_config, eval_transform, open_dataset
-from ..evaluate import evaluate, evaluating, try_forward
-from ..models import PREFIX, create_model
-from ..state import state_of
-from ..weights import load_weights
+from ..core.state import state_of
+from ..data.images import ImageData, ImageStream, collate, data_config, eval_transform, open_dataset
+from ..measure.accuracy import evaluate, evaluating, try_forward
+from ..models.registry import PREFIX, create_model
+from ..weights.checkpoint import load
+from ..weights.foreign import load_weights
 from .data import TrainBatches, train_transform
-from .engine import Result, fit
 from .folder import BEST, CONFIG, FINAL, refuse_overwriting
 from .interrupts import ignore_interrupts
+from .loop import Result, fit
 from .recipes import RECIPES, Recipe
 from .seeds import seed_all
 

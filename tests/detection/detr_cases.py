@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from adn.detection.denoising import Denoising, make_queries
+from adn.models.rtdetr.denoising import Denoising, make_queries
 
 
 class Golden:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from adn.detection.boxes import inverse_sigmoid, iou_and_giou
+from adn.detect.boxes import inverse_sigmoid, iou_and_giou
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader
 import adn
 from adn.cli import main
 from adn.cli.detect import coco_names
-from adn.detection import is_detector
-from adn.detection.coco import collate, open_coco, read_class_names
-from adn.detection.draw import label_colour
-from adn.detection.evaluate import DetectionRow, evaluate_detector
-from adn.detection.postprocess import postprocess
-from adn.detection.presets import PRESETS, Preset
-from adn.detection.scenes import write_scenes
-from adn.detection.transforms import eval_transform
-from adn.profile import Point, Profile, count_macs, profile
+from adn.data.coco import collate, open_coco, read_class_names
+from adn.data.scenes import write_scenes
+from adn.data.transforms import eval_transform
+from adn.detect.draw import label_colour
+from adn.detect.postprocess import postprocess
+from adn.measure.average_precision import DetectionRow, evaluate_detector
+from adn.measure.profile import Point, Profile, count_macs, profile
+from adn.models.registry import ENTRIES, is_detector
+from adn.models.rtdetr import presets as rtdetr_presets
 
 SIZE = 96
 CHAIN = ["FFFFF|3", "TFFFF|3", "TTFFF|3", "TTTFF|3", "TTTTF|3", "TTTTT|3", "TTTTT|2"]
@@ -232,8 +232,8 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models by name: of one depth, any-depth, and of COCO's classes."""
     kwargs = {"backbone": "presnet18", "expansion": 0.5, "decoder_layers": 3, **TINY, "backbone_args": {"width": 8}}
     del kwargs["num_classes"]
-    monkeypatch.setitem(PRESETS, "tiny", Preset(kwargs))
-    monkeypatch.setitem(PRESETS, "anydepth_tiny", Preset(kwargs, any_depth=True))
+    monkeypatch.setitem(ENTRIES, "tiny", rtdetr_presets.entry(kwargs))
+    monkeypatch.setitem(ENTRIES, "anydepth_tiny", rtdetr_presets.entry(kwargs, any_depth=True))
 
 
 @pytest.mark.usefixtures("presets")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from adn.detection.coco import Category, CocoImages, _read_json, collate, open_coco
+from adn.data.coco import Category, CocoImages, _read_json, collate, open_coco
 
 COCO_MINI = Path(os.environ.get("ADN_COCO_MINI", Path(__file__).parents[3] / "shared" / "data" / "coco_mini"))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from adn.detection.deformable import DeformableAttention
+from adn.models.rtdetr.deformable import DeformableAttention
 from adn_kernels import ops
 
 SHAPES = ((5, 7), (3, 4), (1, 2))

@@ -8,8 +8,8 @@ from detr_cases import Golden, some_targets
 from torch import nn
 from torchvision.ops import box_convert
 
-from adn.detection.boxes import inverse_sigmoid
-from adn.detection.denoising import Draws, draw, make_queries
+from adn.detect.boxes import inverse_sigmoid
+from adn.models.rtdetr.denoising import Draws, draw, make_queries
 
 CLASSES, QUERIES = 5, 6
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import adn
-from adn.detection.criterion import DetectionLoss, DistillationLoss
-from adn.detection.denoising import make_queries
-from adn.detection.distill import DetectionDistillation, DetectionSupervised
+from adn.models.rtdetr.criterion import DetectionLoss, DistillationLoss
+from adn.models.rtdetr.denoising import make_queries
+from adn.models.rtdetr.distill import DetectionDistillation, DetectionSupervised
 
 CLASSES, QUERIES, DIM = 5, 6, 8
 

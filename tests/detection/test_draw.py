@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adn.detection.draw import draw_detections, label_colour
+from adn.detect.draw import draw_detections, label_colour
 
 WHITE = (255, 255, 255)
 

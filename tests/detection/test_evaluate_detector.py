@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.ops import box_convert
 
 import adn
-from adn.depth import Depth
-from adn.detection.coco import CocoImages, collate, open_coco
-from adn.detection.evaluate import (
+from adn.core.depth import Depth
+from adn.data.coco import CocoImages, collate, open_coco
+from adn.data.transforms import eval_transform
+from adn.measure.average_precision import (
     BACKENDS,
     DetectionRow,
     detection_table,
@@ -31,7 +32,6 @@ from adn.detection.evaluate import (
     score,
     to_results,
 )
-from adn.detection.transforms import eval_transform
 
 pytest.importorskip("pycocotools", reason='needs pycocotools: pip install "adn[detect]"')
 
@@ -324,7 +324,7 @@ def test_bad_input(data: CocoImages, module: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         evaluate_detector(net, batches(data), ["super"], results_dir=tmp_path / "file")
-    state = adn.state.state_of(module)
+    state = adn.core.state.state_of(module)
     state.class_names = ["c2", "cow", "c11"]
     try:
         with pytest.raises(ValueError, match=r"class 1 is 'c5' in .* and 'cow' in the net"):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from adn.detection.boxes import inverse_sigmoid, iou_and_giou
-from adn.detection.matcher import Matcher
-from adn.detection.targets import pack
+from adn.detect.boxes import inverse_sigmoid, iou_and_giou
+from adn.detect.matcher import Matcher
+from adn.detect.targets import pack
 
 
 def cost_by_definition(

@@ -15,16 +15,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adn
-from adn.detection.criterion import DetectionLoss, DistillationLoss
-from adn.detection.denoising import Draws
-from adn.detection.encoder import CSPRepLayer, HybridEncoder, PositionTable
-from adn.detection.presets import PRESETS
-from adn.detection.rtdetr import RTDETR
-from adn.nn import TWINS
-from adn.profile import count_macs
+from adn.core.behaviours import TWINS
+from adn.core.state import state_of
+from adn.measure.profile import count_macs
+from adn.models.registry import ENTRIES
+from adn.models.rtdetr.criterion import DetectionLoss, DistillationLoss
+from adn.models.rtdetr.denoising import Draws
+from adn.models.rtdetr.encoder import CSPRepLayer, HybridEncoder, PositionTable
+from adn.models.rtdetr.model import RTDETR
 from adn.runtime.fuse import fuse
 from adn.runtime.layers import RepConvNormAct
-from adn.state import state_of
 
 TINY = {"hidden": 32, "decoder_hidden": 32, "heads": 4, "feedforward": 48, "decoder_feedforward": 48, "queries": 20,
         "num_classes": 5, "num_denoising": 8, "points": 2}
@@ -204,7 +204,7 @@ def test_whole_training_step(golden, seeded) -> None:
 # ------------------------------------------------------------------------------------------------- models by name
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_parameter_counts(name: str) -> None:
     with torch.device("meta"):
         net = adn.create_model(name)
@@ -460,7 +460,7 @@ def test_where_weights_came_from_is_not_stored(tmp_path, monkeypatch: pytest.Mon
     assert set(asked[1:]) == {(False, "")}
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items())
     with pytest.raises(ValueError, match="say where weights come from"):
-        adn.models.build_source("rtdetr_r18vd", {"backbone_args": {"pretrained_cfg_overlay": {"url": "x"}}})
+        adn.models.registry.build_source("rtdetr_r18vd", {"backbone_args": {"pretrained_cfg_overlay": {"url": "x"}}})
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

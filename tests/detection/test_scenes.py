@@ -15,10 +15,10 @@ from PIL import Image
 pytest.importorskip("sklearn", reason='needs scikit-learn: pip install "adn[demo]"')
 
 from adn.cli import main
+from adn.data import scenes
+from adn.data.coco import open_coco
+from adn.data.scenes import load_digits, make_scene, write_scenes
 from adn.demo import Digits
-from adn.detection import scenes
-from adn.detection.coco import open_coco
-from adn.detection.scenes import load_digits, make_scene, write_scenes
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -17,18 +17,19 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import adn
-from adn.checkpoint import read_metadata
 from adn.cli import main
-from adn.detection.coco import collate, open_coco
-from adn.detection.distill import DetectionDistillation
-from adn.detection.evaluate import evaluate_detector
-from adn.detection.scenes import write_scenes
-from adn.detection.transforms import eval_transform
-from adn.state import state_of
+from adn.core import behaviours
+from adn.core.state import state_of
+from adn.data.coco import collate, open_coco
+from adn.data.scenes import write_scenes
+from adn.data.transforms import eval_transform
+from adn.measure.average_precision import evaluate_detector
+from adn.models.rtdetr.distill import DetectionDistillation
 from adn.train import Diverged, fit
 from adn.train.detect import DetectionConfig, train_detector
 from adn.train.optim import WeightAverage, parameter_groups
 from adn.train.recipes import DETECTION_RECIPES, DetectionRecipe
+from adn.weights.checkpoint import read_metadata
 
 KWARGS = {key: value for key, value in TINY.items() if key != "num_classes"} | {
     "backbone_args": {"width": 8}, "decoder_layers": 2, "queries": 10}
@@ -281,7 +282,7 @@ def test_parameters_have_rates_and_decays_of_their_own() -> None:
             name = names[id(p)]
             seen.add(name)
             assert group["lr"] == (1e-5 if name.startswith("backbone.") else 1e-3), name
-            is_norm = adn.nn.is_norm(net.get_submodule(name.rpartition(".")[0]))
+            is_norm = behaviours.is_norm(net.get_submodule(name.rpartition(".")[0]))
             assert group["weight_decay"] == (0 if is_norm or name.endswith("bias") else 0.1), name
     assert seen == {name for name, p in net.named_parameters() if p.requires_grad}
     r101 = DETECTION_RECIPES["rtdetr-r101-72"]  # of its biases only those of norms have none

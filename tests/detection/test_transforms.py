@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
-from adn.detection import transforms
-from adn.detection.coco import CocoImages, collate
-from adn.detection.transforms import draw_size, eval_transform, multi_scale_sizes, rescale, train_transform
+from adn.data import transforms
+from adn.data.coco import CocoImages, collate
+from adn.data.transforms import draw_size, eval_transform, multi_scale_sizes, rescale, train_transform
 
 
 def sample(width: int, height: int, boxes: list[list[float]]) -> tuple[Image.Image, dict[str, Any]]:

@@ -89,7 +89,7 @@ def plain(case: Case, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor,
     if dtype is None:
         t, s = t.float(), s.float()
     if case.channel_dim is not None:
-        t, s = adn.distill.pool_features(t, case.channel_dim), adn.distill.pool_features(s, case.channel_dim)
+        t, s = (adn.distill.pool_features(x, case.channel_dim) for x in (t, s))
     if case.indices is not None:
         t, s = t.gather(1, case.indices), s.gather(1, case.indices)
     temperature = case.temperature

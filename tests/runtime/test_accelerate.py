@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adn
+from adn.core import behaviours
 from adn.runtime import norms
 from adn.runtime.accelerate import accelerate, fusions, use_kernels
 
@@ -342,14 +343,14 @@ class TestCopies:
         """Dynamo keeps what it compiled per code object, a few times for each."""
         net = accelerate(adn.convert(build("resnet18")))
         nets = net, copy.deepcopy(net)
-        routes = [m._adn_route for n in nets for m in n.modules() if isinstance(m, adn.nn.Rerouted)]
+        routes = [m._adn_route for n in nets for m in n.modules() if isinstance(m, behaviours.Rerouted)]
         assert len({id(route._rewritten.forward.__code__) for route in routes}) == len(routes) == 16
 
     @pytest.mark.parametrize("depth", ["super", "base"])
     def test_extract_leaves_no_trace(self, depth: str) -> None:
         plain, net, x = pair("resnet18")
         static = adn.extract(net, depth)
-        assert not any(isinstance(m, adn.nn.Swapped) or "_adn_route" in m.__dict__ for m in static.modules())
+        assert not any(isinstance(m, behaviours.Swapped) or "_adn_route" in m.__dict__ for m in static.modules())
         assert torch.equal(static(x), adn.extract(plain, depth)(x))
 
     def test_undone_by_changes_of_all_norms(self) -> None:

@@ -22,7 +22,7 @@ from torch.compiler import set_stance
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import adn
-from adn import paths
+from adn.core import regions as paths
 from adn.runtime.compile import Counts, compile, count
 
 Way = Callable[..., nn.Module]

@@ -20,7 +20,7 @@ from fake_graphs import FakeGraphs
 from torch import Tensor, nn
 
 import adn
-from adn.profile import Point, Profile
+from adn.measure.profile import Point, Profile
 from adn.runtime import engine as engine_module
 from adn.runtime.engine import Engine
 from adn.runtime.fuse import fuse

@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ..distill import distillation_kl, pool_features
-from .boxes import iou_and_giou, widened
+from ...detect.boxes import iou_and_giou, widened
+from ...detect.matcher import Matcher, Pairs
+from ...detect.targets import Objects, Targets, fitting, pack
+from ...distill import distillation_kl, pool_features
 from .denoising import Denoising
-from .matcher import Matcher, Pairs
-from .targets import Objects, Targets, fitting, pack
 
 Outputs = Mapping[str, Any]
 

@@ -6,9 +6,9 @@ import copy
 
 from torch import nn
 
-from .convert import detach
-from .depth import Depth
-from .state import DepthLike, State, get_depth, state_with_modules, unwrap
+from ..convert import detach
+from ..core.depth import Depth
+from ..core.state import DepthLike, State, get_depth, state_with_modules, unwrap
 
 
 def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = False) -> nn.Module:

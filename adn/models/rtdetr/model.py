@@ -11,14 +11,16 @@ import timm.layers
 import torch
 from torch import Tensor, fx, nn
 
-from ..paths import only_calls, unseen
-from . import family  # noqa: F401, which is to know the models of this file
+from ...core.regions import only_calls, unseen
+from ...detect.targets import Targets, fitting
+from . import (
+    STRIDE,
+    family,  # noqa: F401, which is to know the models of this file
+)
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
 from .encoder import HybridEncoder
-from .presets import STRIDE
 from .presnet import PResNet
-from .targets import Targets, fitting
 
 
 class RTDETR(nn.Module):

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .depth import Depth
-from .state import DepthLike, at_depth, get_depth, is_any_depth, set_depth, state_of, unwrap
-from .state import depths as all_depths
+from ..core.depth import Depth
+from ..core.state import DepthLike, at_depth, get_depth, is_any_depth, set_depth, state_of, unwrap
+from ..core.state import depths as all_depths
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..families import FAMILIES, family, runs
-from ..nn import is_norm
-from ..plan import Plan, StackPlan, StagePlan
+from ...core.behaviours import is_norm
+from ...core.plan import Plan, StackPlan, StagePlan
+from ...families import FAMILIES, family, runs
 from .decoder import Decoder
 from .encoder import CSPRepLayer, HybridEncoder
 from .presnet import Block

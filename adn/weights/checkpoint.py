@@ -7,12 +7,10 @@ The file holds the net's state dict, and under the metadata key "adn" a JSON obj
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .convert import convert, detach
-from .errors import CheckpointError, ConversionError
-from .models import PREFIX, build_source
-from .plan import Plan
-from .state import get_depth, set_depth, state_of, state_with_modules, unwrap
+from ..convert import convert, detach
+from ..core.errors import CheckpointError, ConversionError
+from ..core.files import atomic_write
+from ..core.plan import Plan
+from ..core.state import get_depth, set_depth, state_of, state_with_modules, unwrap
+from ..models.registry import PREFIX, build_source
 
 FORMAT = 1
 _KEY = "adn"
@@ -56,7 +55,7 @@ def save(
             `extra` that is no JSON.
         OSError: if the file cannot be written (full disk, missing or unwritable folder); a former file is intact.
     """
-    from . import __version__
+    from .. import __version__
 
     inner, state = unwrap(net), state_with_modules(net)
     names = state.class_names if class_names is None else list(class_names)
@@ -173,43 +172,6 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {field: found[field] for field in _FIELDS}
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its description cannot be read ({error!r})") from error
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; on success it becomes `path`, on failure it is removed.
-
-    The data are on the disk before the name changes, so after a crash or a full disk `path` holds the former file
-    or the new one, never a part.
-
-    Raises:
-        OSError: of the kind that occurred; the message names `path` and the reason.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            # Made here for the access rights of an ordinary file: some writers would make a private one.
-            temporary.touch(exist_ok=False)
-            mode = temporary.stat().st_mode & 0o777
-            yield temporary
-            temporary.chmod(mode)
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(error.errno, f"cannot write {path}: {reason}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _separate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .behaviours import SharedNorm, original_class, shared_norms
 from .depth import Depth
-from .nn import SharedNorm, original_class, shared_norms
 from .plan import Plan, StagePlan
 from .switch import Both, Cut, Switch
 

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distill import not_averaged
-from ..state import at_depth
+from ...core.state import at_depth
+from ...data.transforms import draw_size, rescale
+from ...detect.targets import Targets
+from ...distill import not_averaged
+from . import STRIDE
 from .criterion import DetectionLoss, DistillationLoss, Outputs
-from .presets import STRIDE
-from .targets import Targets
-from .transforms import draw_size, rescale
 
 
 class _Step(nn.Module):

@@ -17,13 +17,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes
 
-from ..data import UNREADABLE, to_rgb, upright
+from .images import UNREADABLE, to_rgb, upright
 
 Target = dict[str, torch.Tensor]
 Transform = Callable[[Image.Image, Target], tuple[Any, Target]]
 
 # Where the images and annotations of a split are found: COCO's own layout, the same with names of one's own, the one
-# that `adn.detection.scenes` writes, and Roboflow's export.
+# that `adn.data.scenes` writes, and Roboflow's export.
 _LAYOUTS = (
     ("annotations/instances_{split}2017.json", "{split}2017"),
     ("annotations/instances_{split}2017.json", "images/{split}2017"),

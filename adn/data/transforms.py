@@ -15,7 +15,6 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from .coco import Target
-from .presets import STRIDE
 
 
 class _IoUCrop(v2.RandomIoUCrop):
@@ -72,20 +71,20 @@ def image_transform(size: int = 640) -> v2.Transform:
     return v2.Compose([*_resize(size), v2.ToPureTensor()])
 
 
-def multi_scale_sizes(base: int = 640) -> list[int]:
-    """Sizes to draw from in training: from 3/4 to 5/4 of `base` in steps of 32, `base` itself three times.
+def multi_scale_sizes(base: int = 640, stride: int = 32) -> list[int]:
+    """Sizes to draw from in training: from 3/4 to 5/4 of `base` in steps of `stride`, `base` itself three times.
 
     >>> multi_scale_sizes(256)
     [192, 224, 256, 256, 256, 288, 320]
 
     Raises:
-        ValueError: if `base` is not a multiple of 32.
+        ValueError: if `base` is not a multiple of `stride`.
     """
-    if base <= 0 or base % STRIDE:
-        raise ValueError(f"images of {base} x {base}: sides must be multiples of {STRIDE}, such as "
-                         f"{max(1, round(base / STRIDE)) * STRIDE}")
-    reach = base // 4 // STRIDE
-    return sorted([base, base, *(base + STRIDE * k for k in range(-reach, reach + 1))])
+    if base <= 0 or base % stride:
+        raise ValueError(f"images of {base} x {base}: sides must be multiples of {stride}, such as "
+                         f"{max(1, round(base / stride)) * stride}")
+    reach = base // 4 // stride
+    return sorted([base, base, *(base + stride * k for k in range(-reach, reach + 1))])
 
 
 def draw_size(sizes: Sequence[int], generator: torch.Generator | None = None) -> int:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import importlib
+import pkgutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
 from torch import nn
 
-from .convert import convert
-from .detection.presets import PRESETS
-from .families import FAMILIES
-from .state import state_of
+from ..convert import convert
+from ..core.state import is_any_depth, state_of, unwrap
+from ..families import FAMILIES
+from .entry import Entry
 
 PREFIX = "anydepth_"
 
@@ -25,6 +28,13 @@ _EXCLUDED = ("mobilenetv1_*", "lcnet_*", "resnet10t", "resnet14t", "test_resnet"
 
 # Arguments that say where weights come from, not what the model is: a checkpoint has weights of its own.
 _ABOUT_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+
+
+# The models of this library's own, by name. A folder of this package is a kind of model.
+ENTRIES: dict[str, Entry] = {}
+for _kind in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if _kind.ispkg:
+        ENTRIES |= importlib.import_module(f"{__package__}.{_kind.name}.presets").ENTRIES
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -44,20 +54,20 @@ def create_model(
         pretrained: start from timm's weights of that name and tag (downloaded).
         twins: how the second norms start, see `convert`. None = "copy"; for a detector "frozen", as in the reference,
             whose checkpoints say what is in them. Pass "copy" for training with a backbone that is not any-depth yet.
-        kwargs: passed on to `timm.create_model`, or to `adn.detection.RTDETR`. What cannot be written as JSON (a layer
-            class) makes `save` store no recipe for the model: `load` then needs the model passed.
+        kwargs: passed on to `timm.create_model`, or to `adn.models.rtdetr.model.RTDETR`. What cannot be written as
+            JSON (a layer class) makes `save` store no recipe for the model: `load` then needs the model passed.
 
     Returns:
         The net at full depth, on the CPU, in training mode. It maps (B, 3, H, W) to logits (B, num_classes); a detector
-        to what `adn.detection.RTDETR` says.
+        to what `adn.models.rtdetr.model.RTDETR` says.
 
     Raises:
         ValueError: on an unknown name; the message lists close ones.
     """
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    if name in PRESETS:
-        return _detector(name, pretrained, twins, kwargs)
+    if name in ENTRIES:
+        return _own(name, pretrained, twins, kwargs)
     if not isinstance(name, str) or name.partition(".")[0] not in _names():
         raise ValueError(_unknown(name))
     timm_name = name.removeprefix(PREFIX)
@@ -71,20 +81,24 @@ def create_model(
     return net
 
 
-def _detector(name: str, pretrained: bool, twins: str | None, kwargs: dict[str, Any]) -> nn.Module:
-    preset = PRESETS[name]
+def is_detector(net: nn.Module) -> bool:
+    """Is it a detector, any-depth or of one depth, and not a classifier?"""
+    # Not by its class, whose import would bring the kernels.
+    return getattr(unwrap(net) if is_any_depth(net) else net, "adn_task", "classify") == "detect"
+
+
+def _own(name: str, pretrained: bool, twins: str | None, kwargs: dict[str, Any]) -> nn.Module:
+    entry = ENTRIES[name]
     if pretrained:
         raise ValueError(f"this library has no weights of {name} to download; build it and adn.load_weights(net, path)")
-    if twins is not None and not preset.any_depth:
+    if twins is not None and not entry.any_depth:
         raise ValueError(f"{name} is not any-depth and has no twins: adn.convert(model, twins={twins!r})")
-    model = _build_detector(name, kwargs)
-    return convert(model, twins=twins or "frozen") if preset.any_depth else model
+    model = _build(name, kwargs)
+    return convert(model, twins=twins or "frozen") if entry.any_depth else model
 
 
-def _build_detector(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    from .detection.rtdetr import RTDETR  # here, as it loads the kernels
-
-    model = RTDETR(**PRESETS[name].but(**kwargs))
+def _build(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    model = ENTRIES[name](**kwargs)
     model.adn_origin = {"name": name, "kwargs": _about_the_model(kwargs)}
     return model
 
@@ -108,8 +122,8 @@ def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
     if kwargs != _about_the_model(kwargs):
         raise ValueError(f"the arguments of {name!r} say where weights come from; pass none of "
                          f"{', '.join(sorted(_ABOUT_WEIGHTS))}")
-    if name in PRESETS:
-        return _build_detector(name, kwargs)
+    if name in ENTRIES:
+        return _build(name, kwargs)
     timm_name = name.removeprefix(PREFIX)
     if not timm.is_model(timm_name):
         raise ValueError(f"timm {timm.__version__} has no model {timm_name!r}")
@@ -120,7 +134,7 @@ def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
 def _names() -> tuple[str, ...]:
     known = {name for family in FAMILIES.values() for module in family.timm_modules
              for name in timm.list_models(module=module, exclude_filters=list(_EXCLUDED))}
-    return (*(PREFIX + name for name in timm.list_models() if name in known), *PRESETS)
+    return (*(PREFIX + name for name in timm.list_models() if name in known), *ENTRIES)
 
 
 def _unknown(name: object) -> str:

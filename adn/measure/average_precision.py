@@ -20,14 +20,14 @@ from torch.utils.data import Subset
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from ..checkpoint import atomic_write
-from ..depth import Depth
-from ..evaluate import autocast, evaluating, no_image, read_depths, try_forward
-from ..profile import table
-from ..state import DepthLike, is_any_depth, set_depth, state_of
-from ..state import depths as all_depths
-from .coco import CocoImages, Target
-from .postprocess import postprocess
+from ..core.depth import Depth
+from ..core.files import atomic_write
+from ..core.state import DepthLike, is_any_depth, set_depth, state_of
+from ..core.state import depths as all_depths
+from ..core.tables import table
+from ..data.coco import CocoImages, Target
+from ..detect.postprocess import postprocess
+from .accuracy import autocast, evaluating, no_image, read_depths, try_forward
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
 

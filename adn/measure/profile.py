@@ -22,14 +22,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .depth import Depth
-from .detection import is_detector
-from .evaluate import Row, evaluating, read_depths, try_forward
-from .state import DepthLike, set_depth, state_of, unwrap
-from .state import depths as all_depths
+from ..core.depth import Depth
+from ..core.state import DepthLike, set_depth, state_of, unwrap
+from ..core.state import depths as all_depths
+from ..core.tables import read_table, table
+from ..models.registry import is_detector
+from .accuracy import Row, evaluating, read_depths, try_forward
 
 if TYPE_CHECKING:
-    from .detection.evaluate import DetectionRow
+    from .average_precision import DetectionRow
 
 _LEAST_SPAN = 5  # of a figure's accuracy axis, in percentage points
 _COLUMNS = ("depth", "macs", "params", "p50_ms", "p99_ms")
@@ -288,33 +289,6 @@ def in_use(net: nn.Module, depth: DepthLike) -> Callable[[str], bool]:
     return used
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width)
-                  for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    )
-
-
-def read_table(path: str | os.PathLike, columns: Iterable[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """A CSV file with `# key: value` lines before it: these, and its rows by column.
-
-    Raises:
-        ValueError: if it lacks one of `columns`.
-    """
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = file.read().splitlines()
-    comments = [line[1:].partition(":") for line in lines if line.startswith("#")]
-    reader = csv.DictReader(line for line in lines if not line.startswith("#"))
-    missing = set(columns) - set(reader.fieldnames or ())
-    if missing:
-        raise ValueError(f"{os.fspath(path)!r} has no column {', '.join(map(repr, sorted(missing)))}: not a file that "
-                         "adn wrote")
-    return {key.strip(): value.strip() for key, _, value in comments}, list(reader)
-
-
 @contextlib.contextmanager
 def _visible_attention() -> Iterator[None]:
     """Attention as matrix products, which the FLOP counter sees: nn.MultiheadAttention's fused path in evaluation mode
@@ -363,7 +337,7 @@ def _cuda_ms(run: Callable[..., Any], x: torch.Tensor) -> float:
 
 
 def _machine(x: torch.Tensor, rounds: int, warmup: int) -> dict[str, str]:
-    from . import __version__
+    from .. import __version__
 
     return {
         "adn": __version__,

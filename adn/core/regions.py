@@ -31,8 +31,8 @@ from torch import fx, nn
 
 from adn_kernels.private import not_traced, unseen
 
-from . import nn as adn_nn
-from .nn import Bypass, SkipNorm, Stack, Swapped, _input, original_class, swap
+from . import behaviours as adn_nn
+from .behaviours import Bypass, SkipNorm, Stack, Swapped, _input, original_class, swap
 from .plan import Plan
 from .switch import Both, Cut, Switch, recomputing
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from adn_kernels.private import pytree
 
 from ..convert import convert_sync_batchnorm
+from ..core.state import is_converted, state_of
 from ..distill import SelfDistillation
-from ..evaluate import autocast
-from ..state import is_converted, state_of
+from ..measure.accuracy import autocast
 from .folder import BEST, FINAL, LAST, RunFolder
 from .interrupts import Interrupts
 from .optim import WeightAverage, create_optimizer, create_scheduler

@@ -210,7 +210,7 @@ class CountOnce(Swapped):
             self.num_batches_tracked, self.momentum = counter, momentum
 
 
-# In the order in which they are called; `adn.paths` puts its own before these.
+# In the order in which they are called; `adn.core.regions` puts its own before these.
 BEHAVIOURS: list[type[Swapped]] = [Bypass, Fork, Stack, ShapeChecked, Rerouted, SkipNorm, SharedNorm, CountOnce]
 
 

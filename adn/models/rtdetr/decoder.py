@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .boxes import inverse_sigmoid
+from ...detect.boxes import inverse_sigmoid
 from .deformable import DeformableAttention
 from .denoising import Denoising
 from .layers import MLP, ConvNorm, Tables

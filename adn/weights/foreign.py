@@ -35,8 +35,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .errors import CheckpointError
-from .state import state_with_modules, unwrap
+from ..core.errors import CheckpointError
+from ..core.state import state_with_modules, unwrap
 
 State = Mapping[str, torch.Tensor]
 Table = dict[str, str]

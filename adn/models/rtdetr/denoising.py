@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert
 
-from .boxes import inverse_sigmoid
-from .targets import Targets, pack
+from ...detect.boxes import inverse_sigmoid
+from ...detect.targets import Targets, pack
 
 
 @dataclasses.dataclass(frozen=True)

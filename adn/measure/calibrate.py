@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .evaluate import evaluating, no_image, try_forward
-from .nn import BATCH_NORMS
+from ..core.behaviours import BATCH_NORMS
+from ..core.state import DepthLike, set_depth, unwrap
+from .accuracy import evaluating, no_image, try_forward
 from .profile import in_use
-from .state import DepthLike, set_depth, unwrap
 
 
 def calibrate(

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from .behaviours import DROP_PATHS, is_norm
 from .depth import Depth
 from .errors import ConversionError
-from .nn import DROP_PATHS, is_norm
 
 # Children of a block that hold its shortcut: their norms see the stage's input, which does not depend on the flag.
 SHORTCUTS = ("downsample", "shortcut", "short")

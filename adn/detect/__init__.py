@@ -1,0 +1,1 @@
+"""What detectors share whatever their architecture: boxes, targets, matching, from outputs to objects, drawing."""

@@ -1,0 +1,1 @@
+"""From an any-depth net to something that runs without this library."""

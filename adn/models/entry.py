@@ -1,0 +1,36 @@
+"""What is known of a model of this library by its name, before it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A model by name. Each folder of `adn.models` has a `presets.py` with `ENTRIES`, a dict of these, and thereby its
+    models are in `adn.list_models()`.
+
+    Attributes:
+        build: from keyword arguments to the plain model with fresh weights; whatever is slow to import it imports when
+            called.
+        args: the arguments that the name stands for.
+        task: what it does, "detect".
+        stride: of its coarsest map, in pixels: sides of images must be multiples of it.
+        any_depth: `adn.create_model` returns it converted; else it is for `adn.convert`.
+        but: the arguments with some changed, where that is more than replacing them.
+    """
+
+    build: Callable[..., nn.Module]
+    args: Mapping[str, Any]
+    task: str
+    stride: int
+    any_depth: bool = False
+    but: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda args, changes: {**args, **changes}
+
+    def __call__(self, **changes: Any) -> nn.Module:
+        """The plain model, with fresh weights."""
+        return self.build(**self.but(self.args, changes))
