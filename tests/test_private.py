@@ -251,11 +251,11 @@ def test_recompile_limit() -> None:
         assert private.recompile_limit() == 5, VERSION + "recompile_limit has another name"
 
 
-def test_cpp_compiler_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpp_compiler_fault() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    assert private.cpp_compiler_fault() is not None, VERSION + "InvalidCxxCompiler is not raised without a compiler"
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert private.cpp_compiler_fault() is not None, VERSION + "InvalidCxxCompiler is not raised without a compiler"
 
 
 class Annotated(nn.Module):

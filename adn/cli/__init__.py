@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"adn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    names = {module.name for module in pkgutil.iter_modules(__path__)} - {"common"}  # which is of all of them
     for name in sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
         module = importlib.import_module(f"{__name__}.{name}")
         summary = module.__doc__.strip().partition("\n")[0].rstrip(".")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from .eval import (
+from .common import (
     add_data_arguments,
     add_device_argument,
     add_image_arguments,

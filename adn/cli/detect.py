@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .eval import add_device_argument, add_source_arguments, detector_size, load_checkpoint, load_weights_of
+from .common import add_device_argument, add_source_arguments, detector_size, load_checkpoint, load_weights_of
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .eval import add_device_argument, add_image_arguments, load_net
+from .common import add_device_argument, add_image_arguments, load_net
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 
-from .eval import (
+from .common import (
     add_task_argument,
     build_detector,
     check_task,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..core.behaviours import BATCH_NORMS
 from ..core.state import DepthLike, set_depth, unwrap
 from .accuracy import evaluating, no_image, try_forward
-from .profile import in_use
+from .cost import in_use
 
 
 def calibrate(

@@ -7,27 +7,25 @@ import csv
 import dataclasses
 import datetime
 import functools
-import math
 import os
 import platform
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ..core.depth import Depth
-from ..core.state import DepthLike, set_depth, state_of, unwrap
+from ..core.state import DepthLike, set_depth
 from ..core.state import depths as all_depths
 from ..core.tables import read_table, table
 from ..models.registry import is_detector
-from .accuracy import Row, evaluating, read_depths, try_forward
+from .accuracy import Row, evaluating, read_depths
+from .cost import count_macs, count_parameters, counted
 
 if TYPE_CHECKING:
     from .average_precision import DetectionRow
@@ -167,7 +165,7 @@ def profile(
     if not len(x):
         raise ValueError("a batch of 0 images; pass at least 1")
     chosen = all_depths(net) if depths is None else read_depths(net, depths)
-    metric = "ap" if is_detector(_counted(net)) else "top1"
+    metric = "ap" if is_detector(counted(net)) else "top1"
     if accuracy is None:
         top1: dict[Depth, float] = {}
     elif isinstance(accuracy, Mapping):
@@ -211,95 +209,6 @@ def fit_budget(profile: Sequence[Point], *, ms: float, percentile: int = 50) -> 
         raise ValueError(f"no depth runs in {ms} ms: the fastest, {fastest.depth}, takes {spent(fastest):.3g} ms "
                          f"(p{percentile})")
     return max(fitting, key=lambda point: (point.macs, point.top1 or 0, -spent(point))).depth
-
-
-def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike], *, norms: bool = False) -> list[int]:
-    """Multiply-adds of a forward of `x` at each depth: torch's FLOP counter, which counts two per multiply-add, halved.
-
-    Args:
-        norms: count by the rule of fvcore, which published numbers of detectors follow: for each element also 2 in a
-            batch norm (frozen ones: none), 5 in a layer norm, 4 in a sampled value, 1 in an up-sampled map.
-
-    Raises:
-        ValueError: if the net cannot take `x`.
-    """
-    net = _counted(net)
-    inner = unwrap(net)
-    counts = []
-    # A counter is a dispatch mode, in which compiled code does not run.
-    with evaluating(net), torch.inference_mode(), _visible_attention(), torch.compiler.set_stance("force_eager"):
-        for depth in depths:
-            set_depth(net, depth)
-            with FlopCounterMode(display=False, custom_mapping=_per_element() if norms else None) as counter:
-                try_forward(inner, x)
-            counts.append(counter.get_total_flops() // 2)
-    return counts
-
-
-def _per_element() -> dict[Any, Callable[..., int]]:
-    """FLOPs, two for what `count_macs` counts, by the op."""
-    def of_output(factor: int) -> Callable[..., int]:
-        return lambda *args, out_shape, **kwargs: 2 * factor * math.prod(out_shape)
-
-    def of_samples(value: torch.Size, shapes: Sequence, locations: torch.Size, *args: Any, **kwargs: Any) -> int:
-        return 2 * 4 * math.prod(locations[:-1]) * value[-1]
-
-    rules = {torch.ops.aten.batch_norm: of_output(2), torch.ops.aten.layer_norm: of_output(5),
-             torch.ops.aten.grid_sampler: of_output(4), torch.ops.aten.upsample_nearest2d: of_output(1)}
-    if hasattr(torch.ops.adn, "deformable_attention"):  # known once kernels are imported
-        rules[torch.ops.adn.deformable_attention] = of_samples
-    # Of overloads too, or older counters take them apart before they look.
-    return rules | {getattr(op, name): rule for op, rule in rules.items() for name in op.overloads()}
-
-
-def count_parameters(net: nn.Module, depth: DepthLike) -> int:
-    """How many parameters a net uses at one depth: no bypassed block, one set of each skip-aware norm."""
-    net = _counted(net)
-    used = in_use(net, depth)
-    parameters = unwrap(net).named_parameters(remove_duplicate=False)
-    return sum({id(p): p.numel() for name, p in parameters if used(name)}.values())
-
-
-def _counted(net: nn.Module) -> nn.Module:
-    """Of a deploy form the net that it was made from: folded layers are none that a counter knows."""
-    made_from = state_of(net).made_from
-    return net if made_from is None else made_from
-
-
-def in_use(net: nn.Module, depth: DepthLike) -> Callable[[str], bool]:
-    """For names of parameters and buffers of a net: is it used at this depth?"""
-    state = state_of(net)
-    depth = Depth.parse(depth, (state.full, state.base))
-    idle: set[str] = set()
-    second_set_only: set[str] = set()
-    for group, bypassed in zip(state.plan.flags, depth.flags, strict=True):
-        for stage in group:
-            if bypassed:
-                idle.update(stage.refinement_blocks)
-                second_set_only.update(stage.norms)
-            else:
-                idle.update(f"{norm}.skip" for norm in stage.norms)
-    for stack, running, most in zip(state.plan.stacks, depth.layers, state.full.layers, strict=True):
-        idle.update(f"{name}.{i}" for name in stack.lists for i in range(running, most))
-
-    def used(name: str) -> bool:
-        owners = {name[:i] for i, letter in enumerate(name) if letter == "."}
-        return owners.isdisjoint(idle) and all(f"{norm}.skip" in owners for norm in owners & second_set_only)
-
-    return used
-
-
-@contextlib.contextmanager
-def _visible_attention() -> Iterator[None]:
-    """Attention as matrix products, which the FLOP counter sees: nn.MultiheadAttention's fused path in evaluation mode
-    is one operator to it and would count as nothing."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _measure(net: nn.Module, x: torch.Tensor, depths: list[Depth], run: Callable[..., Any] | None, rounds: int,

@@ -26,7 +26,8 @@ from adn.data.transforms import eval_transform
 from adn.detect.draw import label_colour
 from adn.detect.postprocess import postprocess
 from adn.measure.average_precision import DetectionRow, evaluate_detector
-from adn.measure.profile import Point, Profile, count_macs, profile
+from adn.measure.cost import count_macs
+from adn.measure.profile import Point, Profile, profile
 from adn.models.registry import ENTRIES, is_detector
 from adn.models.rtdetr import presets as rtdetr_presets
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import adn
 from adn.core.behaviours import TWINS
 from adn.core.state import state_of
-from adn.measure.profile import count_macs
+from adn.measure.cost import count_macs
 from adn.models.registry import ENTRIES
 from adn.models.rtdetr.criterion import DetectionLoss, DistillationLoss
 from adn.models.rtdetr.denoising import Draws

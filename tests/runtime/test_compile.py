@@ -561,12 +561,12 @@ def test_inductor() -> None:
 
 
 class TestBadInput:
-    def test_no_cpp_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_cpp_compiler(self) -> None:
         from torch._inductor import config
 
-        monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
         net, x = a_net("in_turn"), images("in_turn")
-        with pytest.raises(RuntimeError, match=r"C\+\+ compiler.*g\+\+.*eager"):
+        with (config.patch({"cpp.cxx": ("no-such-compiler",)}),
+              pytest.raises(RuntimeError, match=r"C\+\+ compiler.*g\+\+.*eager")):
             compile(net)
         with torch.no_grad():
             assert compile(net, backend="eager")(x).shape == (2, 10)
