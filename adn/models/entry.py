@@ -18,7 +18,6 @@ class Entry:
         build: from keyword arguments to the plain model with fresh weights; whatever is slow to import it imports when
             called.
         args: the arguments that the name stands for.
-        task: what it does, "detect".
         stride: of its coarsest map, in pixels: sides of images must be multiples of it.
         any_depth: `adn.create_model` returns it converted; else it is for `adn.convert`.
         but: the arguments with some changed, where that is more than replacing them.
@@ -26,7 +25,6 @@ class Entry:
 
     build: Callable[..., nn.Module]
     args: Mapping[str, Any]
-    task: str
     stride: int
     any_depth: bool = False
     but: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda args, changes: {**args, **changes}

@@ -32,7 +32,7 @@ def _family(args: Mapping[str, Any]) -> str:
     return re.match("[a-z]*", str(args["backbone"])).group()
 
 
-entry = partial(Entry, _build, task="detect", stride=STRIDE, but=_but)
+entry = partial(Entry, _build, stride=STRIDE, but=_but)
 
 _FROZEN = {"freeze_norm": True, "freeze_stem": True}
 _LARGE = {"hidden": 384, "feedforward": 2048, **_FROZEN}
