@@ -131,7 +131,8 @@ def test(torch: str, commit: str, arguments: list[str], logs: Path | None) -> tu
     """The row, and for each failure its name and reason."""
     with tempfile.TemporaryDirectory(prefix="adn-versions-") as folder:
         clone, venv, report = Path(folder, "adn"), Path(folder, "venv"), Path(folder, "report.xml")
-        git("clone", "-q", str(ROOT), str(clone))
+        git("clone", "-q", "--no-checkout", str(ROOT), str(clone))
+        git("-C", str(clone), "checkout", "-q", commit)  # the one that the row names, whatever was committed since
         subprocess.run([sys.executable, "-m", "venv", venv], capture_output=True, text=True, check=True)
         python = venv / "bin" / "python"
         print(f"torch {torch}: installing", flush=True)
