@@ -58,7 +58,103 @@ def pool_features(feature: torch.Tensor, channel_dim: int) -> torch.Tensor:
     return feature.flatten(2).mean(2) if channel_dim == 1 else feature.flatten(1, -2).mean(1)
 
 
-class SelfDistillation(nn.Module):
+class TwoPass(nn.Module):
+    """A step of training that runs a net, `self.net`, twice: the super-net, then the base-net, which learns from it.
+
+    A subclass says what a pass gives (`_run`), and the terms of each net by name, among them `super` and `base`, whose
+    sum is the loss.
+    """
+
+    net: nn.Module
+
+    def forward(self, x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
+        """Both passes: x (B, ...), y as the criterion takes it. The depth is what it was, afterwards.
+
+        Returns:
+            Every term by name, `super`, `base` and their sum, `loss`, from which to go back.
+        """
+        of_super = self._run_at(x, y, "super")
+        terms = self._super_terms(of_super, y)
+        terms |= self._base_terms(self._run_at(x, y, "base"), y, of_super)
+        return {**terms, "loss": self._reaching_all(terms["super"] + terms["base"], of_super)}
+
+    def backward(self, x: torch.Tensor, y: Any, scaler: Any = None) -> dict[str, torch.Tensor]:
+        """Both passes, each with its backward at once: the same gradients, the memory of one pass.
+
+        Adds to `.grad`; the caller zeroes and steps. Autocast, if any, is the caller's context.
+
+        Args:
+            scaler: a `torch.amp.GradScaler`; each loss is scaled before its backward.
+
+        Returns:
+            What a call returns, detached.
+
+        Raises:
+            As a call; and ValueError if the net is in DistributedDataParallel without `find_unused_parameters` (each
+            pass leaves some parameters out).
+        """
+        scale = _scale(scaler)
+        with self._not_averaged():
+            of_super = self._run_at(x, y, "super")
+            terms = self._super_terms(of_super, y)
+            scale(terms["super"]).backward()
+        of_super = self._teaching(of_super)
+        terms |= self._base_terms(self._run_at(x, y, "base"), y, of_super)
+        scale(terms["base"]).backward()
+        terms["loss"] = terms["super"] + terms["base"]
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _run_at(self, x: torch.Tensor, y: Any, depth: str) -> Any:
+        with at_depth(self.net, depth):
+            return self._run(x, y)
+
+    def _run(self, x: torch.Tensor, y: Any) -> Any:
+        """What one pass gives, at the depth that is set."""
+        raise NotImplementedError
+
+    def _super_terms(self, of_super: Any, y: Any) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def _base_terms(self, of_base: Any, y: Any, of_super: Any) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def _teaching(self, of_super: Any) -> Any:
+        """The part of the super-net's outputs that the base-net learns from, without their graph."""
+        raise NotImplementedError
+
+    def _reaching_all(self, loss: torch.Tensor, _of_super: Any) -> torch.Tensor:
+        """The loss, so that every parameter gets a gradient from it where processes average them."""
+        return loss
+
+    def _not_averaged(self) -> contextlib.AbstractContextManager:
+        """For the first of two backwards through the net: processes do not average gradients yet."""
+        if not isinstance(self.net, DistributedDataParallel):
+            return contextlib.nullcontext()
+        if not self.net.find_unused_parameters:
+            raise ValueError(
+                "each of the two passes leaves some parameters out: wrap the net with find_unused_parameters=True, "
+                f"or wrap {type(self).__name__} itself in DistributedDataParallel and call it instead"
+            )
+        return self.net.no_sync()
+
+
+def _scale(scaler: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return scaler.scale if scaler is not None else lambda loss: loss
+
+
+class Supervised(nn.Module):
+    """The loss of a plain network: `criterion(net(x), y)`; counterpart of `SelfDistillation` for comparisons."""
+
+    def __init__(self, net: nn.Module, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.net = net
+        self.criterion = criterion
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.criterion(self.net(x), y)}
+
+
+class SelfDistillation(TwoPass):
     """The training loss of an any-depth net, both passes inside one forward.
 
     `loss = alpha * criterion(super(x), y) + (1 - alpha) * (KL over logits + sum of KL over stage features)`, where
@@ -138,47 +234,19 @@ class SelfDistillation(nn.Module):
             RuntimeError: with `single_pass`, if tensors in the net do not have the samples in their first dimension, or
                 a batch norm was added after conversion.
         """
-        if self.single_pass:
-            of_super, of_base = self._run_both(x)
-            terms = self._super_terms(of_super, y)
-        else:
-            of_super = self._run(x, "super")
-            terms = self._super_terms(of_super, y)
-            of_base = self._run(x, "base")
-        terms |= self._base_terms(of_base, y, of_super)
-        terms["loss"] = terms["super"] + terms["base"]
-        return terms
+        if not self.single_pass:
+            return super().forward(x, y)
+        of_super, of_base = self._run_both(x)
+        terms = self._super_terms(of_super, y) | self._base_terms(of_base, y, of_super)
+        return {**terms, "loss": terms["super"] + terms["base"]}
 
     def backward(self, x: torch.Tensor, y: torch.Tensor, scaler: Any = None) -> dict[str, torch.Tensor]:
-        """Both passes, each with its backward at once: the same gradients, the memory of one pass.
-
-        With `single_pass` there is one backward, that of the sum.
-
-        Adds to `.grad`; the caller zeroes and steps. Autocast, if any, is the caller's context.
-
-        Args:
-            scaler: a `torch.amp.GradScaler`; each loss is scaled before its backward.
-
-        Returns:
-            What a call returns, detached.
-
-        Raises:
-            ValueError: if the net is in DistributedDataParallel without `find_unused_parameters` (each pass leaves
-                some parameters out).
-        """
-        scale = scaler.scale if scaler is not None else lambda loss: loss
-        if self.single_pass:
-            terms = self(x, y)
-            scale(terms["loss"]).backward()
-            return {name: value.detach() for name, value in terms.items()}
-        with not_averaged(self):
-            of_super = self._run(x, "super")
-            terms = self._super_terms(of_super, y)
-            scale(terms["super"]).backward()
-        of_super = _Output(of_super.logits.detach(), [feature.detach() for feature in of_super.features])
-        terms |= self._base_terms(self._run(x, "base"), y, of_super)
-        scale(terms["base"]).backward()
-        terms["loss"] = terms["super"] + terms["base"]
+        """As `TwoPass.backward`: each pass with its backward at once, for the memory of one pass. With `single_pass`
+        there is one backward, that of the sum."""
+        if not self.single_pass:
+            return super().backward(x, y, scaler)
+        terms = self(x, y)
+        _scale(scaler)(terms["loss"]).backward()
         return {name: value.detach() for name, value in terms.items()}
 
     def extra_repr(self) -> str:
@@ -186,11 +254,10 @@ class SelfDistillation(nn.Module):
         return (f"variant={self.variant!r}, alpha={self.alpha}, temperature={self.temperature}, "
                 f"top_classes={self.top_classes}, features={names}, single_pass={self.single_pass}")
 
-    def _run(self, x: torch.Tensor, depth: str) -> _Output:
-        with at_depth(self.net, depth):
-            pools = [functools.partial(pool_features, channel_dim=stage.plan.channel_dim) for stage in self.features]
-            with _tap(self.features, pools) as features:
-                return _Output(_as_logits(self.net(x)), features)
+    def _run(self, x: torch.Tensor, _y: torch.Tensor) -> _Output:
+        pools = [functools.partial(pool_features, channel_dim=stage.plan.channel_dim) for stage in self.features]
+        with _tap(self.features, pools) as features:
+            return _Output(_as_logits(self.net(x)), features)
 
     def _run_both(self, x: torch.Tensor) -> tuple[_Output, _Output]:
         """Of the super-net and of the base-net, from one forward."""
@@ -218,21 +285,8 @@ class SelfDistillation(nn.Module):
                 terms[f"kl_{stage.name}"] = distillation_kl(a, b, self.temperature)
         return {**terms, "base": (1 - self.alpha) * sum(terms.values()), "base_logits": logits.detach()}
 
-
-def not_averaged(kd: nn.Module) -> contextlib.AbstractContextManager:
-    """For the first of two backwards through `kd.net`: processes do not average gradients yet.
-
-    Raises:
-        ValueError: if the net is in DistributedDataParallel without `find_unused_parameters`.
-    """
-    if not isinstance(kd.net, DistributedDataParallel):
-        return contextlib.nullcontext()
-    if not kd.net.find_unused_parameters:
-        raise ValueError(
-            "each of the two passes leaves some parameters out: wrap the net with find_unused_parameters=True, "
-            f"or wrap {type(kd).__name__} itself in DistributedDataParallel and call it instead"
-        )
-    return kd.net.no_sync()
+    def _teaching(self, of_super: _Output) -> _Output:
+        return _Output(of_super.logits.detach(), [feature.detach() for feature in of_super.features])
 
 
 class _Output(NamedTuple):

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...core.state import at_depth
 from ...data.transforms import draw_size, rescale
 from ...detect.targets import Targets
-from ...distill import not_averaged
+from ...distill import TwoPass
 from . import STRIDE
 from .criterion import DetectionLoss, DistillationLoss, Outputs
 
@@ -75,7 +74,7 @@ class DetectionSupervised(_Step):
         return {**terms, "loss": self._reaching_all(_sum(terms), outputs)}
 
 
-class DetectionDistillation(_Step):
+class DetectionDistillation(_Step, TwoPass):
     """The training loss of an any-depth detector: `loss = criterion(super) + distillation(base, super)`.
 
         kd = DetectionDistillation(net)
@@ -100,7 +99,8 @@ class DetectionDistillation(_Step):
         `super` and `base`; their sum `loss`.
 
     Raises:
-        ValueError: sizes that are no multiples of 32.
+        ValueError: sizes that are no multiples of 32; of a call and of `backward`, targets that do not fit the net.
+        FloatingPointError: of these, if predictions are not finite.
     """
 
     def __init__(
@@ -116,53 +116,16 @@ class DetectionDistillation(_Step):
         self.criterion = DetectionLoss() if criterion is None else criterion
         self.distillation = DistillationLoss() if distillation is None else distillation
 
-    def forward(self, images: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
-        """Both passes: images (B, 3, H, W), targets one dict per image. The depth is what it was, afterwards.
-
-        Raises:
-            FloatingPointError: predictions are not finite.
-            ValueError: targets do not fit the detector.
-        """
-        of_super = self._run_at(images, targets, "super")
-        terms = self._super_terms(of_super, targets)
-        terms |= self._base_terms(self._run_at(images, targets, "base"), targets, of_super)
-        return {**terms, "loss": self._reaching_all(terms["super"] + terms["base"], of_super)}
-
-    def backward(self, images: torch.Tensor, targets: Targets, scaler: Any = None) -> dict[str, torch.Tensor]:
-        """Both passes, each with its backward at once: the same gradients, the memory of one pass.
-
-        Adds to `.grad`; the caller zeroes and steps. Autocast, if any, is the caller's context.
-
-        Args:
-            scaler: a `torch.amp.GradScaler`; each loss is scaled before its backward.
-
-        Returns:
-            What a call returns, detached.
-
-        Raises:
-            As a call; and ValueError if the net is in DistributedDataParallel without `find_unused_parameters` (each
-            pass leaves some parameters out).
-        """
-        scale = scaler.scale if scaler is not None else lambda loss: loss
-        with not_averaged(self):
-            of_super = self._run_at(images, targets, "super")
-            terms = self._super_terms(of_super, targets)
-            scale(terms["super"]).backward()
-        of_super = _what_teaches(of_super)
-        terms |= self._base_terms(self._run_at(images, targets, "base"), targets, of_super)
-        scale(terms["base"]).backward()
-        terms["loss"] = terms["super"] + terms["base"]
-        return {name: value.detach() for name, value in terms.items()}
-
-    def _run_at(self, images: torch.Tensor, targets: Targets, depth: str) -> Outputs:
-        with at_depth(self.net, depth):
-            return self._run(images, targets)
-
     def _super_terms(self, of_super: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
         return _prefixed("super", self.criterion(of_super, targets))
 
     def _base_terms(self, of_base: Outputs, targets: Targets, of_super: Outputs) -> dict[str, torch.Tensor]:
         return _prefixed("base", self.distillation(of_base, targets, of_super))
+
+    def _teaching(self, of_super: Outputs) -> dict[str, Any]:
+        kept = {name: of_super[name].detach() for name in ("pred_logits", "pred_boxes")}
+        return kept | {name: [map.detach() for map in of_super[name]]
+                       for name in ("backbone_features", "encoder_features") if name in of_super}
 
 
 def _prefixed(net: str, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -171,10 +134,3 @@ def _prefixed(net: str, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def _sum(terms: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([*terms.values()]).sum()
-
-
-def _what_teaches(outputs: Outputs) -> dict[str, Any]:
-    """The part of the super-net's outputs that the base-net learns from, without their graph."""
-    kept = {name: outputs[name].detach() for name in ("pred_logits", "pred_boxes")}
-    return kept | {name: [map.detach() for map in outputs[name]]
-                   for name in ("backbone_features", "encoder_features") if name in outputs}
