@@ -29,8 +29,8 @@ from adn.measure.accuracy import chain
 from adn.measure.average_precision import evaluate_detector
 from adn.models.rtdetr.criterion import DistillationLoss
 from adn.models.rtdetr.distill import DetectionDistillation, DetectionSupervised
+from adn.tasks import augmentation
 from adn.train import TrainBatches, fit
-from adn.train.detect import augmentation
 from adn.train.recipes import DETECTION_RECIPES, DetectionRecipe
 
 NETWORKS = ("any-depth", "separate base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,8 +49,8 @@ def test_import_is_light() -> None:
 
 
 # Each room may import those before it in the list; `detection` only has names for scripts.
-ROOMS = ("core", "families", "convert", "distill", "data", "detect", "models", "weights", "measure", "export",
-         "runtime", "train", "demo", "cli", "__main__", "detection")
+ROOMS = ("core", "families", "convert", "distill", "data", "detect", "settings", "models", "weights", "measure",
+         "tasks", "export", "runtime", "train", "demo", "cli", "__main__", "detection")
 
 
 def modules() -> dict[str, Path]:
@@ -103,3 +104,24 @@ def test_names_for_scripts() -> None:
               "assert RTDETR is adn.detection.RTDETR\n")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# What only the folder of that model knows: its names, what is in its outputs, what its parts are called.
+OF_ONE_MODEL = re.compile(r"rtdetr|RTDETR|pred_logits|pred_boxes|backbone\.|enc_score_head|query_index")
+# Where a command explains itself, models have names.
+MAY_NAME_MODELS = "cli/"
+
+
+def test_a_model_is_known_in_its_own_folder_only() -> None:
+    """But by `adn.detection`, which has names for scripts."""
+    for name, path in modules().items():
+        where = path.as_posix()
+        if "/models/rtdetr/" in where or name == "adn.detection":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            words = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
+            prose = isinstance(node, ast.Constant) and f"adn/{MAY_NAME_MODELS}" in where and " " in str(node.value)
+            if isinstance(node, ast.Attribute):
+                words = [ast.unparse(node)]
+            for word in words:
+                assert prose or not OF_ONE_MODEL.search(word), f"{name} knows {word!r}"

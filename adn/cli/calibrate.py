@@ -44,19 +44,22 @@ def run(args: argparse.Namespace) -> int:
     from ..core.tables import table
     from ..measure.accuracy import evaluate
     from ..measure.calibrate import calibrate
+    from ..tasks import CLASSIFY
     from ..weights.checkpoint import read_metadata, save
 
     if args.batches < 1:
         raise ValueError(f"--batches {args.batches}; pass 1 or more")
+    if args.batch_size is None:
+        args.batch_size = CLASSIFY.batch_size
     if os.path.realpath(args.out) == os.path.realpath(args.checkpoint):
         raise ValueError("--out names the checkpoint itself, which serves all depths; pass a file of its own")
-    net, config = load_net(args)
+    net = load_net(args, CLASSIFY)
     set_depth(net, args.depth)
     depth = get_depth(net)
-    data = open_images(args.data, args, config, args.split)
+    data = open_images(args.data, args, net, args.split, known=False)
     sources = [data]
     if args.val:
-        used, held_out = data, open_images(args.val, args, config, net=net)
+        used, held_out = data, open_images(args.val, args, net)
         sources.append(held_out)
     elif isinstance(data, IterableDataset):
         raise ValueError(f"images of {args.data!r} come in turn and cannot be divided; pass --val")
@@ -66,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     # Folders are in order of class: the first batches of a sorted list would hold few of them.
     order = {} if isinstance(used, IterableDataset) else {
         "shuffle": True, "generator": torch.Generator().manual_seed(0), "drop_last": len(used) > args.batch_size}
-    calibrated = calibrate(net, make_loader(used, args, **order), depth, batches=args.batches, device=args.device)
-    held_out_loader = make_loader(held_out, args)
+    loader, held_out_loader = make_loader(used, args, CLASSIFY, **order), make_loader(held_out, args, CLASSIFY)
+    calibrated = calibrate(net, loader, depth, batches=args.batches, device=args.device)
     before, = evaluate(net, held_out_loader, [depth], args.device)
     after, = evaluate(calibrated, held_out_loader, [depth], args.device)
     extra = read_metadata(args.checkpoint)["extra"] | {"calibrated": {

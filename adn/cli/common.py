@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from PIL import Image
+    from torch import Tensor, nn
     from torch.utils.data import DataLoader, Dataset
 
-    from ..data.images import ImageData
+    from ..tasks import Task
 
 NAMED_UNREADABLE = 5
-DETECTOR_SIZE = 640  # of published detectors
-BATCH_SIZE = 64  # of classifiers
+# What there is for nets of each task.
+COMMANDS = {"classify": ("predict", "eval", "calibrate", "profile"), "detect": ("detect", "eval", "profile")}
 
 
 def make_folder(file: str | None) -> None:
@@ -33,14 +34,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_task_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=("classify", "detect"), help="be sure that the net does this (what it does "
+    parser.add_argument("--task", choices=tuple(COMMANDS), help="be sure that the net does this (what it does "
                         "is known without)")
 
 
-def check_task(args: argparse.Namespace, detects: bool) -> None:
-    task = "detect" if detects else "classify"
-    if args.task not in (None, task):
-        raise ValueError(f"--task {args.task}, but {args.checkpoint or args.model} is made to {task}")
+def check_task(args: argparse.Namespace, task: Task) -> None:
+    if args.task not in (None, task.name):
+        raise ValueError(f"--task {args.task}, but {args.checkpoint or args.model} is made to {task.name}")
 
 
 def add_depth_argument(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +51,12 @@ def add_depth_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, batch_size: str = str(BATCH_SIZE), split: str = "DATA itself"
-                       ) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, batch_size: str = "64", split: str = "DATA itself") -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--split", default="", help=f"the sub-folder or split of DATA to open (default: {split})")
     group.add_argument("--class-map", default="", metavar="FILE", help="text file of class names, one per line, in the "
                        "order of their labels (default: the names of the sub-folders, sorted)")
-    group.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N",
+    group.add_argument("--batch-size", type=int, metavar="N",
                        help=f"images per batch (default: {batch_size})")
     group.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)")
 
@@ -83,15 +82,15 @@ def pick_device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_net(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """The classifier of `--checkpoint` on `--device` (which is filled in), and how it wants its images."""
-    from ..models.registry import is_detector
+def load_net(args: argparse.Namespace, task: Task) -> nn.Module:
+    """The net of `--checkpoint` on `--device` (which is filled in), if it is for this task."""
+    from ..tasks import task_of
 
     net = load_checkpoint(args)
-    if is_detector(net):
-        raise ValueError(f"{args.checkpoint} holds a detector, and this is for classifiers; for detectors there are "
-                         "adn detect, adn eval and adn profile")
-    return net, image_config(args, net)
+    if (found := task_of(net)) is not task:
+        raise ValueError(f"{args.checkpoint} holds a {found.makes}, and this is for {task.makes}s; for {found.makes}s "
+                         f"there are {', '.join(f'adn {command}' for command in COMMANDS[found.name])}")
+    return net
 
 
 def load_checkpoint(args: argparse.Namespace) -> nn.Module:
@@ -104,43 +103,32 @@ def load_checkpoint(args: argparse.Namespace) -> nn.Module:
     return load(args.checkpoint, device=args.device).eval()
 
 
-def image_config(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
-    """How a classifier wants its images."""
-    from ..data.images import data_config
+def preparation(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
+    """How a net wants its images: as the options say, else as its file does, else as it is usual."""
+    from ..tasks import task_of
+    from ..weights.checkpoint import read_metadata
 
     given = {key: getattr(args, key, None) for key in ("size", "resize", "interpolation", "mean", "std")}
-    return data_config(net, _stored(args), **given)
+    stored = read_metadata(args.checkpoint)["extra"].get("data") if args.checkpoint else None
+    return task_of(net).preparation(net, stored, **given)
 
 
-def detector_size(args: argparse.Namespace) -> int:
-    """Side of the images that a detector gets."""
+def task_of_model(name: str) -> Task:
+    """What a model of this library is for."""
     from ..models.registry import ENTRIES
-    from ..weights.checkpoint import read_metadata
-
-    if args.size is None:
-        return (_stored(args) or {}).get("size", DETECTOR_SIZE)
-    name = (read_metadata(args.checkpoint)["origin"] or {}).get("name") if args.checkpoint else args.model
-    stride = ENTRIES[name].stride if name in ENTRIES else 1
-    if args.size < stride or args.size % stride:
-        raise ValueError(f"--size {args.size}; {name or 'a detector'} takes multiples of {stride}, such as "
-                         f"{DETECTOR_SIZE}")
-    return args.size
-
-
-def _stored(args: argparse.Namespace) -> dict[str, Any] | None:
-    from ..weights.checkpoint import read_metadata
-
-    return read_metadata(args.checkpoint)["extra"].get("data") if args.checkpoint else None
-
-
-def build_detector(name: str, num_classes: int | None = None) -> nn.Module:
-    """A detector by name, converted if it is not any-depth."""
-    from ..convert import convert
-    from ..models.registry import ENTRIES, create_model
+    from ..tasks import TASKS
 
     if name not in ENTRIES:
         raise ValueError(f"no detector {name!r}; there are {', '.join(ENTRIES)}. A classifier comes as a file of "
                          "adn.save: --checkpoint")
+    return TASKS[ENTRIES[name].task]
+
+
+def build(name: str, num_classes: int | None = None) -> nn.Module:
+    """A model of this library by name, converted if it is not any-depth."""
+    from ..convert import convert
+    from ..models.registry import ENTRIES, create_model
+
     net = create_model(name, num_classes=num_classes)
     return net if ENTRIES[name].any_depth else convert(net)
 
@@ -152,7 +140,7 @@ def load_weights_of(args: argparse.Namespace, num_classes: int | None) -> nn.Mod
     if not args.weights:
         raise ValueError(f"--model {args.model} alone has random weights: pass --weights, or --checkpoint instead")
     args.device = pick_device(args.device)
-    net = build_detector(args.model, num_classes)
+    net = build(args.model, num_classes)
     load_weights(net, args.weights)
     return net.to(args.device).eval()
 
@@ -164,42 +152,43 @@ def default_depths(args: argparse.Namespace) -> str:
     return "super" if args.model and not ENTRIES[args.model].any_depth else "chain"
 
 
-def open_images(root: str, args: argparse.Namespace, config: dict[str, Any], split: str = "",
-                net: nn.Module | None = None) -> ImageData:
+def open_images(root: str, args: argparse.Namespace, net: nn.Module, split: str = "", known: bool = True) -> Dataset:
+    """Images of a classifier, prepared as it wants them; with `known`, labels are those of its classes."""
     from ..core.state import state_of
-    from ..data.images import eval_transform, open_dataset
+    from ..tasks import task_of
 
-    data = open_dataset(root, split, transform=eval_transform(**config), class_map=args.class_map)
-    known = state_of(net).class_names if net is not None else None
-    if known and not args.class_map and len(data.class_names) < len(known) and set(data.class_names) <= set(known):
-        # A class without images must not shift the labels of those after it.
-        class_map = {name: i for i, name in enumerate(known)}
-        data = open_dataset(root, split, transform=data.transform, class_map=class_map)
+    task = task_of(net)
+    data = task.open(root, split, args.class_map, state_of(net).class_names if known else None)
+    data.transform = task.transform(preparation(args, net))
     return data
 
 
-def make_loader(data: Dataset, args: argparse.Namespace, **options: Any) -> DataLoader:
+def make_loader(data: Dataset, args: argparse.Namespace, task: Task, **options: Any) -> DataLoader:
     from torch.utils.data import DataLoader
 
-    from ..data.images import collate
-
-    return DataLoader(data, args.batch_size, num_workers=args.workers, collate_fn=collate,
+    size = task.batch_size if args.batch_size is None else args.batch_size
+    return DataLoader(data, size, num_workers=args.workers, collate_fn=task.collate,
                       pin_memory=args.device.startswith("cuda"), **options)
 
 
-def open_loader(root: str, args: argparse.Namespace, config: dict[str, Any], net: nn.Module) -> DataLoader:
-    return make_loader(open_images(root, args, config, args.split, net), args)
+def each_image(task: Task, net: nn.Module, args: argparse.Namespace, sources: Iterable[Path], upright: bool
+               ) -> Iterator[tuple[int, Image.Image, dict[str, Tensor]] | None]:
+    """The index of each image, the image and what the net finds on it; None, and a line to stderr, for one that cannot
+    be read."""
+    from PIL import Image
 
+    from ..data import images
 
-def example(net: nn.Module, size: int, batch: int = 1) -> Any:
-    """Random images (batch, channels of the net, size, size) of the net's device and dtype."""
-    import torch
-    from torch import nn
-
-    parameter = next(net.parameters())
-    channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, channels, size, size, generator=generator).to(parameter.device, parameter.dtype)
+    prepared = preparation(args, net)
+    for i, source in enumerate(sources):
+        try:
+            with Image.open(source) as file:
+                image = images.to_rgb(images.upright(file) if upright else file)
+        except images.UNREADABLE as error:
+            print(f"{source}: cannot be read ({error})", file=sys.stderr)
+            yield None
+        else:
+            yield i, image, task.find(net, image, prepared)
 
 
 def report_others(net: nn.Module, shown: int) -> None:
@@ -210,7 +199,7 @@ def report_others(net: nn.Module, shown: int) -> None:
         print(f"{shown} of {every} depths; --depth all measures every one")
 
 
-def report_unreadable(data: ImageData) -> None:
+def report_unreadable(data: Dataset) -> None:
     names: Sequence[str] = data.unreadable
     if names:
         more = f" and {len(names) - NAMED_UNREADABLE} more" if len(names) > NAMED_UNREADABLE else ""

@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_device_argument, add_source_arguments, detector_size, load_checkpoint, load_weights_of
+from .common import add_device_argument, add_source_arguments, each_image, load_net, load_weights_of
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor, nn
+    from torch import nn
 
 _QUALITY = 95
 _NOT_CLASSES = ("__background__", "N/A")
@@ -51,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..core.state import get_depth, set_depth
-    from ..data.images import UNREADABLE
     from ..detect.draw import draw_detections
+    from ..tasks import DETECT
 
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold}; pass a score from 0 to 1")
@@ -64,22 +62,19 @@ def run(args: argparse.Namespace) -> int:
     net, names = _load(args)
     if args.depth is not None:
         set_depth(net, args.depth)
-    size = detector_size(args)
     found, unread = [], 0
-    for source, target in zip(sources, targets, strict=True):
-        try:
-            image = _read(source)
-        except UNREADABLE as error:
-            print(f"{source}: cannot be read ({error})", file=sys.stderr)
+    for one in each_image(DETECT, net, args, sources, upright=True):
+        if one is None:
             unread += 1
             continue
-        result = detect(net, image, size, args.threshold)
+        i, image, result = one
+        result = {name: values[result["scores"] >= args.threshold] for name, values in result.items()}
         objects = [{"name": names[label], "label": label, "score": score, "box": box} for score, label, box in zip(
             *(result[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)]
-        found.append({"image": str(source), "width": image.width, "height": image.height, "objects": objects})
-        print(source)
+        found.append({"image": str(sources[i]), "width": image.width, "height": image.height, "objects": objects})
+        print(sources[i])
         print("\n".join(_lines(objects)) or f"  nothing with a score of {args.threshold:g} or more", flush=True)
-        if target is not None:
+        if (target := targets[i]) is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
             draw_detections(image, result, names, args.threshold).save(target, quality=_QUALITY)
     if args.json:
@@ -88,37 +83,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if unread else 0
 
 
-def detect(net: nn.Module, image: Image.Image, size: int, threshold: float) -> dict[str, Tensor]:
-    """The objects on an RGB image, as `postprocess` gives them, on the CPU; boxes end where the image does."""
-    import torch
-    from torchvision.ops import clip_boxes_to_image
-
-    from ..data.transforms import image_transform
-    from ..detect.postprocess import postprocess
-    from ..measure.accuracy import try_forward
-
-    parameter = next(net.parameters())
-    x = image_transform(size)(image)[None].to(parameter.device, parameter.dtype)
-    with torch.inference_mode():
-        result, = postprocess(try_forward(net, x), [image.size])
-    kept = result["scores"] >= threshold
-    result = {key: value[kept].cpu() for key, value in result.items()}
-    return {**result, "boxes": clip_boxes_to_image(result["boxes"], (image.height, image.width))}
-
-
 def _load(args: argparse.Namespace) -> tuple[nn.Module, Sequence[str]]:
     """The net, and the names of its classes."""
     from ..core.state import state_of
     from ..data.coco import read_class_names
-    from ..models.registry import is_detector
+    from ..tasks import DETECT
 
     names = read_class_names(args.classes) if args.classes else None
-    if args.model:
-        net = load_weights_of(args, len(names) if names else None)
-    else:
-        net = load_checkpoint(args)
-        if not is_detector(net):
-            raise ValueError(f"{args.checkpoint} holds a classifier: adn predict names what is on an image")
+    net = load_weights_of(args, len(names) if names else None) if args.model else load_net(args, DETECT)
     names = names or state_of(net).class_names or (coco_names() if net.num_classes == 80 else None)
     if names is None:
         return net, [f"class {label}" for label in range(net.num_classes)]
@@ -170,15 +142,6 @@ def _check_kept(sources: Iterable[Path], targets: Iterable[Path]) -> None:
     for target in targets:
         if target.exists() and identity(target) in known:
             raise ValueError(f"{target} is one of the images, and would be overwritten; write to another folder")
-
-
-def _read(path: Path) -> Image.Image:
-    from PIL import Image
-
-    from ..data.images import to_rgb, upright
-
-    with Image.open(path) as file:
-        return to_rgb(upright(file))
 
 
 def _lines(objects: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -27,11 +27,8 @@ import argparse
 import csv
 import dataclasses
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from .common import (
-    BATCH_SIZE,
     add_data_arguments,
     add_depth_argument,
     add_device_argument,
@@ -40,24 +37,21 @@ from .common import (
     add_task_argument,
     check_task,
     default_depths,
-    detector_size,
-    example,
-    image_config,
     load_checkpoint,
     load_weights_of,
     make_folder,
-    open_loader,
+    make_loader,
+    preparation,
     report_others,
     report_unreadable,
+    task_of_model,
 )
 
-if TYPE_CHECKING:
-    from torch import nn
-
 _LATENCY_ROUNDS = 20
-_DETECTOR_BATCH_SIZE = 8
-_OF_CLASSIFIERS = ("class_map", "resize", "interpolation", "mean", "std")
-_OF_DETECTORS = ("results_dir", "backend", "latency")
+# Options that only nets of one task have a use for, and those of them that evaluation itself takes.
+_OPTIONS = {"classify": ("class_map", "resize", "interpolation", "mean", "std"),
+            "detect": ("results_dir", "backend", "latency")}
+_PASSED = {"detect": ("results_dir", "backend")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,90 +67,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", choices=("pycocotools", "faster_coco_eval"), help="what compares them with the "
                        "annotations; the numbers are the same (default: pycocotools)")
     group.add_argument("--latency", action="store_true", help="time a forward of one image at each depth")
-    add_data_arguments(parser, f"{BATCH_SIZE}, or {_DETECTOR_BATCH_SIZE} for a detector", "DATA itself; of a detector "
-                       "val")
+    add_data_arguments(parser, "64, or 8 for a detector", "DATA itself; of a detector val")
     add_image_arguments(parser)
     add_device_argument(parser)
-    parser.set_defaults(batch_size=None)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..models.registry import is_detector
+    import torch
+
+    from ..core.state import state_of
+    from ..measure.accuracy import choose_depths
+    from ..measure.cost import count_macs
+    from ..measure.passes import autocast
+    from ..measure.profile import profile
+    from ..tasks import example, task_of
 
     make_folder(args.csv)
     net = load_checkpoint(args) if args.model is None else None
-    check_task(args, net is None or is_detector(net))
-    if net is None or is_detector(net):
-        return _run_detector(args, net)
-    return _run_classifier(args, net)
-
-
-def _run_classifier(args: argparse.Namespace, net: nn.Module) -> int:
-    from ..core.tables import table
-    from ..measure.accuracy import choose_depths, evaluate
-    from ..measure.cost import count_macs
-
-    _refuse(args, _OF_DETECTORS, f"{args.checkpoint} holds a classifier")
-    args.batch_size = BATCH_SIZE if args.batch_size is None else args.batch_size
-    config = image_config(args, net)
-    depths = choose_depths(net, args.depth)
-    loader = open_loader(args.data, args, config, net)
-    rows = evaluate(net, loader, depths, args.device, args.amp)
-    macs = count_macs(net, example(net, config["size"]), depths)
-    print(table([
-        ("depth", "MMACs", "top-1 (%)", "top-5 (%)", "loss"),
-        *((str(row.depth), f"{count / 1e6:.1f}", f"{row.top1:.2f}", f"{row.top5:.2f}", f"{row.loss:.4f}")
-          for row, count in zip(rows, macs, strict=True)),
-    ]))
-    print(f"{rows[0].images} images")
-    if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("depth", "macs", "top1", "top5", "loss", "images"))
-            writer.writerows((row.depth, count, row.top1, row.top5, row.loss, row.images)
-                             for row, count in zip(rows, macs, strict=True))
-    report_unreadable(loader.dataset)
-    if args.depth is None:
-        report_others(net, len(rows))
-    return 0
-
-
-def _run_detector(args: argparse.Namespace, net: nn.Module | None) -> int:
-    import torch
-    from torch.utils.data import DataLoader
-
-    from ..data.coco import collate, open_coco
-    from ..data.transforms import eval_transform
-    from ..measure.accuracy import autocast, choose_depths
-    from ..measure.average_precision import ACCURACIES, detection_table, evaluate_detector
-    from ..measure.cost import count_macs
-    from ..measure.profile import profile
-
-    _refuse(args, _OF_CLASSIFIERS, f"{args.checkpoint or args.model} is a detector")
-    size = detector_size(args)
-    data = open_coco(args.data, args.split or "val", eval_transform(size))
-    for note in data.notes:
-        print(f"{data.file}: {note}", file=sys.stderr)
+    task = task_of_model(args.model) if net is None else task_of(net)
+    check_task(args, task)
+    for other, options in _OPTIONS.items():
+        if other != task.name and (given := [name for name in options if getattr(args, name)]):
+            what = f"{args.checkpoint} holds" if args.checkpoint else f"{args.model} is"
+            raise ValueError(f"{what} a {task.makes}, which has no use for --{given[0].replace('_', '-')}")
+    data = task.open(args.data, args.split, args.class_map, None if net is None else state_of(net).class_names)
+    for note in task.notes(data):
+        print(note, file=sys.stderr)
     if net is None:
         net = load_weights_of(args, len(data.class_names))
+    prepared = preparation(args, net)
+    data.transform = task.transform(prepared)
     depths = choose_depths(net, args.depth or default_depths(args))
-    loader = DataLoader(data, _DETECTOR_BATCH_SIZE if args.batch_size is None else args.batch_size,
-                        num_workers=args.workers, collate_fn=collate, pin_memory=args.device.startswith("cuda"))
-    rows = evaluate_detector(net, loader, depths, args.device, amp=args.amp, results_dir=args.results_dir,
-                             backend=args.backend or "pycocotools")
-    x = example(net, size)
+    options = {name: getattr(args, name) for name in _PASSED.get(task.name, ()) if getattr(args, name)}
+    rows = task.evaluate(net, make_loader(data, args, task), depths, args.device, amp=args.amp, **options)
+    x = example(net, prepared["size"])
     if args.latency:
         with autocast(torch.device(args.device), args.amp):
-            timed = profile(net, x, depths=depths, rounds=_LATENCY_ROUNDS, norms=True, progress=True)
+            timed = profile(net, x, depths=depths, rounds=_LATENCY_ROUNDS, norms=task.norms, progress=True)
         rows = [dataclasses.replace(row, macs=point.macs, latency_ms=point.p50_ms)
                 for row, point in zip(rows, timed, strict=True)]
     else:
         rows = [dataclasses.replace(row, macs=count)
-                for row, count in zip(rows, count_macs(net, x, depths, norms=True), strict=True)]
-    print(detection_table(rows))
+                for row, count in zip(rows, count_macs(net, x, depths, norms=task.norms), strict=True)]
+    print(task.table(rows))
     print(f"{rows[0].images} images")
     if args.csv:
-        columns = ("depth", "macs", *ACCURACIES, "images", *(["latency_ms"] if args.latency else []))
+        columns = ("depth", "macs", *task.columns, "images", *(["latency_ms"] if args.latency else []))
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
@@ -165,8 +121,3 @@ def _run_detector(args: argparse.Namespace, net: nn.Module | None) -> int:
     if args.depth is None:
         report_others(net, len(rows))
     return 0
-
-
-def _refuse(args: argparse.Namespace, options: Iterable[str], why: str) -> None:
-    if given := [name for name in options if getattr(args, name)]:
-        raise ValueError(f"{why}, which has no use for --{given[0].replace('_', '-')}")

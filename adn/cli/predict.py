@@ -11,9 +11,8 @@ examples:
 from __future__ import annotations
 
 import argparse
-import sys
 
-from .common import add_device_argument, add_image_arguments, load_net
+from .common import add_device_argument, add_image_arguments, each_image, load_net
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,34 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-    from PIL import Image
-
     from ..core.state import set_depth, state_of
-    from ..data.images import UNREADABLE, eval_transform, to_rgb
-    from ..measure.accuracy import try_forward
+    from ..tasks import CLASSIFY
 
     if args.top < 1:
         raise ValueError(f"--top {args.top}; pass 1 or more")
-    net, config = load_net(args)
+    net = load_net(args, CLASSIFY)
     if args.depth is not None:
         set_depth(net, args.depth)
-    transform = eval_transform(**config)
-    names = state_of(net).class_names
-    dtype = next(net.parameters()).dtype
-    unread = 0
-    for path in args.images:
-        try:
-            with Image.open(path) as file:
-                image = to_rgb(file)
-        except UNREADABLE as error:
-            print(f"{path}: cannot be read ({error})", file=sys.stderr)
+    names, unread = state_of(net).class_names, 0
+    for found in each_image(CLASSIFY, net, args, args.images, upright=False):
+        if found is None:
             unread += 1
             continue
-        with torch.inference_mode():
-            logits = try_forward(net, transform(image)[None].to(args.device, dtype))
-        best = logits[0].float().softmax(0).topk(min(args.top, logits.shape[1]))
-        print(path)
-        for share, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        i, _, result = found
+        print(args.images[i])
+        best = (result[name][: args.top].tolist() for name in ("scores", "labels"))
+        for share, label in zip(*best, strict=True):
             print(f"  {share:6.1%}  {names[label] if names else f'class {label}'}")
     return 1 if unread else 0

@@ -19,14 +19,12 @@ import argparse
 
 from .common import (
     add_task_argument,
-    build_detector,
+    build,
     check_task,
-    detector_size,
-    example,
-    image_config,
     load_checkpoint,
     make_folder,
     pick_device,
+    preparation,
     report_others,
 )
 
@@ -66,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from ..core.tables import read_table
     from ..measure.accuracy import choose_depths
     from ..measure.profile import fit_budget, profile, require_matplotlib
-    from ..models.registry import ENTRIES, PREFIX, create_model, is_detector
+    from ..models.registry import ENTRIES, PREFIX, create_model
+    from ..tasks import example, task_of
 
     for file in (args.csv, args.plot):
         make_folder(file)
@@ -78,15 +77,15 @@ def run(args: argparse.Namespace) -> int:
         net = load_checkpoint(args)
     else:
         args.device = pick_device(args.device)
-        net = build_detector(args.model) if args.model in ENTRIES else create_model(
+        net = build(args.model) if args.model in ENTRIES else create_model(
             PREFIX + args.model.removeprefix(PREFIX))
         net.to(args.device).eval()
-    detector = is_detector(net)
-    check_task(args, detector)
-    size = detector_size(args) if detector else image_config(args, net)["size"]
+    task = task_of(net)
+    check_task(args, task)
+    size = preparation(args, net)["size"]
     accuracy = None
     if args.accuracy:
-        column = "ap" if detector else "top1"
+        column = task.metric.name
         _, rows = read_table(args.accuracy, ("depth", column))
         accuracy = {row["depth"]: float(row[column]) for row in rows if row[column]}
         if not accuracy:
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         depths = choose_depths(net, args.depth or ("all" if every <= MOST_BY_DEFAULT else "chain"))
     result = profile(net, example(net, size, args.batch_size), depths=depths, rounds=args.rounds, accuracy=accuracy,
-                     norms=detector, progress=True)
+                     norms=task.norms, progress=True)
     print(result)
     print(", ".join(f"{key} {value}" for key, value in result.machine.items()))
     if args.depth is None and accuracy is None:

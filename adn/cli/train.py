@@ -48,20 +48,13 @@ import types
 import typing
 from typing import Any
 
-from ..train.recipes import (
-    DEFAULT,
-    DEFAULT_DETECTION,
-    DETECTION_RECIPES,
-    RECIPES,
-    DetectionRecipe,
-    Recipe,
-    Settings,
-    is_optional,
-    setting_type,
-)
+from ..train.recipes import DETECTION_RECIPES, RECIPES, Settings, default_recipe, is_optional, setting_type
 
 _START = ("pretrained", "checkpoint", "weights", "backbone", "new_head")
-_TASKS = ("classify", "detect")
+_RECIPES: dict[str, Settings] = {**RECIPES, **DETECTION_RECIPES}
+# By task, the recipe that the help has in brackets; and what recipes there are, the more special first.
+_DEFAULTS = {task: default_recipe(task) for task in dict.fromkeys(recipe.task for recipe in _RECIPES.values())}
+_KINDS = tuple(dict.fromkeys(map(type, reversed(_RECIPES.values()))))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "adn train [DATA] --out DIR [--task detect] [--recipe NAME] [--resume] [options]"
     parser.add_argument("data", nargs="?", metavar="DATA", help="images; may be left out with --resume")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; made if it is not there")
-    parser.add_argument("--task", choices=_TASKS, help="what to train (default: classify, or what the recipe is for)")
-    parser.add_argument("--recipe", choices=[*RECIPES, *DETECTION_RECIPES], metavar="NAME",
-                        help=f"settings to start from: {', '.join(RECIPES)}; to detect, {', '.join(DETECTION_RECIPES)} "
-                        f"(default: {DEFAULT}, {DEFAULT_DETECTION})")
+    parser.add_argument("--task", choices=tuple(_DEFAULTS), help="what to train (default: classify, or what the "
+                        "recipe is for)")
+    parser.add_argument("--recipe", choices=tuple(_RECIPES), metavar="NAME",
+                        help="settings to start from: " + "; ".join(
+                            f"to {task}, {', '.join(_of_task(task))}" for task in _DEFAULTS)
+                        + " (default: the first, or for another kind of model its own)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings; "
                         "those given replace them")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -98,51 +93,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too, under --out")
 
     groups: dict[str, Any] = {}
-    fields = {field.name: (kind, field) for kind in (DetectionRecipe, Recipe) for field in dataclasses.fields(kind)}
-    both = set.intersection(*({field.name for field in dataclasses.fields(kind)} for kind in (DetectionRecipe, Recipe)))
-    for kind, field in fields.values():
+    fields = {field.name: (kind, field) for kind in _KINDS for field in dataclasses.fields(kind)}
+    for name, (kind, field) in fields.items():
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(f"recipe: {title}")
-        _add_setting(groups[title], kind, field, only=None if field.name in both else _task_of(kind))
+        tasks = {kind.task for kind in _KINDS if name in _names(kind)}
+        _add_setting(groups[title], kind, field, only=None if tasks == set(_DEFAULTS) else " or ".join(sorted(tasks)))
     parser.argument_default = before
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..train import Config, Interrupted, train
-    from ..train.run import task_of_run
+    from ..train import Interrupted, train
+    from ..train.run import CONFIGS, task_of_run
 
     given = vars(args)
     resume = "resume" in given
-    named = (DETECTION_RECIPES | RECIPES).get(given.get("recipe"))
-    task = given.get("task") or (_task_of(type(named)) if named else resume and task_of_run(args.out)) or "classify"
-    if task == "detect":
-        from ..train.detect import DetectionConfig as Config
-        from ..train.detect import train_detector as train
-    recipe, recipes, default = ((DetectionRecipe, DETECTION_RECIPES, DEFAULT_DETECTION) if task == "detect" else
-                                (Recipe, RECIPES, DEFAULT))
-    if named is not None and type(named) is not recipe:
-        raise ValueError(f"--recipe {given['recipe']} is not one to {task}; pass one of {', '.join(recipes)}")
-    settings = {field.name for kind in (Recipe, DetectionRecipe) for field in dataclasses.fields(kind)} & given.keys()
-    others = {field.name for kind in _configs() for field in dataclasses.fields(kind)} & given.keys()
-    for names, kind in ((settings, recipe), (others, Config)):
-        if wrong := names - {field.name for field in dataclasses.fields(kind)}:
+    named = _RECIPES.get(given.get("recipe"))
+    task = given.get("task") or (named.task if named else resume and task_of_run(args.out)) or "classify"
+    if named is not None and named.task != task:
+        raise ValueError(f"--recipe {given['recipe']} is not one to {task}; pass one of {', '.join(_of_task(task))}")
+    if not resume and "checkpoint" in given and (
+            clash := [name for name in ("model", "model_kwargs", "twins") if name in given]):
+        raise ValueError(f"--checkpoint says what the net is; leave out --{clash[0].replace('_', '-')}")
+    kind = CONFIGS[task]
+    config = kind.of_run(args.out) if resume else None
+    model, size = _described(given["checkpoint"]) if "checkpoint" in given else (given.get("model"), None)
+    recipe = named or (config.recipe if resume else default_recipe(task, model))
+    settings = set().union(*map(_names, _KINDS)) & given.keys()
+    others = set().union(*map(_names, CONFIGS.values())) & given.keys()
+    for names, of in ((settings, type(recipe)), (others, kind)):
+        if wrong := names - _names(of):
             raise ValueError(f"--{min(wrong).replace('_', '-')} has no meaning when training to {task}")
     settings, others = ({name: given[name] for name in names} for names in (settings, others - {"recipe"}))
     if resume:
-        config = Config.of_run(args.out)
         if changed := [name for name in _START if name in others]:
             raise ValueError(f"--{changed[0].replace('_', '-')} is how a run begins; it cannot change by --resume")
-        config = dataclasses.replace(config, **others, recipe=(named or config.recipe).but(**settings))
+        config = dataclasses.replace(config, **others, recipe=recipe.but(**settings))
     elif "data" not in given:
         raise ValueError("no images to train on: pass DATA, or --resume to go on with the run in --out")
     else:
-        if "checkpoint" in given:
-            if clash := [name for name in ("model", "model_kwargs", "twins") if name in given]:
-                raise ValueError(f"--checkpoint says what the net is; leave out --{clash[0].replace('_', '-')}")
-            if task == "detect" and "size" not in settings and (size := _size_of(given["checkpoint"])):
-                settings["size"] = size
-        config = Config(**others, recipe=(named or recipes[default]).but(**settings))
+        if size and "size" in _names(type(recipe)):
+            settings.setdefault("size", size)
+        config = kind(**others, recipe=recipe.but(**settings))
     try:
         train(config, resume=resume, overwrite="overwrite" in given)
     except Interrupted as stop:
@@ -154,31 +147,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _size_of(checkpoint: str) -> int | None:
-    """Side of the images that a stored detector was trained on."""
+def _described(checkpoint: str) -> tuple[str | None, int | None]:
+    """Of a stored net, the name of its model and the side of the images that it was trained on."""
     from ..weights.checkpoint import read_metadata
 
-    return (read_metadata(checkpoint)["extra"].get("data") or {}).get("size")
+    found = read_metadata(checkpoint)
+    return (found["origin"] or {}).get("name"), (found["extra"].get("data") or {}).get("size")
 
 
-def _task_of(recipe: type[Settings]) -> str:
-    return "detect" if issubclass(recipe, DetectionRecipe) else "classify"
+def _names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
-def _configs() -> tuple[type, type]:
-    from ..train.detect import DetectionConfig
-    from ..train.run import Config
-
-    return Config, DetectionConfig
+def _of_task(task: str) -> list[str]:
+    return [name for name, recipe in _RECIPES.items() if recipe.task == task]
 
 
 def _add_setting(group: argparse._ArgumentGroup, recipe: type[Settings], field: dataclasses.Field, only: str | None
                  ) -> None:
     option, kind = f"--{field.name.replace('_', '-')}", setting_type(recipe, field.name)
     choices = field.metadata["choices"]
-    defaults = {"classify": RECIPES[DEFAULT], "detect": DETECTION_RECIPES[DEFAULT_DETECTION]}
     mark = "" if only is None else f"; to {only} only"
-    shown = {task: _shown(getattr(default, field.name)) for task, default in defaults.items() if only in (None, task)}
+    shown = {task: _shown(getattr(default, field.name)) for task, default in _DEFAULTS.items()
+             if hasattr(default, field.name)}
     default = ", to detect ".join(dict.fromkeys(shown.values()))
     text = f"{field.metadata['help']}{mark} [{default}]".replace("%", "%%")
     if kind is bool:

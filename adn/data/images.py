@@ -222,6 +222,29 @@ def eval_transform(
     ])
 
 
+def train_transform(recipe: Any, config: dict[str, Any]) -> v2.Transform:
+    """Random crop, flip, TrivialAugmentWide or RandAugment, normalise, erase: from a `PIL.Image` to (3, S, S) float32.
+
+    Args:
+        recipe: an `adn.train.Recipe`.
+        config: size, interpolation, mean and std, as `data_config` gives them.
+    """
+    interpolation = v2.InterpolationMode(config["interpolation"])
+    steps: list[v2.Transform] = [
+        v2.RandomResizedCrop(config["size"], scale=(recipe.min_area, 1.0), interpolation=interpolation)]
+    if recipe.flip:
+        steps.append(v2.RandomHorizontalFlip(recipe.flip))
+    if recipe.augment == "trivial":
+        steps.append(v2.TrivialAugmentWide(interpolation=interpolation))
+    elif recipe.augment == "rand":
+        steps.append(v2.RandAugment(magnitude=recipe.magnitude, interpolation=interpolation))
+    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+              v2.Normalize(list(config["mean"]), list(config["std"]))]
+    if recipe.erase:
+        steps.append(v2.RandomErasing(recipe.erase))
+    return v2.Compose(steps)
+
+
 def data_config(net: nn.Module, stored: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
     """How to prepare images for a net: the arguments of `eval_transform`.
 

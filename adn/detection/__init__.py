@@ -16,10 +16,10 @@ from ..data.scenes import write_scenes
 from ..data.transforms import eval_transform, train_transform
 from ..detect.draw import draw_detections
 from ..measure.average_precision import detection_table, evaluate_detector
-from ..models.registry import is_detector
 from ..models.rtdetr.criterion import DetectionLoss, DistillationLoss
 from ..models.rtdetr.distill import DetectionDistillation, DetectionSupervised
 from ..models.rtdetr.model import RTDETR
+from ..tasks import is_detector
 
 __all__ = [
     "RTDETR", "CocoImages", "DetectionDistillation", "DetectionLoss", "DetectionSupervised", "DistillationLoss",
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 for _name, _module in {
-    "boxes": "detect.boxes", "matcher": "detect.matcher", "criterion": "models.rtdetr.criterion",
+    "boxes": "detect.boxes", "matcher": "models.rtdetr.matcher", "criterion": "models.rtdetr.criterion",
     "decoder": "models.rtdetr.decoder", "deformable": "models.rtdetr.deformable",
     "denoising": "models.rtdetr.denoising", "encoder": "models.rtdetr.encoder", "rtdetr": "models.rtdetr.model",
 }.items():

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from ..core.depth import Depth
-from ..core.state import DepthLike, at_depth, get_depth, is_any_depth, set_depth, state_of, unwrap
+from ..core.state import DepthLike, state_of
 from ..core.state import depths as all_depths
+from ..core.tables import table
+from .passes import device_of, no_image, run_over
 
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ACCURACIES = ("top1", "top5", "loss")  # of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Row:
         top1, top5: percent of the images whose label is the best, one of the five best guesses.
         loss: cross-entropy in nats, mean over the images.
         images: how many were counted.
+        macs, latency_ms: multiply-adds per image, and time, where the caller fills them in.
     """
 
     depth: Depth
@@ -35,6 +36,8 @@ class Row:
     top5: float
     loss: float
     images: int
+    macs: int | None = None
+    latency_ms: float | None = None
 
 
 def evaluate(
@@ -44,6 +47,8 @@ def evaluate(
     device: torch.device | str | None = None,
     amp: torch.dtype | str | None = None,
     progress: bool = True,
+    *,
+    distributed: bool = False,
 ) -> list[Row]:
     """Accuracy of a classifier at several depths; every batch is read once and runs at all of them.
 
@@ -58,6 +63,8 @@ def evaluate(
         device: where batches go (their dtype becomes the net's); None = where the net's parameters are.
         amp: run under autocast: "bf16", "fp16" or a dtype.
         progress: show a progress bar, if in a terminal.
+        distributed: all processes of the group call this, each with its share of the images, and get the same rows.
+            False = this process stands alone.
 
     Returns:
         One row per depth, in the order given.
@@ -67,35 +74,45 @@ def evaluate(
             is no image at all.
     """
     chosen = all_depths(net) if depths is None else read_depths(net, depths)
-    run = net.module if isinstance(net, DistributedDataParallel) else net
-    parameter = next(run.parameters())
-    device = torch.device(device) if device is not None else parameter.device
-    hits = torch.zeros(len(chosen), 2, dtype=torch.int64, device=device)
-    losses = torch.zeros(len(chosen), dtype=torch.float64, device=device)
-    images = 0
-    bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True)
-    with evaluating(net), torch.inference_mode(), autocast(device, amp):
-        for batch in bar:
-            if batch is None:
-                continue
-            x, y = batch
-            labels = y.to(device, non_blocking=True)
-            x = x.to(device, parameter.dtype, non_blocking=True)
-            for i, depth in enumerate(chosen):
-                set_depth(net, depth)
-                logits = run(x).float() if i else try_forward(run, x).float()
-                if not i:
-                    check_classes(net, logits, y, getattr(loader, "dataset", None))
-                best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-                hits[i, 0] += best[:, 0].sum()
-                hits[i, 1] += best.sum()
-                losses[i] += F.cross_entropy(logits, labels, reduction="sum")
-            images += len(y)
-    if not images:
+    device = device_of(net, device)
+    meter = _Accuracy(net, len(chosen), device, getattr(loader, "dataset", None))
+    run_over(net, loader, chosen, meter, device, amp, progress)
+    if distributed:
+        for total in (meter.images, meter.hits, meter.losses):
+            dist.all_reduce(total)
+    if not (images := int(meter.images)):
         raise ValueError(no_image("evaluate on", loader))
-    percent, mean = (hits.double() * (100 / images)).tolist(), (losses / images).tolist()
+    percent, mean = (meter.hits.double() * (100 / images)).tolist(), (meter.losses / images).tolist()
     return [Row(depth, top1, top5, loss, images)
             for depth, (top1, top5), loss in zip(chosen, percent, mean, strict=True)]
+
+
+class _Accuracy:
+    """Of classifiers: hits among the best, and five best guesses, and cross-entropy, at each depth."""
+
+    def __init__(self, net: nn.Module, depths: int, device: torch.device, data: Any) -> None:
+        self.net, self.data = net, data
+        self.images = torch.zeros((), dtype=torch.int64, device=device)
+        self.hits = torch.zeros(depths, 2, dtype=torch.int64, device=device)
+        self.losses = torch.zeros(depths, dtype=torch.float64, device=device)
+
+    def add(self, i: int, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        logits, labels = outputs.float(), targets.to(outputs.device, non_blocking=True)
+        if not i:
+            check_classes(self.net, logits, targets, self.data)
+            self.images += len(targets)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self.hits[i, 0] += best[:, 0].sum()
+        self.hits[i, 1] += best.sum()
+        self.losses[i] += F.cross_entropy(logits, labels, reduction="sum")
+
+
+def accuracy_table(rows: Sequence[Row]) -> str:
+    """Rows as text in columns; multiply-adds, in millions, where they are known."""
+    counted = any(row.macs is not None for row in rows)
+    return table([("depth", *(["MMACs"] if counted else []), "top-1 (%)", "top-5 (%)", "loss"), *(
+        (str(row.depth), *([f"{row.macs / 1e6:.1f}"] if counted else []), f"{row.top1:.2f}", f"{row.top5:.2f}",
+         f"{row.loss:.4f}") for row in rows)])
 
 
 def chain(net: nn.Module) -> list[Depth]:
@@ -122,54 +139,6 @@ def read_depths(net: nn.Module, depths: Iterable[DepthLike]) -> list[Depth]:
     return list(dict.fromkeys(Depth.parse(depth, (state.full, state.base)) for depth in depths))
 
 
-@contextlib.contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; after it every module is in its own former mode and the net, if it has several
-    depths, at the one it had."""
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        with at_depth(net, get_depth(net)) if is_any_depth(net) else contextlib.nullcontext():
-            net.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def autocast(device: torch.device, amp: torch.dtype | str | None) -> contextlib.AbstractContextManager:
-    """Autocast on `device` to "bf16", "fp16" or a dtype; None = none."""
-    if amp is None:
-        return contextlib.nullcontext()
-    if isinstance(amp, str) and amp not in AMP_TYPES:
-        raise ValueError(f"amp={amp!r}; pass one of {', '.join(map(repr, AMP_TYPES))}, a dtype, or None")
-    return torch.autocast(device.type, dtype=AMP_TYPES.get(amp, amp))
-
-
-def try_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`net(x)`; a net that cannot take it gets an error that says what was given and what it expects.
-
-    Raises:
-        ValueError: whatever the net raised, except for lack of memory.
-    """
-    try:
-        return net(x)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError, ValueError) as error:
-        expected = _expected_size(unwrap(net))
-        hint = f"; it is made for images of {expected[0]} x {expected[1]}" if expected else ""
-        raise ValueError(f"{type(unwrap(net)).__name__} cannot take a batch of shape {tuple(x.shape)}{hint} "
-                         f"({error})") from error
-
-
-def no_image(what: str, loader: Any) -> str:
-    """Why a loader gave nothing."""
-    unreadable = getattr(getattr(loader, "dataset", None), "unreadable", ())
-    if not unreadable:
-        return f"no image to {what}: the loader is empty"
-    return f"no image to {what}: none of {len(unreadable)} could be read, such as {unreadable[0]}"
-
-
 def check_classes(net: nn.Module, logits: torch.Tensor, labels: torch.Tensor, data: Any = None) -> None:
     """Refuse data whose classes are not those of the net, as far as `data.class_names` and labels tell.
 
@@ -189,12 +158,3 @@ def check_classes(net: nn.Module, logits: torch.Tensor, labels: torch.Tensor, da
         i = next(i for i, (ours, theirs) in enumerate(zip(known, names, strict=True)) if ours != theirs)
         raise ValueError(f"class {i} is {names[i]!r} in the data and {known[i]!r} in the net: the labels do not mean "
                          "the same; open the data with a class map in the order of the net's classes")
-
-
-def _expected_size(net: nn.Module) -> tuple[int, int] | None:
-    """Image size a model was made for, where timm's or torchvision's attributes say so."""
-    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or getattr(net, "image_size", None)
-    if size is None:
-        size = (getattr(net, "pretrained_cfg", None) or {}).get("input_size")
-        size = size and size[-2:]
-    return (size, size) if isinstance(size, int) else size

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from ..core.depth import Depth
 from ..core.files import atomic_write
-from ..core.state import DepthLike, is_any_depth, set_depth, state_of
+from ..core.state import DepthLike, is_any_depth, state_of
 from ..core.state import depths as all_depths
 from ..core.tables import table
 from ..data.coco import CocoImages, Target
-from ..detect.postprocess import postprocess
-from .accuracy import autocast, evaluating, no_image, read_depths, try_forward
+from ..models.registry import source_of
+from .accuracy import read_depths
+from .passes import device_of, no_image, run_over
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
 
@@ -89,7 +89,8 @@ def evaluate_detector(
     image once. They are kept until the end, 7 kB per image and depth.
 
     Args:
-        net: a detector, any-depth or of one depth, that gives `pred_logits` (B, Q, C) and `pred_boxes` (B, Q, 4).
+        net: a detector, any-depth or of one depth, with the methods and attributes of `adn.models.entry.Detector` that
+            say how many classes it has and what its outputs mean: `num_classes`, `postprocess`.
         loader: a DataLoader over `CocoImages`, or a `Subset` of them, with `collate`.
         depths: which; None = every depth of the net.
         device: where batches go (their dtype becomes the net's); None = where the net's parameters are.
@@ -119,7 +120,9 @@ def evaluate_detector(
         chosen = [None]
     else:
         raise ValueError(f"this {type(net).__name__} is not any-depth: leave out depths={list(depths)}")
-    found = _detect(net, loader, data, chosen, device, amp, progress)
+    meter = _Detections(net, chosen, data)
+    run_over(net, loader, chosen, meter, device_of(net, device), amp, progress)
+    found = meter.found
     rows: list[DetectionRow] = []
     if distributed:
         found = _gather(found)
@@ -208,37 +211,35 @@ def require_backend(name: str) -> None:
         raise ImportError(f'average precision needs {name}: pip install "{install}"') from error
 
 
-def _detect(net: nn.Module, loader: Iterable[tuple[torch.Tensor, list[Target]] | None], data: CocoImages,
-            depths: Sequence[Depth | None], device: torch.device | str | None, amp: torch.dtype | str | None,
-            progress: bool) -> list[Found]:
-    run = net.module if isinstance(net, DistributedDataParallel) else net
-    parameter = next(run.parameters())
-    device = torch.device(device) if device is not None else parameter.device
-    found: list[Found] = [{} for _ in depths]
-    bar = tqdm(loader, "evaluate", unit="batch", leave=False, disable=None if progress else True)
-    with evaluating(net), torch.inference_mode(), autocast(device, amp):
-        for batch in bar:
-            if batch is None:
-                continue
-            images, targets = batch
-            images = images.to(device, parameter.dtype, non_blocking=True)
-            sizes = [target["size"] for target in targets]
-            for of_depth, depth in zip(found, depths, strict=True):
-                if depth is None:
-                    outputs = run(images)
-                else:
-                    set_depth(net, depth)
-                    outputs = try_forward(run, images)
-                _check_classes(net, outputs["pred_logits"], data)
-                for target, one in zip(targets, postprocess(outputs, sizes), strict=True):
-                    columns = (one["boxes"], one["scores"][:, None], one["labels"][:, None])
-                    rows = torch.cat([column.float() for column in columns], dim=1).cpu().numpy()
-                    if not np.isfinite(rows).all():
-                        raise ValueError(f"the net gives boxes or scores that are not finite"
-                                         f"{'' if depth is None else f' at depth {depth}'}: its weights, or the amp "
-                                         "setting, are not usable")
-                    of_depth[int(target["image_id"])] = rows
-    return found
+class _Detections:
+    """Of detectors: what was found on each image, at each depth."""
+
+    def __init__(self, net: nn.Module, depths: Sequence[Depth | None], data: CocoImages) -> None:
+        detector = _detector(net)
+        _check_classes(net, detector.num_classes, data)
+        self.depths, self.postprocess = depths, detector.postprocess
+        self.found: list[Found] = [{} for _ in depths]
+
+    def add(self, i: int, outputs: Any, targets: list[Target]) -> None:
+        results = self.postprocess(outputs, [target["size"] for target in targets])
+        for target, one in zip(targets, results, strict=True):
+            columns = (one["boxes"], one["scores"][:, None], one["labels"][:, None])
+            rows = torch.cat([column.float() for column in columns], dim=1).cpu().numpy()
+            if not np.isfinite(rows).all():
+                depth = self.depths[i]
+                raise ValueError(f"the net gives boxes or scores that are not finite"
+                                 f"{'' if depth is None else f' at depth {depth}'}: its weights, or the amp setting, "
+                                 "are not usable")
+            self.found[i][int(target["image_id"])] = rows
+
+
+def _detector(net: nn.Module) -> nn.Module:
+    """What says how many classes there are and what outputs mean: the net, or the one in its wrappers."""
+    for model in (net, getattr(net, "module", None), source_of(net)):
+        if hasattr(model, "postprocess"):
+            return model
+    raise ValueError(f"this {type(net).__name__} does not say what its outputs mean: give it the method `postprocess` "
+                     "of adn.models.entry.Detector")
 
 
 def _images_of(loader: Any) -> CocoImages:
@@ -251,10 +252,10 @@ def _images_of(loader: Any) -> CocoImages:
     return data
 
 
-def _check_classes(net: nn.Module, logits: torch.Tensor, data: CocoImages) -> None:
+def _check_classes(net: nn.Module, count: int, data: CocoImages) -> None:
     names = data.class_names
-    if logits.shape[-1] != len(names):
-        raise ValueError(f"{data.file} has {len(names)} categories, the net {logits.shape[-1]} classes")
+    if count != len(names):
+        raise ValueError(f"{data.file} has {len(names)} categories, the net {count} classes")
     known = state_of(net).class_names if is_any_depth(net) else None
     if known and known != names:
         i = next(i for i, (ours, theirs) in enumerate(zip(known, names, strict=True)) if ours != theirs)

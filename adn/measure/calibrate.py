@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from ..core.behaviours import BATCH_NORMS
 from ..core.state import DepthLike, set_depth, unwrap
-from .accuracy import evaluating, no_image, try_forward
 from .cost import in_use
+from .passes import evaluating, no_image, try_forward
 
 
 def calibrate(

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.depth import Depth
 from ..core.state import DepthLike, set_depth, state_of, unwrap
-from .accuracy import evaluating, try_forward
+from .passes import evaluating, try_forward
 
 
 def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike], *, norms: bool = False) -> list[int]:

@@ -12,7 +12,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from ..core.depth import Depth
 from ..core.state import DepthLike, set_depth
 from ..core.state import depths as all_depths
 from ..core.tables import read_table, table
-from ..models.registry import is_detector
-from .accuracy import Row, evaluating, read_depths
-from .cost import count_macs, count_parameters, counted
+from ..models.registry import task_name
+from .accuracy import Row, read_depths
+from .cost import count_macs, count_parameters
+from .passes import evaluating
 
 if TYPE_CHECKING:
     from .average_precision import DetectionRow
@@ -33,8 +34,18 @@ if TYPE_CHECKING:
 _LEAST_SPAN = 5  # of a figure's accuracy axis, in percentage points
 _COLUMNS = ("depth", "macs", "params", "p50_ms", "p99_ms")
 
-# By name of the measure of accuracy, which is also its column in files: what tables and figures call it.
-_METRICS = {"top1": ("top-1 (%)", "top-1 accuracy (%)"), "ap": ("AP", "AP (%)")}
+
+class Metric(NamedTuple):
+    """The measure of accuracy of a task: the field of its rows and column in files; what tables and figures call it."""
+
+    name: str
+    head: str
+    axis: str
+
+
+# By task.
+METRICS = {"classify": Metric("top1", "top-1 (%)", "top-1 accuracy (%)"), "detect": Metric("ap", "AP", "AP (%)")}
+_BY_NAME = {metric.name: metric for metric in METRICS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Profile(list[Point]):
     def from_csv(cls, path: str | os.PathLike) -> Profile:
         """What `to_csv` wrote; raises ValueError on another file."""
         machine, rows = read_table(path, _COLUMNS)
-        metric = "ap" if rows and "ap" in rows[0] else "top1"
+        metric = next((name for name in _BY_NAME if rows and name in rows[0]), "top1")
         return cls([Point(Depth(row["depth"]), int(row["macs"]), int(row["params"]), float(row["p50_ms"]),
                           float(row["p99_ms"]), float(row[metric]) if row.get(metric) else None) for row in rows],
                    machine, metric)
@@ -118,7 +129,7 @@ class Profile(list[Point]):
         accurate = any(point.top1 is not None for point in self)
         unit, size = ("GMACs", 1e9) if all(point.macs >= 1e10 for point in self) else ("MMACs", 1e6)
         head = ["depth", unit, "params (M)", "p50 (ms)", "p99 (ms)",
-                *([_METRICS[self.metric][0]] if accurate else []), "Pareto"]
+                *([_BY_NAME[self.metric].head] if accurate else []), "Pareto"]
         rows = [
             [str(p.depth), f"{p.macs / size:.1f}", f"{p.params / 1e6:.2f}", f"{p.p50_ms:.2f}", f"{p.p99_ms:.2f}",
              *([f"{p.top1:.2f}"] if accurate else []), "*" if p.depth in front else ""]
@@ -165,7 +176,7 @@ def profile(
     if not len(x):
         raise ValueError("a batch of 0 images; pass at least 1")
     chosen = all_depths(net) if depths is None else read_depths(net, depths)
-    metric = "ap" if is_detector(counted(net)) else "top1"
+    metric = METRICS[task_name(net)].name
     if accuracy is None:
         top1: dict[Depth, float] = {}
     elif isinstance(accuracy, Mapping):
@@ -309,7 +320,7 @@ def _draw(profile: Profile, path: str | os.PathLike) -> None:
     axes.plot(*xy(front), "o--", color="tab:orange", markerfacecolor="none", markersize=10, markeredgewidth=1.6,
               linewidth=1, label="Pareto front", zorder=4)
     axes.set_xlabel("latency p50 (ms)")
-    axes.set_ylabel(_METRICS[profile.metric][1] if accurate else "GMACs per image")
+    axes.set_ylabel(_BY_NAME[profile.metric].axis if accurate else "GMACs per image")
     known = [profile.machine[key] for key in ("device", "input") if key in profile.machine]
     known += [f"{what} {profile.machine[what]}" for what in ("batch", "threads") if what in profile.machine]
     axes.set_title(", ".join(known), fontsize=9, color="0.35")

@@ -1,34 +1,95 @@
-"""What is known of a model of this library by its name, before it is built."""
+"""What is known of a model of this library by its name, before it is built; and what a detector says of itself."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
+
+from ..settings import Settings
+
+# (whose names, family, tables of prefixes to apply in turn), see `adn.weights.foreign`.
+Naming = tuple[str, str, tuple[Mapping[str, str], ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A model by name. Each folder of `adn.models` has a `presets.py` with `ENTRIES`, a dict of these, and thereby its
-    models are in `adn.list_models()`.
+    """A model by name. Each folder of `adn.models` has a `presets.py` with `ENTRIES`, a dict of these, and `RECIPES`,
+    those to train them by; thereby its models are in `adn.list_models()`, and its recipes in `adn train --help`.
 
     Attributes:
         build: from keyword arguments to the plain model with fresh weights; whatever is slow to import it imports when
             called.
         args: the arguments that the name stands for.
+        task: what the model is for, the name of one of `adn.tasks`.
         stride: of its coarsest map, in pixels: sides of images must be multiples of it.
+        recipe: what a recipe to train it is.
+        names: how checkpoints of others call its parts.
         any_depth: `adn.create_model` returns it converted; else it is for `adn.convert`.
         but: the arguments with some changed, where that is more than replacing them.
     """
 
     build: Callable[..., nn.Module]
     args: Mapping[str, Any]
+    task: str
     stride: int
+    recipe: type[Settings]
+    names: Sequence[Naming] = ()
     any_depth: bool = False
     but: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda args, changes: {**args, **changes}
 
     def __call__(self, **changes: Any) -> nn.Module:
         """The plain model, with fresh weights."""
         return self.build(**self.but(self.args, changes))
+
+
+class Detector(nn.Module):
+    """What the detection task asks of a model; all else about it, the form of its outputs included, is its own affair.
+
+    Attributes:
+        adn_task: the task.
+        adn_origin: what `adn.create_model` was called with, if it was.
+        num_classes: labels are 0 to num_classes - 1.
+        stride: sides of images must be multiples of it.
+        heads: what names of parts begin with that depend on the number of classes.
+    """
+
+    adn_task: ClassVar[str] = "detect"
+    adn_origin: dict[str, Any] | None = None
+    num_classes: int
+    stride: int
+    heads: tuple[str, ...]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Fresh heads for so many classes; all else stays."""
+        raise NotImplementedError
+
+    def postprocess(self, outputs: Any, sizes: Sequence[torch.Tensor | Sequence[int]]) -> list[dict[str, torch.Tensor]]:
+        """What was found, from the outputs in evaluation.
+
+        Args:
+            outputs: of a batch.
+            sizes: (B, 2), width and height of each original image in pixels.
+
+        Returns:
+            Per image `scores` (K,) falling, `labels` int64 (K,), `boxes` (K, 4) xyxy in pixels.
+        """
+        raise NotImplementedError
+
+    def distillation(self, recipe: Settings, sizes: Sequence[int]) -> nn.Module:
+        """What a step of training this net, converted, computes: a module around it, called with images (B, 3, H, W)
+        and a target for each (`labels` int64 (n,), `boxes` (n, 4) cxcywh in 0..1), that gives a dict of scalars with
+        `loss`; see `adn.distill.TwoPass`.
+
+        Args:
+            recipe: of the type in its entry.
+            sizes: sides to draw from for each pass; () = images as they come.
+        """
+        raise NotImplementedError
+
+    def warning(self) -> str | None:
+        """Why training from nothing would go wrong, and what to do; None if it would not."""
+        return None

@@ -17,6 +17,7 @@ from torch import nn
 from ..convert import convert
 from ..core.state import is_any_depth, state_of, unwrap
 from ..families import FAMILIES
+from ..settings import Settings
 from .entry import Entry
 
 PREFIX = "anydepth_"
@@ -30,11 +31,14 @@ _EXCLUDED = ("mobilenetv1_*", "lcnet_*", "resnet10t", "resnet14t", "test_resnet"
 _ABOUT_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 
 
-# The models of this library's own, by name. A folder of this package is a kind of model.
+# The models of this library's own, and recipes to train them by. A folder of this package is a kind of model.
 ENTRIES: dict[str, Entry] = {}
+RECIPES: dict[str, Settings] = {}
 for _kind in pkgutil.iter_modules([str(Path(__file__).parent)]):
     if _kind.ispkg:
-        ENTRIES |= importlib.import_module(f"{__package__}.{_kind.name}.presets").ENTRIES
+        _presets = importlib.import_module(f"{__package__}.{_kind.name}.presets")
+        ENTRIES |= _presets.ENTRIES
+        RECIPES |= _presets.RECIPES
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -49,17 +53,17 @@ def create_model(
 
     Args:
         name: one of `list_models()`, such as "anydepth_resnet50"; a timm tag may follow ("anydepth_resnet50.a1_in1k").
-            Detectors: "anydepth_rtdetr_r50vd"; "rtdetr_r50vd" is the plain model, for `convert`.
+            Detectors are of this library: those of one depth, without the prefix, are for `convert`.
         num_classes: size of the head; None = timm's default for the name, 80 for a detector.
         pretrained: start from timm's weights of that name and tag (downloaded).
         twins: how the second norms start, see `convert`. None = "copy"; for a detector "frozen", as in the reference,
             whose checkpoints say what is in them. Pass "copy" for training with a backbone that is not any-depth yet.
-        kwargs: passed on to `timm.create_model`, or to `adn.models.rtdetr.model.RTDETR`. What cannot be written as
+        kwargs: passed on to `timm.create_model`, or to the class of the detector. What cannot be written as
             JSON (a layer class) makes `save` store no recipe for the model: `load` then needs the model passed.
 
     Returns:
         The net at full depth, on the CPU, in training mode. It maps (B, 3, H, W) to logits (B, num_classes); a detector
-        to what `adn.models.rtdetr.model.RTDETR` says.
+        to what its class says.
 
     Raises:
         ValueError: on an unknown name; the message lists close ones.
@@ -81,10 +85,17 @@ def create_model(
     return net
 
 
-def is_detector(net: nn.Module) -> bool:
-    """Is it a detector, any-depth or of one depth, and not a classifier?"""
-    # Not by its class, whose import would bring the kernels.
-    return getattr(unwrap(net) if is_any_depth(net) else net, "adn_task", "classify") == "detect"
+def source_of(net: nn.Module) -> nn.Module:
+    """What a net is: the model without wrappers, any-depth or not; of a deploy form the one that it was made from."""
+    if not is_any_depth(net):
+        return net
+    made_from = state_of(net).made_from
+    return unwrap(net if made_from is None else made_from)
+
+
+def task_name(net: nn.Module) -> str:
+    """What a net is for, the name of one of `adn.tasks`; "classify" where it does not say."""
+    return getattr(source_of(net), "adn_task", "classify")
 
 
 def _own(name: str, pretrained: bool, twins: str | None, kwargs: dict[str, Any]) -> nn.Module:

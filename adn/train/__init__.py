@@ -25,12 +25,12 @@ What differs from the reference's training (Adaptive Depth Networks, NeurIPS 202
 from ..core import lazy
 
 _WHERE = {
-    "TrainBatches": ".data", "mixing": ".data", "train_sampler": ".data", "train_transform": ".data",
+    "TrainBatches": ".data", "mixing": ".data", "train_sampler": ".data", "train_transform": "..data.images",
     "holds_run": ".folder",
-    "Diverged": ".loop", "Interrupted": ".loop", "Result": ".loop", "Supervised": ".loop", "default_loss": ".loop",
-    "fit": ".loop",
+    "Diverged": ".loop", "Interrupted": ".loop", "Result": ".loop", "fit": ".loop",
+    "Supervised": "..distill", "default_loss": "..tasks",
     "DEFAULT": ".recipes", "RECIPES": ".recipes", "Recipe": ".recipes", "recipe": ".recipes",
-    "Config": ".run", "train": ".run",
+    "Config": ".run", "DetectionConfig": ".run", "train": ".run",
     "seed_all": ".seeds",
 }
 __all__ = [*_WHERE]

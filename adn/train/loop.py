@@ -24,12 +24,12 @@ from adn_kernels.private import pytree
 
 from ..convert import convert_sync_batchnorm
 from ..core.state import is_converted, state_of
-from ..distill import SelfDistillation
-from ..measure.accuracy import autocast
+from ..measure.passes import autocast
+from ..settings import Settings
+from ..tasks import CLASSIFY
 from .folder import BEST, FINAL, LAST, RunFolder
 from .interrupts import Interrupts
 from .optim import WeightAverage, create_optimizer, create_scheduler
-from .recipes import Recipe, Settings
 from .seeds import seed_all
 
 Batch = tuple[torch.Tensor, Any]
@@ -67,31 +67,6 @@ class Result:
     out: Path | None
 
 
-class Supervised(nn.Module):
-    """The loss of a plain network: `criterion(net(x), y)`; counterpart of `SelfDistillation` for comparisons."""
-
-    def __init__(self, net: nn.Module, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.net = net
-        self.criterion = criterion
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": self.criterion(self.net(x), y)}
-
-
-def default_loss(net: nn.Module, recipe: Recipe) -> nn.Module:
-    """Self-distillation for a converted net, cross-entropy for a plain one, with the recipe's settings."""
-    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    if not is_converted(net):
-        return Supervised(net, criterion)
-    features = "all" if recipe.features == ("all",) else [
-        int(name) if name.lstrip("-").isdigit() else name for name in recipe.features]
-    return SelfDistillation(
-        net, criterion, alpha=recipe.alpha, temperature=recipe.temperature, top_classes=recipe.top_classes,
-        features=features, variant=recipe.variant, single_pass=recipe.single_pass,
-    )
-
-
 def _make_fast(net: nn.Module, recipe: Settings) -> None:
     if not is_converted(net):
         if recipe.compile:
@@ -116,7 +91,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     loss: nn.Module | None = None,
-    accuracy: str = "top1",
+    accuracy: str = CLASSIFY.score,
     device: torch.device | str | None = None,
     config: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -143,8 +118,8 @@ def fit(
         overwrite: replace a run that is in `out`.
         loss: module around the net that gives a dict with `loss` when called on a batch; None = `default_loss`. If it
             has a method `backward` like that of `SelfDistillation`, that is used where one process runs alone.
-        accuracy: what is part of the name of numbers of `evaluate` that are accuracies in percent; the mean of these
-            decides which epoch is best.
+        accuracy: a part, between underscores, of the names of numbers of `evaluate` that are accuracies in percent
+            ("AP" of "val_AP_super"); the mean of these decides which epoch is best.
         device: None = the current accelerator in a process group with NCCL, else where the net is.
         config: JSON to keep as `config.json`.
         extra: JSON to keep in the checkpoints, see `adn.save`.
@@ -199,7 +174,7 @@ class _Run:
         self.memory_format = torch.channels_last if recipe.channels_last else torch.preserve_format
         self.net = net.to(device, memory_format=self.memory_format)
         _make_fast(net, recipe)
-        self.loss = (default_loss(net, recipe) if loss is None else loss).to(device)
+        self.loss = (CLASSIFY.loss(net, recipe) if loss is None else loss).to(device)
         self.optimizer = create_optimizer(net, recipe)
         self.scheduler = create_scheduler(self.optimizer, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
@@ -316,7 +291,7 @@ class _Run:
         self.epoch += 1
         self.steps = 0
         self.history.append(row)
-        accuracies = {name: value for name, value in row.items() if self.accuracy in name}
+        accuracies = {name: value for name, value in row.items() if self.accuracy in name.split("_")}
         score = sum(accuracies.values()) / len(accuracies) if accuracies else None
         improved = score is not None and (self.best is None or score > self.best)
         if improved:

@@ -1,7 +1,8 @@
 """Other people's checkpoints: reference Adaptive Depth Networks, torchvision and timm names, into each other's models.
 
-Names are translated by tables of prefixes (below), which one is found by trying: the one whose translations the net
-has the most of. What carries over, exactly (the same function, up to the order of floating-point sums):
+Names are translated by tables of prefixes (below, and in `names.py` of the library's own models), which one is found by
+trying: the one whose translations the net has the most of. What carries over, exactly (the same function, up to the
+order of floating-point sums):
 
 | family       | reference ADN                            | torchvision <-> timm                               |
 |--------------|------------------------------------------|----------------------------------------------------|
@@ -37,9 +38,11 @@ from torch import nn
 
 from ..core.errors import CheckpointError
 from ..core.state import state_with_modules, unwrap
+from ..models.entry import Naming
+from ..models.registry import ENTRIES
 
 State = Mapping[str, torch.Tensor]
-Table = dict[str, str]
+Table = Mapping[str, str]
 
 # Where training scripts put the weights; the first that is there is used. Averages first: the scripts that keep one
 # evaluate it, so published numbers are those of the average.
@@ -257,30 +260,19 @@ def _rename(name: str, table: Table) -> str:
 
 
 @functools.cache
-def _translations() -> list[tuple[str, str, tuple[Table, ...]]]:
-    """(whose names, family, tables to apply in turn) for every way a checkpoint may be named."""
+def _translations() -> list[Naming]:
+    """Every way a checkpoint may be named."""
     to_timm, reference = _torchvision_to_timm(), _reference_to_torchvision()
-    found: list[tuple[str, str, tuple[Table, ...]]] = []
+    found: list[Naming] = []
     for family, table in to_timm.items():
         found.append(("torchvision", family, (table,)))
         found.append(("timm", family, ({new: old for old, new in table.items()},)))
     # After these: a table of the reference's names lets most of torchvision's pass as they are.
     for family, table in reference.items():
         found += [("reference", family, (table,)), ("reference", family, (table, to_timm[family]))]
-    found.append(("reference", "ResNet vd", (_VD,)))
-    found.append(("reference", "RT-DETR", (_RTDETR,)))
-    return found
+    return [*found, *{family: (author, family, tables)
+                      for entry in ENTRIES.values() for author, family, tables in entry.names}.values()]
 
-
-# The reference's shortcut has no pooling where the stride is 1; timm keeps an identity in its place.
-_VD = {"layer1.0.downsample.0": "layer1.0.downsample.1", "layer1.0.downsample.1": "layer1.0.downsample.2"}
-
-# Official names but for the backbone, and for what the official neck has as a sequence.
-_RTDETR = {
-    **{f"backbone.{old}": f"backbone.{new}" for old, new in _VD.items()},
-    **{f"{encoder}input_proj.{i}.{old}": f"{encoder}input_proj.{i}.{new}"
-       for encoder in ("encoder.", "") for i in range(3) for old, new in (("conv", 0), ("norm", 1))},
-}
 
 _MOST_BLOCKS = 64  # of a stage; tables are written out so that they can be turned round
 

@@ -24,12 +24,13 @@ from adn.data.coco import collate, open_coco, read_class_names
 from adn.data.scenes import write_scenes
 from adn.data.transforms import eval_transform
 from adn.detect.draw import label_colour
-from adn.detect.postprocess import postprocess
 from adn.measure.average_precision import DetectionRow, evaluate_detector
 from adn.measure.cost import count_macs
 from adn.measure.profile import Point, Profile, profile
-from adn.models.registry import ENTRIES, is_detector
+from adn.models.registry import ENTRIES
 from adn.models.rtdetr import presets as rtdetr_presets
+from adn.models.rtdetr.postprocess import postprocess
+from adn.tasks import is_detector
 
 SIZE = 96
 CHAIN = ["FFFFF|3", "TFFFF|3", "TTFFF|3", "TTTFF|3", "TTTTF|3", "TTTTT|3", "TTTTT|2"]
@@ -400,7 +401,7 @@ def test_no_accuracy_in_a_file(checkpoint: Path, tmp_path: Path, adn_command) ->
 
 def test_options_of_the_other_kind(checkpoint: Path, classifier: Path, scenes: Path, adn_command) -> None:
     for path, options, message in (
-        (checkpoint, ("--resize", 70), "is a detector, which has no use for --resize"),
+        (checkpoint, ("--resize", 70), "holds a detector, which has no use for --resize"),
         (checkpoint, ("--class-map", "m"), "no use for --class-map"),
         (checkpoint, ("--split", "test"), "no COCO split 'test'"),
         (classifier, ("--latency",), "holds a classifier, which has no use for --latency"),

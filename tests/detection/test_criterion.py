@@ -10,9 +10,9 @@ import torch.multiprocessing as mp
 from detr_cases import Golden, leaves, some_outputs, some_targets
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from adn.detect.matcher import Matcher
 from adn.models.rtdetr.criterion import DetectionLoss, DistillationLoss, pooled_feature_kl
 from adn.models.rtdetr.denoising import Denoising
+from adn.models.rtdetr.matcher import Matcher
 
 NONE = torch.empty(0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from adn.measure.average_precision import (
     score,
     to_results,
 )
+from adn.models.rtdetr.postprocess import postprocess
 
 pytest.importorskip("pycocotools", reason='needs pycocotools: pip install "adn[detect]"')
 
@@ -70,7 +72,7 @@ class Oracle(nn.Module):
     def __init__(self, data: CocoImages, noise: float = 0.02, module: nn.Module | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.data, self.noise, self.classes = data, noise, len(data.class_names)
+        self.data, self.noise, self.num_classes = data, noise, len(data.class_names)
         if module is not None:
             self.module = module
         self.seen: list[tuple[torch.dtype, bool, int]] = []
@@ -78,7 +80,7 @@ class Oracle(nn.Module):
     def find(self, index: int, flags: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(100 * index + flags)
         target = self.data[index][1]
-        logits = torch.randn(self.QUERIES, self.classes, generator=generator) * 2 - 3
+        logits = torch.randn(self.QUERIES, self.num_classes, generator=generator) * 2 - 3
         boxes = torch.rand(self.QUERIES, 4, generator=generator) * 0.5 + 0.25
         n = len(target["labels"])
         noise = torch.randn(n, 4, generator=generator) * self.noise * (1 + flags)
@@ -92,6 +94,9 @@ class Oracle(nn.Module):
         found = [self.find(round(255 * float(image.mean()) / STEP), flags) for image in images]
         logits, boxes = (torch.stack(part).to(images) for part in zip(*found, strict=True))
         return {"pred_logits": logits, "pred_boxes": boxes}
+
+    def postprocess(self, outputs: dict[str, torch.Tensor], sizes: Sequence) -> list[dict[str, torch.Tensor]]:
+        return postprocess(outputs, sizes)
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +323,7 @@ def test_bad_input(data: CocoImages, module: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not finite at depth FTFF"):
         evaluate_detector(Broken(data, module=module), batches(data), ["super", "FTFF"])
     other = Oracle(data, module=module)
-    other.classes = 4
+    other.num_classes = 4
     with pytest.raises(ValueError, match=r"truth.json has 3 categories, the net 4 classes"):
         evaluate_detector(other, batches(data), ["super"])
     (tmp_path / "file").write_text("")

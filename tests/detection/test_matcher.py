@@ -13,8 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from adn.detect.boxes import inverse_sigmoid, iou_and_giou
-from adn.detect.matcher import Matcher
 from adn.detect.targets import pack
+from adn.models.rtdetr.matcher import Matcher
 
 
 def cost_by_definition(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detr_cases import Golden, a_head
 
-from adn.detect.postprocess import postprocess
+from adn.models.rtdetr.postprocess import postprocess
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...detect.boxes import iou_and_giou, widened
-from ...detect.matcher import Matcher, Pairs
 from ...detect.targets import Objects, Targets, fitting, pack
 from ...distill import distillation_kl, pool_features
 from .denoising import Denoising
+from .matcher import Matcher, Pairs
+from .recipes import CLASS_KL
 
 Outputs = Mapping[str, Any]
 
 WEIGHTS = {"vfl": 1.0, "bbox": 5.0, "giou": 2.0}
 DISTILLATION_WEIGHTS = {**WEIGHTS, "features_backbone": 1.0, "features_encoder": 1.0}
-CLASS_KL = ("softmax-mean", "softmax", "sigmoid")
 
 
 class _Criterion(nn.Module):

@@ -11,19 +11,26 @@ import timm.layers
 import torch
 from torch import Tensor, fx, nn
 
+from ...core.behaviours import FROZEN_NORMS
 from ...core.regions import only_calls, unseen
+from ...core.state import state_of
 from ...detect.targets import Targets, fitting
+from ..entry import Detector
 from . import (
     STRIDE,
     family,  # noqa: F401, which is to know the models of this file
 )
+from .criterion import DistillationLoss
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
+from .distill import DetectionDistillation
 from .encoder import HybridEncoder
+from .postprocess import postprocess
 from .presnet import PResNet
+from .recipes import DetectionRecipe
 
 
-class RTDETR(nn.Module):
+class RTDETR(Detector):
     """A detector: images (B, 3, H, W), RGB in 0..1, sides multiples of 32, to a set of objects.
 
     In evaluation a dict: `pred_logits` (B, Q, C) before the sigmoid, `pred_boxes` (B, Q, 4) as (cx, cy, w, h) in 0..1,
@@ -53,7 +60,8 @@ class RTDETR(nn.Module):
         ValueError: on sizes that make no detector; of a call, on images of another shape or type.
     """
 
-    adn_task = "detect"
+    stride = STRIDE
+    heads = ("decoder.enc_score_head", "decoder.dec_score_head", "decoder.denoising_class_embed")
 
     def __init__(
         self,
@@ -82,7 +90,6 @@ class RTDETR(nn.Module):
                       points=points)
         if hidden % heads or decoder_hidden % heads:
             raise ValueError(f"widths of {hidden} and {decoder_hidden} for {heads} heads; pass multiples of the heads")
-        self.adn_origin: dict[str, Any] | None = None  # what `adn.create_model` was called with
         self.num_classes = num_classes
         self.num_denoising, self.label_noise, self.box_noise = num_denoising, label_noise, box_noise
         self.backbone, channels = _backbone(backbone, dict(backbone_args or {}))
@@ -114,9 +121,24 @@ class RTDETR(nn.Module):
         return outputs if denoising is None else outputs | {"dn_meta": denoising}
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Fresh heads for so many classes; all else stays."""
         self.num_classes = num_classes
         self.decoder.reset_classifier(num_classes)
+
+    def postprocess(self, outputs: Mapping[str, Tensor], sizes: Sequence[Tensor | Sequence[int]]
+                    ) -> list[dict[str, Tensor]]:
+        return postprocess(outputs, sizes)
+
+    def distillation(self, recipe: DetectionRecipe, sizes: Sequence[int]) -> nn.Module:
+        for cut in state_of(self).cuts:
+            cut.in_training = recipe.cut_decoder
+        return DetectionDistillation(self, distillation=DistillationLoss(class_kl=recipe.class_kl), multi_scale=sizes)
+
+    def warning(self) -> str | None:
+        frozen = sum(not p.requires_grad for p in self.backbone.parameters())
+        frozen += sum(isinstance(module, FROZEN_NORMS) for module in self.backbone.modules())
+        return ("parts of the backbone are frozen at the random values they start with; begin with --backbone, "
+                "--weights or --checkpoint, or train them, too: --model-kwargs "
+                """'{"freeze_norm": false, "freeze_stem": false}'""") if frozen else None
 
     @torch.compiler.disable
     def _denoising(self, targets: Targets, images: int, draws: Draws | torch.Generator | None) -> Denoising | None:

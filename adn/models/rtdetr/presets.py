@@ -11,6 +11,10 @@ from torch import nn
 
 from ..entry import Entry
 from . import STRIDE
+from .names import NAMES
+from .recipes import RECIPES, DetectionRecipe
+
+__all__ = ["ENTRIES", "RECIPES"]
 
 
 def _build(**kwargs: Any) -> nn.Module:
@@ -32,7 +36,7 @@ def _family(args: Mapping[str, Any]) -> str:
     return re.match("[a-z]*", str(args["backbone"])).group()
 
 
-entry = partial(Entry, _build, stride=STRIDE, but=_but)
+entry = partial(Entry, _build, task=DetectionRecipe.task, stride=STRIDE, recipe=DetectionRecipe, names=NAMES, but=_but)
 
 _FROZEN = {"freeze_norm": True, "freeze_stem": True}
 _LARGE = {"hidden": 384, "feedforward": 2048, **_FROZEN}

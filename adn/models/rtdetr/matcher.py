@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .boxes import iou_and_giou, widened
-from .targets import Objects, Targets, fitting, pack
+from ...detect.boxes import iou_and_giou, widened
+from ...detect.targets import Objects, Targets, fitting, pack
 
 
 class Pairs(NamedTuple):

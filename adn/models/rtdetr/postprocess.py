@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torchvision.ops import box_convert
 
-from .boxes import widened
+from ...detect.boxes import widened
 
 
 def postprocess(

@@ -1,0 +1,119 @@
+"""One pass over the data at several depths, for whatever is measured; how a net is run for that."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ..core.depth import Depth
+from ..core.state import at_depth, get_depth, is_any_depth, set_depth
+from ..models.registry import source_of
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Meter(Protocol):
+    """What is kept of a pass."""
+
+    def add(self, i: int, outputs: Any, targets: Any) -> None:
+        """Count one batch at the depth of index i: what the net gave, and what the loader has beside the images."""
+
+
+def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], depths: Sequence[Depth | None],
+             meter: Meter, device: torch.device, amp: torch.dtype | str | None, progress: bool) -> None:
+    """Read every batch once and run it at all depths, in evaluation mode and without gradients.
+
+    Depth and mode of the net are afterwards what they were. Inside DistributedDataParallel the bare net runs.
+
+    Args:
+        loader: batches (images (B, 3, H, W), targets), None for an empty one.
+        depths: None for that of a net of one depth.
+        device: where images go; their dtype becomes the net's.
+        amp: see `autocast`.
+        progress: show a progress bar, if in a terminal.
+
+    Raises:
+        ValueError: if the net cannot take images of this size.
+    """
+    run = net.module if isinstance(net, DistributedDataParallel) else net
+    dtype = next(run.parameters()).dtype
+    bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True)
+    with evaluating(net), torch.inference_mode(), autocast(device, amp):
+        for batch in bar:
+            if batch is None:
+                continue
+            images, targets = batch
+            images = images.to(device, dtype, non_blocking=True)
+            for i, depth in enumerate(depths):
+                if depth is not None:
+                    set_depth(net, depth)
+                meter.add(i, try_forward(run, images), targets)
+
+
+def device_of(net: nn.Module, device: torch.device | str | None) -> torch.device:
+    """The device asked for, else that of the net's parameters."""
+    return next(net.parameters()).device if device is None else torch.device(device)
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; after it every module is in its own former mode and the net, if it has several
+    depths, at the one it had."""
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        with at_depth(net, get_depth(net)) if is_any_depth(net) else contextlib.nullcontext():
+            net.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def autocast(device: torch.device, amp: torch.dtype | str | None) -> contextlib.AbstractContextManager:
+    """Autocast on `device` to "bf16", "fp16" or a dtype; None = none."""
+    if amp is None:
+        return contextlib.nullcontext()
+    if isinstance(amp, str) and amp not in AMP_TYPES:
+        raise ValueError(f"amp={amp!r}; pass one of {', '.join(map(repr, AMP_TYPES))}, a dtype, or None")
+    return torch.autocast(device.type, dtype=AMP_TYPES.get(amp, amp))
+
+
+def try_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`net(x)`; a net that cannot take it gets an error that says what was given and what it expects.
+
+    Raises:
+        ValueError: whatever the net raised, except for lack of memory.
+    """
+    try:
+        return net(x)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:
+        model = source_of(net)
+        expected = _expected_size(model)
+        hint = f"; it is made for images of {expected[0]} x {expected[1]}" if expected else ""
+        raise ValueError(f"{type(model).__name__} cannot take a batch of shape {tuple(x.shape)}{hint} "
+                         f"({error})") from error
+
+
+def no_image(what: str, loader: Any) -> str:
+    """Why a loader gave nothing."""
+    unreadable = getattr(getattr(loader, "dataset", None), "unreadable", ())
+    if not unreadable:
+        return f"no image to {what}: the loader is empty"
+    return f"no image to {what}: none of {len(unreadable)} could be read, such as {unreadable[0]}"
+
+
+def _expected_size(net: nn.Module) -> tuple[int, int] | None:
+    """Image size a model was made for, where timm's or torchvision's attributes say so."""
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or getattr(net, "image_size", None)
+    if size is None:
+        size = (getattr(net, "pretrained_cfg", None) or {}).get("input_size")
+        size = size and size[-2:]
+    return (size, size) if isinstance(size, int) else size

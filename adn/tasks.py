@@ -1,0 +1,440 @@
+"""What a net is for: a `Task` is all that training, evaluation and the commands need to know of it, and the only place
+that tells one kind of net from another.
+
+    task = task_of(net)
+    rows = task.evaluate(net, loader)
+    print(task.table(rows))
+
+A new detector is an entry of `adn.models`, and nothing here; a new task is a value like the two below, in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+from torchvision.ops import clip_boxes_to_image
+
+from .convert import convert
+from .core.state import DepthLike, is_converted
+from .data import coco, images, transforms
+from .distill import SelfDistillation, Supervised
+from .measure.accuracy import ACCURACIES, Row, accuracy_table, evaluate
+from .measure.average_precision import ACCURACIES as PRECISIONS
+from .measure.average_precision import DetectionRow, detection_table, evaluate_detector, require_backend
+from .measure.passes import try_forward
+from .measure.profile import METRICS, Metric
+from .models.registry import ENTRIES, PREFIX, build_source, create_model, source_of, task_name
+from .settings import Settings
+from .weights.foreign import load_weights
+
+Rows = Sequence[Row] | Sequence[DetectionRow]
+
+
+class Data(NamedTuple):
+    """What a run reads: data sets with `class_names`, `unreadable` and a `transform` that can be set.
+
+    Attributes:
+        classes: how many there are.
+        notes: what the user should know of the data, one sentence each.
+    """
+
+    training: Dataset
+    validation: Dataset
+    classes: int
+    notes: Sequence[str] = ()
+
+
+class Prepared(NamedTuple):
+    """How images are prepared in a run.
+
+    Attributes:
+        stored: of evaluation, to be kept with the net, see `Task.preparation`.
+        sizes: sides of images that the net must be able to take.
+        text: what to tell the user.
+        hint: what to change where the net cannot take them.
+    """
+
+    stored: dict[str, Any]
+    sizes: Iterable[int]
+    text: str
+    hint: str = ""
+
+
+class Task:
+    """A kind of net, and what is done with it.
+
+    Attributes:
+        name: as `--task` has it.
+        makes: what a net of it is called.
+        logged: accuracies in the log of training: by their name there the field of a row of `evaluate`.
+        score: the name there of that which decides which epoch is best.
+        columns: accuracies of a row that `adn eval --csv` writes.
+        batch_size: in evaluation, where none is asked for.
+        norms: multiply-adds are counted with norms, see `adn.measure.cost.count_macs`.
+        skipped: what images are called that are left out.
+        collate: for a DataLoader, from items to a batch (images (B, 3, H, W), targets); None if no item was readable.
+        collate_training: the same in training; None = with labels mixed as the recipe says, see `TrainBatches`.
+    """
+
+    name: ClassVar[str]
+    makes: ClassVar[str]
+    logged: ClassVar[Mapping[str, str]]
+    score: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+    batch_size: ClassVar[int]
+    norms: ClassVar[bool]
+    skipped: ClassVar[str]
+    collate: Callable[[list[Any]], Any]
+    collate_training: Callable[[list[Any]], Any] | None = None
+
+    def __repr__(self) -> str:
+        return self.name.upper()
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.name]
+
+    @property
+    def models(self) -> list[str]:
+        """The library's own models for it."""
+        return [name for name, entry in ENTRIES.items() if entry.task == self.name]
+
+    # -------------------------------------------------------------------------------------------------------- training
+
+    def require(self) -> None:
+        """Raise ImportError, saying what to install, where a run could not be evaluated."""
+
+    def open_training(self, config: Any) -> Data:
+        """The data of a run; raises ValueError where nothing can be learnt from them.
+
+        Args:
+            config: of the run, see `adn.train`.
+        """
+        raise NotImplementedError
+
+    def build(self, config: Any, classes: int, fresh: bool) -> nn.Module:
+        """The any-depth net of the run's recipe.
+
+        Args:
+            fresh: False for a resumed run, which only needs its structure.
+
+        Raises:
+            ValueError: if it is not for this task, or does not fit what it is to start from.
+        """
+        raise NotImplementedError
+
+    def heads(self, net: nn.Module) -> tuple[str, ...]:
+        """What names of parts begin with that depend on the number of classes."""
+        raise NotImplementedError
+
+    def prepare(self, net: nn.Module, recipe: Settings, data: Data) -> Prepared:
+        """Set how the images of a run are prepared."""
+        raise NotImplementedError
+
+    def check_outputs(self, outputs: Any, classes: int) -> None:
+        """Raise ValueError if these, of one image, are not outputs for so many classes."""
+
+    def warning(self, net: nn.Module) -> str | None:
+        """Why training this net from nothing would go wrong; None if it would not."""
+        return None
+
+    def loss(self, net: nn.Module, recipe: Settings) -> nn.Module:
+        """What a step computes, see `adn.train.fit`."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------ evaluation
+
+    def open(self, root: str | os.PathLike[str], split: str = "", class_map: str = "",
+             known: Sequence[str] | None = None) -> Dataset:
+        """Data to evaluate on, untransformed.
+
+        Args:
+            class_map: file of class names in the order of their labels.
+            known: class names of the net.
+        """
+        raise NotImplementedError
+
+    def notes(self, data: Dataset) -> list[str]:
+        """What the user should know of the data."""
+        return []
+
+    def preparation(self, net: nn.Module, stored: Mapping[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+        """How the net wants its images, `size` among it: as given, else as stored with it, else as it is usual."""
+        raise NotImplementedError
+
+    def transform(self, preparation: Mapping[str, Any]) -> Callable[..., Any]:
+        """Of the items of `open`."""
+        raise NotImplementedError
+
+    def evaluate(self, net: nn.Module, loader: Iterable[Any], depths: Iterable[DepthLike] | None = None,
+                 device: torch.device | str | None = None, *, amp: torch.dtype | str | None = None,
+                 progress: bool = True, distributed: bool = False, **options: Any) -> Rows:
+        """Accuracy at several depths, see `adn.evaluate` and `adn.measure.average_precision.evaluate_detector`."""
+        raise NotImplementedError
+
+    def table(self, rows: Rows) -> str:
+        """The rows as text in columns."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------------------------------- single images
+
+    def image_transform(self, preparation: Mapping[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+        """From an RGB image to (3, size, size)."""
+        return self.transform(preparation)
+
+    def postprocess(self, net: nn.Module, outputs: Any, sizes: Sequence[Sequence[int]]
+                    ) -> list[dict[str, torch.Tensor]]:
+        """What outputs mean: per image `scores` (K,) falling and `labels` (K,), of a detector `boxes` (K, 4) too.
+
+        Args:
+            sizes: width and height of each image in pixels.
+        """
+        raise NotImplementedError
+
+    def find(self, net: nn.Module, image: Image.Image, preparation: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """What the net says of an RGB image, see `postprocess`; on the CPU."""
+        parameter = next(net.parameters())
+        x = self.image_transform(preparation)(image)[None].to(parameter.device, parameter.dtype)
+        with torch.inference_mode():
+            result, = self.postprocess(net, try_forward(net, x), [image.size])
+        return {name: value.cpu() for name, value in result.items()}
+
+
+class _Classify(Task):
+    name, makes = "classify", "classifier"
+    logged, score = {name: name for name in ACCURACIES}, "top1"
+    columns = ACCURACIES
+    batch_size, norms, skipped = 64, False, "unreadable images"
+    collate = staticmethod(images.collate)
+
+    def open_training(self, config: Any) -> Data:
+        training = _open_split(config, config.train_split, need_classes=2, training=True)
+        validation = _open_split(config, config.val_split)
+        names, others = training.class_names, validation.class_names
+        if names and others and names != others:
+            if unknown := sorted(set(others) - set(names)):
+                raise ValueError(f"classes of {config.val_split!r} that {config.train_split!r} does not have: "
+                                 f"{', '.join(unknown[:5])}; the two must have the same classes")
+            # A class without validation images must not shift the labels of those after it.
+            validation = _open_split(config, config.val_split, class_map={name: i for i, name in enumerate(names)})
+        known = len(names) or None
+        if config.num_classes is not None and known not in (None, config.num_classes):
+            raise ValueError(f"num_classes={config.num_classes}, but the data has {known} classes")
+        if (classes := known or config.num_classes) is None:
+            raise ValueError(f"{config.data!r} does not say how many classes it has; pass --num-classes")
+        return Data(training, validation, classes)
+
+    def build(self, config: Any, classes: int, fresh: bool) -> nn.Module:
+        recipe = config.recipe
+        return create_model(PREFIX + recipe.model.removeprefix(PREFIX), num_classes=classes, twins=recipe.twins,
+                            pretrained=config.pretrained and fresh, **recipe.model_kwargs)
+
+    def heads(self, net: nn.Module) -> tuple[str, ...]:
+        names = net.pretrained_cfg["classifier"]
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    def prepare(self, net: nn.Module, recipe: Settings, data: Data) -> Prepared:
+        common = {"interpolation": recipe.interpolation, "mean": recipe.mean, "std": recipe.std}
+        train = images.data_config(net, size=recipe.train_size, **common)
+        evaluation = images.data_config(net, size=recipe.eval_size or recipe.train_size, resize=recipe.eval_resize,
+                                        **common)
+        data.training.transform = images.train_transform(recipe, train)
+        data.validation.transform = self.transform(evaluation)
+        return Prepared(evaluation, {train["size"], evaluation["size"]},
+                        f"crops of {train['size']} and {evaluation['size']} pixels")
+
+    def check_outputs(self, outputs: torch.Tensor, classes: int) -> None:
+        if outputs.shape != (1, classes):
+            raise ValueError(f"logits of shape (1, {classes}) are needed, this net gives {tuple(outputs.shape)}")
+
+    def loss(self, net: nn.Module, recipe: Settings) -> nn.Module:
+        return default_loss(net, recipe)
+
+    def open(self, root: str | os.PathLike[str], split: str = "", class_map: str = "",
+             known: Sequence[str] | None = None) -> images.ImageData | images.ImageStream:
+        data = images.open_dataset(root, split, class_map=class_map)
+        if known and not class_map and len(data.class_names) < len(known) and set(data.class_names) <= set(known):
+            # A class without images must not shift the labels of those after it.
+            data = images.open_dataset(root, split, class_map={name: i for i, name in enumerate(known)})
+        return data
+
+    def preparation(self, net: nn.Module, stored: Mapping[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+        return images.data_config(net, stored, **given)
+
+    def transform(self, preparation: Mapping[str, Any]) -> Callable[..., Any]:
+        return images.eval_transform(**preparation)
+
+    def evaluate(self, net: nn.Module, loader: Iterable[Any], depths: Iterable[DepthLike] | None = None,
+                 device: torch.device | str | None = None, *, amp: torch.dtype | str | None = None,
+                 progress: bool = True, distributed: bool = False) -> list[Row]:
+        return evaluate(net, loader, depths, device, amp, progress, distributed=distributed)
+
+    def table(self, rows: Sequence[Row]) -> str:
+        return accuracy_table(rows)
+
+    def postprocess(self, net: nn.Module, outputs: torch.Tensor, sizes: Sequence[Sequence[int]]
+                    ) -> list[dict[str, torch.Tensor]]:
+        scores, labels = outputs.float().softmax(1).sort(1, descending=True)
+        return [{"scores": s, "labels": label} for s, label in zip(scores, labels, strict=True)]
+
+
+class _Detect(Task):
+    name, makes = "detect", "detector"
+    logged, score = {name.upper(): name for name in ("ap", "ap50", "aps", "apm", "apl")}, "AP"
+    columns = PRECISIONS
+    batch_size, norms, skipped = 8, True, "images that cannot be read or have another size than annotated"
+    collate = collate_training = staticmethod(coco.collate)
+    size = 640  # of published detectors
+
+    def require(self) -> None:
+        require_backend("pycocotools")
+
+    def open_training(self, config: Any) -> Data:
+        training, validation = (coco.open_coco(config.data, split) for split in (config.train_split, config.val_split))
+        if training.class_names != validation.class_names:
+            raise ValueError(f"{training.file} and {validation.file} list different categories: labels would not mean "
+                             "the same")
+        if not training.trainable:
+            raise ValueError(f"{training.file} has no object to learn from: {len(training)} images, but no box with "
+                             "area in its image that is not a crowd")
+        notes = [*self.notes(training), *self.notes(validation)]
+        if not validation.trainable:
+            notes.append(f"{validation.file} has no object to find, so no accuracy can be measured")
+        return Data(training, validation, len(training.class_names), notes)
+
+    def build(self, config: Any, classes: int, fresh: bool) -> nn.Module:
+        recipe, backbone = config.recipe, config.backbone if fresh else None
+        if recipe.model not in self.models:
+            raise ValueError(f"{recipe.model!r} is no detector; pass one of {', '.join(self.models)}")
+        model = build_source(recipe.model, {**recipe.model_kwargs, "num_classes": classes})
+        if backbone is not None:
+            _load_backbone(model, backbone)
+        net = convert(model, twins=recipe.twins)
+        if backbone is not None:
+            _load_backbone(net, backbone)  # with twins now, if it has some
+        return net
+
+    def heads(self, net: nn.Module) -> tuple[str, ...]:
+        return source_of(net).heads
+
+    def prepare(self, net: nn.Module, recipe: Settings, data: Data) -> Prepared:
+        data.training.transform = augmentation(recipe)
+        data.validation.transform = transforms.eval_transform(recipe.size)
+        smallest = min((recipe.size, *_sizes(net, recipe)))
+        return Prepared({"size": recipe.size}, (smallest,), f"{recipe.size} pixels",
+                        f" (training would go down to {smallest} pixels: --size, --no-multi-scale, --model-kwargs)")
+
+    def warning(self, net: nn.Module) -> str | None:
+        return source_of(net).warning()
+
+    def loss(self, net: nn.Module, recipe: Settings) -> nn.Module:
+        return source_of(net).distillation(recipe, _sizes(net, recipe))
+
+    def open(self, root: str | os.PathLike[str], split: str = "", class_map: str = "",
+             known: Sequence[str] | None = None) -> coco.CocoImages:
+        return coco.open_coco(root, split or "val")
+
+    def notes(self, data: coco.CocoImages) -> list[str]:
+        return [f"{data.file}: {note}" for note in data.notes]
+
+    def preparation(self, net: nn.Module, stored: Mapping[str, Any] | None = None, *, size: int | None = None,
+                    **_: Any) -> dict[str, Any]:
+        model = source_of(net)
+        if size is not None and (size < model.stride or size % model.stride):
+            name = (model.adn_origin or {}).get("name", "a detector")
+            raise ValueError(f"--size {size}; {name} takes multiples of {model.stride}, such as {self.size}")
+        return {"size": (stored or {}).get("size", self.size) if size is None else size}
+
+    def transform(self, preparation: Mapping[str, Any]) -> Callable[..., Any]:
+        return transforms.eval_transform(preparation["size"])
+
+    def image_transform(self, preparation: Mapping[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+        return transforms.image_transform(preparation["size"])
+
+    def evaluate(self, net: nn.Module, loader: Iterable[Any], depths: Iterable[DepthLike] | None = None,
+                 device: torch.device | str | None = None, *, amp: torch.dtype | str | None = None,
+                 progress: bool = True, distributed: bool = False, **options: Any) -> list[DetectionRow]:
+        return evaluate_detector(net, loader, depths, device, amp=amp, progress=progress, distributed=distributed,
+                                 **options)
+
+    def table(self, rows: Sequence[DetectionRow]) -> str:
+        return detection_table(rows)
+
+    def postprocess(self, net: nn.Module, outputs: Any, sizes: Sequence[Sequence[int]]
+                    ) -> list[dict[str, torch.Tensor]]:
+        """Boxes end where the image does."""
+        return [{**found, "boxes": clip_boxes_to_image(found["boxes"], (height, width))}
+                for found, (width, height) in zip(source_of(net).postprocess(outputs, sizes), sizes, strict=True)]
+
+
+CLASSIFY, DETECT = _Classify(), _Detect()
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFY, DETECT)}
+
+
+def task_of(net: nn.Module) -> Task:
+    """What a net is for: any-depth or of one depth, in a wrapper or not, or a deploy form."""
+    return TASKS[task_name(net)]
+
+
+def is_detector(net: nn.Module) -> bool:
+    """Is it a detector, any-depth or of one depth, and not a classifier?"""
+    return task_of(net) is DETECT
+
+
+def example(net: nn.Module, size: int, batch: int = 1) -> torch.Tensor:
+    """Random images (batch, channels of the net, size, size) of the net's device and dtype."""
+    parameter = next(net.parameters())
+    channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, channels, size, size, generator=generator).to(parameter.device, parameter.dtype)
+
+
+def default_loss(net: nn.Module, recipe: Settings) -> nn.Module:
+    """Of classifiers: self-distillation for a converted net, cross-entropy for a plain one, with the recipe's
+    settings."""
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    if not is_converted(net):
+        return Supervised(net, criterion)
+    features = "all" if recipe.features == ("all",) else [
+        int(name) if name.lstrip("-").isdigit() else name for name in recipe.features]
+    return SelfDistillation(
+        net, criterion, alpha=recipe.alpha, temperature=recipe.temperature, top_classes=recipe.top_classes,
+        features=features, variant=recipe.variant, single_pass=recipe.single_pass,
+    )
+
+
+def augmentation(recipe: Settings) -> Callable[..., Any]:
+    """Of a detector's training images, see `adn.data.transforms.train_transform`."""
+    return transforms.train_transform(recipe.size, distort=recipe.distort, zoom_out=recipe.zoom_out, crop=recipe.crop,
+                                      flip=recipe.flip)
+
+
+def _sizes(net: nn.Module, recipe: Settings) -> Sequence[int]:
+    """Sides of images that a detector is trained at, if there are several."""
+    return transforms.multi_scale_sizes(recipe.size, source_of(net).stride) if recipe.multi_scale else ()
+
+
+def _open_split(config: Any, split: str, **settings: Any) -> images.ImageData | images.ImageStream:
+    try:
+        return images.open_dataset(config.data, split, download=config.download, **settings)
+    except ValueError as error:
+        if not os.path.isdir(config.data):
+            raise
+        raise ValueError(f"{error}. Training reads the folders train and val of DATA (other names: --train-split, "
+                         "--val-split), each with one sub-folder of images per class") from error
+
+
+def _load_backbone(net: nn.Module, path: str) -> None:
+    backbone = getattr(net, "backbone", None)
+    if backbone is None:
+        raise ValueError(f"a {type(net).__name__} has no backbone to load: leave out --backbone")
+    report = load_weights(backbone, path, strict=False)
+    missing = [name for name in report.missing if ".skip." not in name]
+    if missing or report.mismatched:
+        raise ValueError(f"{path} does not fit the backbone: {'; '.join([*missing, *report.mismatched][:4])}")
