@@ -10,9 +10,11 @@ A new detector is an entry of `adn.models`, and nothing here; a new task is a va
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -21,19 +23,15 @@ from torch.utils.data import Dataset
 from torchvision.ops import clip_boxes_to_image
 
 from .convert import convert
-from .core.state import DepthLike, is_converted
+from .core.state import is_converted
 from .data import coco, images, transforms
 from .distill import SelfDistillation, Supervised
-from .measure.accuracy import ACCURACIES, Row, accuracy_table, evaluate
-from .measure.average_precision import ACCURACIES as PRECISIONS
-from .measure.average_precision import DetectionRow, detection_table, evaluate_detector, require_backend
+from .measure import accuracy, average_precision
 from .measure.passes import try_forward
 from .measure.profile import METRICS, Metric
 from .models.registry import ENTRIES, PREFIX, build_source, create_model, source_of, task_name
 from .settings import Settings
 from .weights.foreign import load_weights
-
-Rows = Sequence[Row] | Sequence[DetectionRow]
 
 
 class Data(NamedTuple):
@@ -66,6 +64,7 @@ class Prepared(NamedTuple):
     hint: str = ""
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Task:
     """A kind of net, and what is done with it.
 
@@ -78,303 +77,71 @@ class Task:
         batch_size: in evaluation, where none is asked for.
         norms: multiply-adds are counted with norms, see `adn.measure.cost.count_macs`.
         skipped: what images are called that are left out.
+
+        require: raises ImportError, saying what to install, where nothing could be evaluated.
+        open_training: the config of a run to its `Data`; raises ValueError where nothing can be learnt from them.
+        build: (config, classes, fresh) to the any-depth net of the run's recipe; not fresh is that of a resumed run,
+            which only needs its structure. Raises ValueError if it is for another task, or does not fit its start.
+        heads: what names of a net's parts begin with that depend on the number of classes.
+        prepare: (net, recipe, data): set how the images of a run are prepared; what was set.
+        check_outputs: (outputs of one image, classes): raise ValueError if they are not for so many.
+        warning: why training a net from nothing would go wrong; None if it would not.
+        loss: (net, recipe) to what a step computes, see `adn.train.fit`.
         collate: for a DataLoader, from items to a batch (images (B, 3, H, W), targets); None if no item was readable.
         collate_training: the same in training; None = with labels mixed as the recipe says, see `TrainBatches`.
+
+        open: (root, split, file of class names, class names of the net) to untransformed data to evaluate on.
+        notes: what the user should know of them.
+        preparation: (net, what is stored with it, size=, ...): how it wants its images, as arguments of the two that
+            follow: as given, else as stored, else as is usual.
+        transform: from these to a transform of the items of `open`.
+        image_transform: the same for an image alone: from RGB to (3, size, size).
+        evaluate: accuracy at several depths, as `adn.evaluate`; with `distributed`, of all processes.
+        table: its rows as text.
+        postprocess: (net, outputs, width and height of each image in pixels): per image `scores` (K,) falling and
+            `labels` (K,), of a detector `boxes` (K, 4) xyxy in pixels, too.
     """
 
-    name: ClassVar[str]
-    makes: ClassVar[str]
-    logged: ClassVar[Mapping[str, str]]
-    score: ClassVar[str]
-    columns: ClassVar[tuple[str, ...]]
-    batch_size: ClassVar[int]
-    norms: ClassVar[bool]
-    skipped: ClassVar[str]
-    collate: Callable[[list[Any]], Any]
-    collate_training: Callable[[list[Any]], Any] | None = None
+    name: str
+    makes: str
+    logged: Mapping[str, str]
+    score: str
+    columns: tuple[str, ...]
+    batch_size: int
+    norms: bool
+    skipped: str
 
-    def __repr__(self) -> str:
-        return self.name.upper()
+    open_training: Callable[[Any], Data]
+    build: Callable[[Any, int, bool], nn.Module]
+    heads: Callable[[nn.Module], tuple[str, ...]]
+    prepare: Callable[[nn.Module, Settings, Data], Prepared]
+    loss: Callable[[nn.Module, Settings], nn.Module]
+    collate: Callable[[list[Any]], Any]
+    open: Callable[[str, str, str, Sequence[str] | None], Dataset]
+    preparation: Callable[..., dict[str, Any]]
+    transform: Callable[..., Callable[..., Any]]
+    image_transform: Callable[..., Callable[[Image.Image], torch.Tensor]]
+    evaluate: Callable[..., Sequence[Any]]
+    table: Callable[[Sequence[Any]], str]
+    postprocess: Callable[[nn.Module, Any, Sequence[Sequence[int]]], list[dict[str, torch.Tensor]]]
+
+    require: Callable[[], None] = lambda: None
+    collate_training: Callable[[list[Any]], Any] | None = None
+    check_outputs: Callable[[Any, int], None] = lambda outputs, classes: None
+    warning: Callable[[nn.Module], str | None] = lambda net: None
+    notes: Callable[[Any], list[str]] = lambda data: []
 
     @property
     def metric(self) -> Metric:
         return METRICS[self.name]
 
-    @property
-    def models(self) -> list[str]:
-        """The library's own models for it."""
-        return [name for name, entry in ENTRIES.items() if entry.task == self.name]
-
-    # -------------------------------------------------------------------------------------------------------- training
-
-    def require(self) -> None:
-        """Raise ImportError, saying what to install, where a run could not be evaluated."""
-
-    def open_training(self, config: Any) -> Data:
-        """The data of a run; raises ValueError where nothing can be learnt from them.
-
-        Args:
-            config: of the run, see `adn.train`.
-        """
-        raise NotImplementedError
-
-    def build(self, config: Any, classes: int, fresh: bool) -> nn.Module:
-        """The any-depth net of the run's recipe.
-
-        Args:
-            fresh: False for a resumed run, which only needs its structure.
-
-        Raises:
-            ValueError: if it is not for this task, or does not fit what it is to start from.
-        """
-        raise NotImplementedError
-
-    def heads(self, net: nn.Module) -> tuple[str, ...]:
-        """What names of parts begin with that depend on the number of classes."""
-        raise NotImplementedError
-
-    def prepare(self, net: nn.Module, recipe: Settings, data: Data) -> Prepared:
-        """Set how the images of a run are prepared."""
-        raise NotImplementedError
-
-    def check_outputs(self, outputs: Any, classes: int) -> None:
-        """Raise ValueError if these, of one image, are not outputs for so many classes."""
-
-    def warning(self, net: nn.Module) -> str | None:
-        """Why training this net from nothing would go wrong; None if it would not."""
-        return None
-
-    def loss(self, net: nn.Module, recipe: Settings) -> nn.Module:
-        """What a step computes, see `adn.train.fit`."""
-        raise NotImplementedError
-
-    # ------------------------------------------------------------------------------------------------------ evaluation
-
-    def open(self, root: str | os.PathLike[str], split: str = "", class_map: str = "",
-             known: Sequence[str] | None = None) -> Dataset:
-        """Data to evaluate on, untransformed.
-
-        Args:
-            class_map: file of class names in the order of their labels.
-            known: class names of the net.
-        """
-        raise NotImplementedError
-
-    def notes(self, data: Dataset) -> list[str]:
-        """What the user should know of the data."""
-        return []
-
-    def preparation(self, net: nn.Module, stored: Mapping[str, Any] | None = None, **given: Any) -> dict[str, Any]:
-        """How the net wants its images, `size` among it: as given, else as stored with it, else as it is usual."""
-        raise NotImplementedError
-
-    def transform(self, preparation: Mapping[str, Any]) -> Callable[..., Any]:
-        """Of the items of `open`."""
-        raise NotImplementedError
-
-    def evaluate(self, net: nn.Module, loader: Iterable[Any], depths: Iterable[DepthLike] | None = None,
-                 device: torch.device | str | None = None, *, amp: torch.dtype | str | None = None,
-                 progress: bool = True, distributed: bool = False, **options: Any) -> Rows:
-        """Accuracy at several depths, see `adn.evaluate` and `adn.measure.average_precision.evaluate_detector`."""
-        raise NotImplementedError
-
-    def table(self, rows: Rows) -> str:
-        """The rows as text in columns."""
-        raise NotImplementedError
-
-    # ---------------------------------------------------------------------------------------------------- single images
-
-    def image_transform(self, preparation: Mapping[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-        """From an RGB image to (3, size, size)."""
-        return self.transform(preparation)
-
-    def postprocess(self, net: nn.Module, outputs: Any, sizes: Sequence[Sequence[int]]
-                    ) -> list[dict[str, torch.Tensor]]:
-        """What outputs mean: per image `scores` (K,) falling and `labels` (K,), of a detector `boxes` (K, 4) too.
-
-        Args:
-            sizes: width and height of each image in pixels.
-        """
-        raise NotImplementedError
-
     def find(self, net: nn.Module, image: Image.Image, preparation: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """What the net says of an RGB image, see `postprocess`; on the CPU."""
         parameter = next(net.parameters())
-        x = self.image_transform(preparation)(image)[None].to(parameter.device, parameter.dtype)
+        x = self.image_transform(**preparation)(image)[None].to(parameter.device, parameter.dtype)
         with torch.inference_mode():
             result, = self.postprocess(net, try_forward(net, x), [image.size])
         return {name: value.cpu() for name, value in result.items()}
-
-
-class _Classify(Task):
-    name, makes = "classify", "classifier"
-    logged, score = {name: name for name in ACCURACIES}, "top1"
-    columns = ACCURACIES
-    batch_size, norms, skipped = 64, False, "unreadable images"
-    collate = staticmethod(images.collate)
-
-    def open_training(self, config: Any) -> Data:
-        training = _open_split(config, config.train_split, need_classes=2, training=True)
-        validation = _open_split(config, config.val_split)
-        names, others = training.class_names, validation.class_names
-        if names and others and names != others:
-            if unknown := sorted(set(others) - set(names)):
-                raise ValueError(f"classes of {config.val_split!r} that {config.train_split!r} does not have: "
-                                 f"{', '.join(unknown[:5])}; the two must have the same classes")
-            # A class without validation images must not shift the labels of those after it.
-            validation = _open_split(config, config.val_split, class_map={name: i for i, name in enumerate(names)})
-        known = len(names) or None
-        if config.num_classes is not None and known not in (None, config.num_classes):
-            raise ValueError(f"num_classes={config.num_classes}, but the data has {known} classes")
-        if (classes := known or config.num_classes) is None:
-            raise ValueError(f"{config.data!r} does not say how many classes it has; pass --num-classes")
-        return Data(training, validation, classes)
-
-    def build(self, config: Any, classes: int, fresh: bool) -> nn.Module:
-        recipe = config.recipe
-        return create_model(PREFIX + recipe.model.removeprefix(PREFIX), num_classes=classes, twins=recipe.twins,
-                            pretrained=config.pretrained and fresh, **recipe.model_kwargs)
-
-    def heads(self, net: nn.Module) -> tuple[str, ...]:
-        names = net.pretrained_cfg["classifier"]
-        return (names,) if isinstance(names, str) else tuple(names)
-
-    def prepare(self, net: nn.Module, recipe: Settings, data: Data) -> Prepared:
-        common = {"interpolation": recipe.interpolation, "mean": recipe.mean, "std": recipe.std}
-        train = images.data_config(net, size=recipe.train_size, **common)
-        evaluation = images.data_config(net, size=recipe.eval_size or recipe.train_size, resize=recipe.eval_resize,
-                                        **common)
-        data.training.transform = images.train_transform(recipe, train)
-        data.validation.transform = self.transform(evaluation)
-        return Prepared(evaluation, {train["size"], evaluation["size"]},
-                        f"crops of {train['size']} and {evaluation['size']} pixels")
-
-    def check_outputs(self, outputs: torch.Tensor, classes: int) -> None:
-        if outputs.shape != (1, classes):
-            raise ValueError(f"logits of shape (1, {classes}) are needed, this net gives {tuple(outputs.shape)}")
-
-    def loss(self, net: nn.Module, recipe: Settings) -> nn.Module:
-        return default_loss(net, recipe)
-
-    def open(self, root: str | os.PathLike[str], split: str = "", class_map: str = "",
-             known: Sequence[str] | None = None) -> images.ImageData | images.ImageStream:
-        data = images.open_dataset(root, split, class_map=class_map)
-        if known and not class_map and len(data.class_names) < len(known) and set(data.class_names) <= set(known):
-            # A class without images must not shift the labels of those after it.
-            data = images.open_dataset(root, split, class_map={name: i for i, name in enumerate(known)})
-        return data
-
-    def preparation(self, net: nn.Module, stored: Mapping[str, Any] | None = None, **given: Any) -> dict[str, Any]:
-        return images.data_config(net, stored, **given)
-
-    def transform(self, preparation: Mapping[str, Any]) -> Callable[..., Any]:
-        return images.eval_transform(**preparation)
-
-    def evaluate(self, net: nn.Module, loader: Iterable[Any], depths: Iterable[DepthLike] | None = None,
-                 device: torch.device | str | None = None, *, amp: torch.dtype | str | None = None,
-                 progress: bool = True, distributed: bool = False) -> list[Row]:
-        return evaluate(net, loader, depths, device, amp, progress, distributed=distributed)
-
-    def table(self, rows: Sequence[Row]) -> str:
-        return accuracy_table(rows)
-
-    def postprocess(self, net: nn.Module, outputs: torch.Tensor, sizes: Sequence[Sequence[int]]
-                    ) -> list[dict[str, torch.Tensor]]:
-        scores, labels = outputs.float().softmax(1).sort(1, descending=True)
-        return [{"scores": s, "labels": label} for s, label in zip(scores, labels, strict=True)]
-
-
-class _Detect(Task):
-    name, makes = "detect", "detector"
-    logged, score = {name.upper(): name for name in ("ap", "ap50", "aps", "apm", "apl")}, "AP"
-    columns = PRECISIONS
-    batch_size, norms, skipped = 8, True, "images that cannot be read or have another size than annotated"
-    collate = collate_training = staticmethod(coco.collate)
-    size = 640  # of published detectors
-
-    def require(self) -> None:
-        require_backend("pycocotools")
-
-    def open_training(self, config: Any) -> Data:
-        training, validation = (coco.open_coco(config.data, split) for split in (config.train_split, config.val_split))
-        if training.class_names != validation.class_names:
-            raise ValueError(f"{training.file} and {validation.file} list different categories: labels would not mean "
-                             "the same")
-        if not training.trainable:
-            raise ValueError(f"{training.file} has no object to learn from: {len(training)} images, but no box with "
-                             "area in its image that is not a crowd")
-        notes = [*self.notes(training), *self.notes(validation)]
-        if not validation.trainable:
-            notes.append(f"{validation.file} has no object to find, so no accuracy can be measured")
-        return Data(training, validation, len(training.class_names), notes)
-
-    def build(self, config: Any, classes: int, fresh: bool) -> nn.Module:
-        recipe, backbone = config.recipe, config.backbone if fresh else None
-        if recipe.model not in self.models:
-            raise ValueError(f"{recipe.model!r} is no detector; pass one of {', '.join(self.models)}")
-        model = build_source(recipe.model, {**recipe.model_kwargs, "num_classes": classes})
-        if backbone is not None:
-            _load_backbone(model, backbone)
-        net = convert(model, twins=recipe.twins)
-        if backbone is not None:
-            _load_backbone(net, backbone)  # with twins now, if it has some
-        return net
-
-    def heads(self, net: nn.Module) -> tuple[str, ...]:
-        return source_of(net).heads
-
-    def prepare(self, net: nn.Module, recipe: Settings, data: Data) -> Prepared:
-        data.training.transform = augmentation(recipe)
-        data.validation.transform = transforms.eval_transform(recipe.size)
-        smallest = min((recipe.size, *_sizes(net, recipe)))
-        return Prepared({"size": recipe.size}, (smallest,), f"{recipe.size} pixels",
-                        f" (training would go down to {smallest} pixels: --size, --no-multi-scale, --model-kwargs)")
-
-    def warning(self, net: nn.Module) -> str | None:
-        return source_of(net).warning()
-
-    def loss(self, net: nn.Module, recipe: Settings) -> nn.Module:
-        return source_of(net).distillation(recipe, _sizes(net, recipe))
-
-    def open(self, root: str | os.PathLike[str], split: str = "", class_map: str = "",
-             known: Sequence[str] | None = None) -> coco.CocoImages:
-        return coco.open_coco(root, split or "val")
-
-    def notes(self, data: coco.CocoImages) -> list[str]:
-        return [f"{data.file}: {note}" for note in data.notes]
-
-    def preparation(self, net: nn.Module, stored: Mapping[str, Any] | None = None, *, size: int | None = None,
-                    **_: Any) -> dict[str, Any]:
-        model = source_of(net)
-        if size is not None and (size < model.stride or size % model.stride):
-            name = (model.adn_origin or {}).get("name", "a detector")
-            raise ValueError(f"--size {size}; {name} takes multiples of {model.stride}, such as {self.size}")
-        return {"size": (stored or {}).get("size", self.size) if size is None else size}
-
-    def transform(self, preparation: Mapping[str, Any]) -> Callable[..., Any]:
-        return transforms.eval_transform(preparation["size"])
-
-    def image_transform(self, preparation: Mapping[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-        return transforms.image_transform(preparation["size"])
-
-    def evaluate(self, net: nn.Module, loader: Iterable[Any], depths: Iterable[DepthLike] | None = None,
-                 device: torch.device | str | None = None, *, amp: torch.dtype | str | None = None,
-                 progress: bool = True, distributed: bool = False, **options: Any) -> list[DetectionRow]:
-        return evaluate_detector(net, loader, depths, device, amp=amp, progress=progress, distributed=distributed,
-                                 **options)
-
-    def table(self, rows: Sequence[DetectionRow]) -> str:
-        return detection_table(rows)
-
-    def postprocess(self, net: nn.Module, outputs: Any, sizes: Sequence[Sequence[int]]
-                    ) -> list[dict[str, torch.Tensor]]:
-        """Boxes end where the image does."""
-        return [{**found, "boxes": clip_boxes_to_image(found["boxes"], (height, width))}
-                for found, (width, height) in zip(source_of(net).postprocess(outputs, sizes), sizes, strict=True)]
-
-
-CLASSIFY, DETECT = _Classify(), _Detect()
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFY, DETECT)}
 
 
 def task_of(net: nn.Module) -> Task:
@@ -395,6 +162,64 @@ def example(net: nn.Module, size: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, channels, size, size, generator=generator).to(parameter.device, parameter.dtype)
 
 
+# ------------------------------------------------------------------------------------------------------------- classify
+
+
+def _open_labelled(config: Any) -> Data:
+    training = _open_split(config, config.train_split, need_classes=2, training=True)
+    validation = _open_split(config, config.val_split)
+    names, others = training.class_names, validation.class_names
+    if names and others and names != others:
+        if unknown := sorted(set(others) - set(names)):
+            raise ValueError(f"classes of {config.val_split!r} that {config.train_split!r} does not have: "
+                             f"{', '.join(unknown[:5])}; the two must have the same classes")
+        # A class without validation images must not shift the labels of those after it.
+        validation = _open_split(config, config.val_split, class_map={name: i for i, name in enumerate(names)})
+    known = len(names) or None
+    if config.num_classes is not None and known not in (None, config.num_classes):
+        raise ValueError(f"num_classes={config.num_classes}, but the data has {known} classes")
+    if (classes := known or config.num_classes) is None:
+        raise ValueError(f"{config.data!r} does not say how many classes it has; pass --num-classes")
+    return Data(training, validation, classes)
+
+
+def _open_split(config: Any, split: str, **settings: Any) -> images.ImageData | images.ImageStream:
+    try:
+        return images.open_dataset(config.data, split, download=config.download, **settings)
+    except ValueError as error:
+        if not os.path.isdir(config.data):
+            raise
+        raise ValueError(f"{error}. Training reads the folders train and val of DATA (other names: --train-split, "
+                         "--val-split), each with one sub-folder of images per class") from error
+
+
+def _build_classifier(config: Any, classes: int, fresh: bool) -> nn.Module:
+    recipe = config.recipe
+    return create_model(PREFIX + recipe.model.removeprefix(PREFIX), num_classes=classes, twins=recipe.twins,
+                        pretrained=config.pretrained and fresh, **recipe.model_kwargs)
+
+
+def _heads(net: nn.Module) -> tuple[str, ...]:
+    names = net.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _prepare_labelled(net: nn.Module, recipe: Settings, data: Data) -> Prepared:
+    common = {"interpolation": recipe.interpolation, "mean": recipe.mean, "std": recipe.std}
+    train = images.data_config(net, size=recipe.train_size, **common)
+    evaluation = images.data_config(net, size=recipe.eval_size or recipe.train_size, resize=recipe.eval_resize,
+                                    **common)
+    data.training.transform = images.train_transform(recipe, train)
+    data.validation.transform = images.eval_transform(**evaluation)
+    return Prepared(evaluation, {train["size"], evaluation["size"]},
+                    f"crops of {train['size']} and {evaluation['size']} pixels")
+
+
+def _check_logits(logits: torch.Tensor, classes: int) -> None:
+    if logits.shape != (1, classes):
+        raise ValueError(f"logits of shape (1, {classes}) are needed, this net gives {tuple(logits.shape)}")
+
+
 def default_loss(net: nn.Module, recipe: Settings) -> nn.Module:
     """Of classifiers: self-distillation for a converted net, cross-entropy for a plain one, with the recipe's
     settings."""
@@ -409,6 +234,84 @@ def default_loss(net: nn.Module, recipe: Settings) -> nn.Module:
     )
 
 
+def _open_images(root: str, split: str, class_map: str, known: Sequence[str] | None
+                 ) -> images.ImageData | images.ImageStream:
+    data = images.open_dataset(root, split, class_map=class_map)
+    if known and not class_map and len(data.class_names) < len(known) and set(data.class_names) <= set(known):
+        # A class without images must not shift the labels of those after it.
+        data = images.open_dataset(root, split, class_map={name: i for i, name in enumerate(known)})
+    return data
+
+
+def _best_classes(_net: nn.Module, logits: torch.Tensor, _sizes: Any) -> list[dict[str, torch.Tensor]]:
+    best = logits.float().softmax(1).sort(1, descending=True)
+    return [{"scores": scores, "labels": labels} for scores, labels in zip(*best, strict=True)]
+
+
+CLASSIFY = Task(
+    "classify", "classifier", logged={name: name for name in accuracy.ACCURACIES}, score="top1",
+    columns=accuracy.ACCURACIES, batch_size=64, norms=False, skipped="unreadable images",
+    open_training=_open_labelled, build=_build_classifier, heads=_heads, prepare=_prepare_labelled,
+    check_outputs=_check_logits, loss=default_loss, collate=images.collate, open=_open_images,
+    preparation=images.data_config, transform=images.eval_transform, image_transform=images.eval_transform,
+    evaluate=accuracy.evaluate, table=accuracy.accuracy_table, postprocess=_best_classes,
+)
+
+# --------------------------------------------------------------------------------------------------------------- detect
+
+_USUAL_SIZE = 640  # of published detectors
+
+
+def _open_boxes(config: Any) -> Data:
+    training, validation = (coco.open_coco(config.data, split) for split in (config.train_split, config.val_split))
+    if training.class_names != validation.class_names:
+        raise ValueError(f"{training.file} and {validation.file} list different categories: labels would not mean the "
+                         "same")
+    if not training.trainable:
+        raise ValueError(f"{training.file} has no object to learn from: {len(training)} images, but no box with area "
+                         "in its image that is not a crowd")
+    notes = [*_notes(training), *_notes(validation)]
+    if not validation.trainable:
+        notes.append(f"{validation.file} has no object to find, so no accuracy can be measured")
+    return Data(training, validation, len(training.class_names), notes)
+
+
+def _notes(data: coco.CocoImages) -> list[str]:
+    return [f"{data.file}: {note}" for note in data.notes]
+
+
+def _build_detector(config: Any, classes: int, fresh: bool) -> nn.Module:
+    recipe, backbone = config.recipe, config.backbone if fresh else None
+    known = [name for name, entry in ENTRIES.items() if entry.task == DETECT.name]
+    if recipe.model not in known:
+        raise ValueError(f"{recipe.model!r} is no detector; pass one of {', '.join(known)}")
+    model = build_source(recipe.model, {**recipe.model_kwargs, "num_classes": classes})
+    if backbone is not None:
+        _load_backbone(model, backbone)
+    net = convert(model, twins=recipe.twins)
+    if backbone is not None:
+        _load_backbone(net, backbone)  # with twins now, if it has some
+    return net
+
+
+def _load_backbone(net: nn.Module, path: str) -> None:
+    backbone = getattr(net, "backbone", None)
+    if backbone is None:
+        raise ValueError(f"a {type(net).__name__} has no backbone to load: leave out --backbone")
+    report = load_weights(backbone, path, strict=False)
+    missing = [name for name in report.missing if ".skip." not in name]
+    if missing or report.mismatched:
+        raise ValueError(f"{path} does not fit the backbone: {'; '.join([*missing, *report.mismatched][:4])}")
+
+
+def _prepare_boxes(net: nn.Module, recipe: Settings, data: Data) -> Prepared:
+    data.training.transform = augmentation(recipe)
+    data.validation.transform = transforms.eval_transform(recipe.size)
+    smallest = min((recipe.size, *_sizes(net, recipe)))
+    return Prepared({"size": recipe.size}, (smallest,), f"{recipe.size} pixels",
+                    f" (training would go down to {smallest} pixels: --size, --no-multi-scale, --model-kwargs)")
+
+
 def augmentation(recipe: Settings) -> Callable[..., Any]:
     """Of a detector's training images, see `adn.data.transforms.train_transform`."""
     return transforms.train_transform(recipe.size, distort=recipe.distort, zoom_out=recipe.zoom_out, crop=recipe.crop,
@@ -420,21 +323,33 @@ def _sizes(net: nn.Module, recipe: Settings) -> Sequence[int]:
     return transforms.multi_scale_sizes(recipe.size, source_of(net).stride) if recipe.multi_scale else ()
 
 
-def _open_split(config: Any, split: str, **settings: Any) -> images.ImageData | images.ImageStream:
-    try:
-        return images.open_dataset(config.data, split, download=config.download, **settings)
-    except ValueError as error:
-        if not os.path.isdir(config.data):
-            raise
-        raise ValueError(f"{error}. Training reads the folders train and val of DATA (other names: --train-split, "
-                         "--val-split), each with one sub-folder of images per class") from error
+def _detector_size(net: nn.Module, stored: Mapping[str, Any] | None = None, *, size: int | None = None, **_: Any
+                   ) -> dict[str, Any]:
+    model = source_of(net)
+    if size is not None and (size < model.stride or size % model.stride):
+        name = (model.adn_origin or {}).get("name", "a detector")
+        raise ValueError(f"--size {size}; {name} takes multiples of {model.stride}, such as {_USUAL_SIZE}")
+    return {"size": (stored or {}).get("size", _USUAL_SIZE) if size is None else size}
 
 
-def _load_backbone(net: nn.Module, path: str) -> None:
-    backbone = getattr(net, "backbone", None)
-    if backbone is None:
-        raise ValueError(f"a {type(net).__name__} has no backbone to load: leave out --backbone")
-    report = load_weights(backbone, path, strict=False)
-    missing = [name for name in report.missing if ".skip." not in name]
-    if missing or report.mismatched:
-        raise ValueError(f"{path} does not fit the backbone: {'; '.join([*missing, *report.mismatched][:4])}")
+def _objects(net: nn.Module, outputs: Any, sizes: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
+    """Boxes end where the image does."""
+    return [{**found, "boxes": clip_boxes_to_image(found["boxes"], (height, width))}
+            for found, (width, height) in zip(source_of(net).postprocess(outputs, sizes), sizes, strict=True)]
+
+
+DETECT = Task(
+    "detect", "detector", logged={name.upper(): name for name in ("ap", "ap50", "aps", "apm", "apl")}, score="AP",
+    columns=average_precision.ACCURACIES, batch_size=8, norms=True,
+    skipped="images that cannot be read or have another size than annotated",
+    require=functools.partial(average_precision.require_backend, "pycocotools"),
+    open_training=_open_boxes, build=_build_detector, heads=lambda net: source_of(net).heads, prepare=_prepare_boxes,
+    warning=lambda net: source_of(net).warning(),
+    loss=lambda net, recipe: source_of(net).distillation(recipe, _sizes(net, recipe)),
+    collate=coco.collate, collate_training=coco.collate, notes=_notes,
+    open=lambda root, split, *_: coco.open_coco(root, split or "val"),
+    preparation=_detector_size, transform=transforms.eval_transform, image_transform=transforms.image_transform,
+    evaluate=average_precision.evaluate_detector, table=average_precision.detection_table, postprocess=_objects,
+)
+
+TASKS = {task.name: task for task in (CLASSIFY, DETECT)}

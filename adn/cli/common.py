@@ -159,7 +159,7 @@ def open_images(root: str, args: argparse.Namespace, net: nn.Module, split: str 
 
     task = task_of(net)
     data = task.open(root, split, args.class_map, state_of(net).class_names if known else None)
-    data.transform = task.transform(preparation(args, net))
+    data.transform = task.transform(**preparation(args, net))
     return data
 
 

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if net is None:
         net = load_weights_of(args, len(data.class_names))
     prepared = preparation(args, net)
-    data.transform = task.transform(prepared)
+    data.transform = task.transform(**prepared)
     depths = choose_depths(net, args.depth or default_depths(args))
     options = {name: getattr(args, name) for name in _PASSED.get(task.name, ()) if getattr(args, name)}
     rows = task.evaluate(net, make_loader(data, args, task), depths, args.device, amp=args.amp, **options)
