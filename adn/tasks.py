@@ -319,8 +319,9 @@ def augmentation(recipe: Settings) -> Callable[..., Any]:
 
 
 def _sizes(net: nn.Module, recipe: Settings) -> Sequence[int]:
-    """Sides of images that a detector is trained at, if there are several."""
-    return transforms.multi_scale_sizes(recipe.size, source_of(net).stride) if recipe.multi_scale else ()
+    """Sides of images that a detector is trained at, if there are several; raises ValueError if it takes none such."""
+    sizes = transforms.multi_scale_sizes(recipe.size, source_of(net).stride)
+    return sizes if recipe.multi_scale else ()
 
 
 def _detector_size(net: nn.Module, stored: Mapping[str, Any] | None = None, *, size: int | None = None, **_: Any
