@@ -77,7 +77,7 @@ class Config(_Run):
         pretrained: start from timm's weights of the model.
         checkpoint: start from a file of `adn.save` in place of the recipe's model.
         weights: start from these weights, see `adn.load_weights`.
-        new_head: with `checkpoint`, put a fresh classifier for the classes of the data on the net.
+        new_head: with `checkpoint` or `weights` of other classes, begin with a fresh head for those of the data.
         train_split, val_split: names of the two parts of the data.
         download: fetch a named data set that is not there.
         num_classes: of the data, where it does not say itself.
@@ -108,21 +108,13 @@ class Config(_Run):
 
 @dataclasses.dataclass(frozen=True)
 class DetectionConfig(_Run):
-    """A training run of a detector: the recipe, and where things are.
+    """A training run of a detector: the recipe, and where things are. What is not said is as in `Config`.
 
     Attributes:
         data: a directory in one of the layouts of `adn.data.coco.open_coco`.
-        out: folder for what the run writes, see `fit`.
-        recipe: every setting the numbers depend on.
-        checkpoint: start from a file of `adn.save` in place of the recipe's model.
+        recipe: of the type in the entry of its model, see `adn.models.entry`.
         weights: start from these weights of a whole detector, see `adn.load_weights`.
         backbone: start from these weights of a classifier, whose backbone is the detector's; any-depth or not.
-        new_head: with `checkpoint` or `weights` of other classes, begin with fresh heads for those of the data.
-        train_split, val_split: names of the two parts of the data.
-        workers: processes that read images; None = one per core, at most 8. What is drawn at random depends on how many
-            there are.
-        device: "cpu", "cuda", "cuda:1"; None = a GPU if there is one.
-        tensorboard: write the log for TensorBoard too.
     """
 
     task = DETECT
