@@ -35,7 +35,7 @@ class Grid(Detector):
     (B, h w, 4 + C), xyxy in shares of the image and scores."""
 
     stride = 16
-    heads = ("head",)
+    class_heads = ("head",)
 
     def __init__(self, num_classes: int = 80, width: int = 8) -> None:
         super().__init__()

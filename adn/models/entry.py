@@ -54,14 +54,14 @@ class Detector(nn.Module):
         adn_origin: what `adn.create_model` was called with, if it was.
         num_classes: labels are 0 to num_classes - 1.
         stride: sides of images must be multiples of it.
-        heads: what names of parts begin with that depend on the number of classes.
+        class_heads: what names of parts begin with that depend on the number of classes.
     """
 
     adn_task: ClassVar[str] = "detect"
     adn_origin: dict[str, Any] | None = None
     num_classes: int
     stride: int
-    heads: tuple[str, ...]
+    class_heads: tuple[str, ...]
 
     def reset_classifier(self, num_classes: int) -> None:
         """Fresh heads for so many classes; all else stays."""

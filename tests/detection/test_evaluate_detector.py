@@ -158,29 +158,6 @@ def test_results_are_the_detections_in_pixels_of_the_picture(data: CocoImages, t
         torch.testing.assert_close(torch.tensor([result["bbox"] for result in ours]), xywh, rtol=0, atol=1e-3)
 
 
-def test_every_batch_is_read_once_and_mode_and_depth_come_back(data: CocoImages, module: nn.Module) -> None:
-    net = Oracle(data, module=module).double().train()
-    net.module.layer1.eval()
-    adn.set_depth(net, "FTFT")
-    read = []
-
-    class Loader(DataLoader):
-        def __iter__(self):
-            for batch in super().__iter__():
-                read.append(len(batch[0]))
-                yield batch
-            yield None
-
-    rows = evaluate_detector(net, Loader(data, 5, collate_fn=collate))
-    assert [row.depth for row in rows] == adn.depths(net)
-    assert read == [5, 5, 2]
-    assert net.seen == [(torch.float64, False, n) for n in read for _ in range(16)]
-    assert net.training
-    assert not net.module.layer1.training
-    assert str(adn.get_depth(net)) == "FTFT"
-    module.float()
-
-
 def test_a_plain_net_has_one_row_and_its_mode_comes_back(data: CocoImages) -> None:
     net = Oracle(data).train()
     net.add_module("frozen", nn.Dropout().eval())

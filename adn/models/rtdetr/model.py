@@ -61,7 +61,7 @@ class RTDETR(Detector):
     """
 
     stride = STRIDE
-    heads = ("decoder.enc_score_head", "decoder.dec_score_head", "decoder.denoising_class_embed")
+    class_heads = ("decoder.enc_score_head", "decoder.dec_score_head", "decoder.denoising_class_embed")
 
     def __init__(
         self,
