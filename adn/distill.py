@@ -61,11 +61,11 @@ def pool_features(feature: torch.Tensor, channel_dim: int) -> torch.Tensor:
 class TwoPass(nn.Module):
     """A step of training that runs a net, `self.net`, twice: the super-net, then the base-net, which learns from it.
 
-    A subclass says what a pass gives (`_run`), and the terms of each net by name, among them `super` and `base`, whose
-    sum is the loss.
+    A subclass has `net`, and says what a pass at the depth that is set gives, `_run(x, y)`; the terms of each net by
+    name, `_super_terms(of_super, y)`, with `super` among them, and `_base_terms(of_base, y, of_super)`, with `base`,
+    whose sum is the loss; and, without its graph, the part of the super-net's outputs that the base-net learns from,
+    `_teaching(of_super)`.
     """
-
-    net: nn.Module
 
     def forward(self, x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
         """Both passes: x (B, ...), y as the criterion takes it. The depth is what it was, afterwards.
@@ -107,20 +107,6 @@ class TwoPass(nn.Module):
     def _run_at(self, x: torch.Tensor, y: Any, depth: str) -> Any:
         with at_depth(self.net, depth):
             return self._run(x, y)
-
-    def _run(self, x: torch.Tensor, y: Any) -> Any:
-        """What one pass gives, at the depth that is set."""
-        raise NotImplementedError
-
-    def _super_terms(self, of_super: Any, y: Any) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
-
-    def _base_terms(self, of_base: Any, y: Any, of_super: Any) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
-
-    def _teaching(self, of_super: Any) -> Any:
-        """The part of the super-net's outputs that the base-net learns from, without their graph."""
-        raise NotImplementedError
 
     def _reaching_all(self, loss: torch.Tensor, _of_super: Any) -> torch.Tensor:
         """The loss, so that every parameter gets a gradient from it where processes average them."""

@@ -101,15 +101,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
-            none, least = is_optional(type(self), name), field.metadata["least"]
+            name, value, about = field.name, getattr(self, field.name), about_setting(type(self), field.name)
+            choices, least, none = about["choices"], about["least"], is_optional(type(self), name)
             if value is None and none:
                 continue
             if choices and value not in choices:
                 raise ValueError(f"{name}={value!r}; pass one of {', '.join(choices)}{', or none' * none}")
             if None not in (least, value) and value < least:
                 raise ValueError(f"{name}={value}; pass {least} or more")
-            if field.metadata["share"] and not 0 <= value <= 1:
+            if about["share"] and not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}; pass a number from 0 to 1")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip={self.clip}; pass a number above 0, or none for no limit")
@@ -159,6 +159,13 @@ class DetectorSettings(Settings):
     size: int = setting("images", 640, "side of images, a multiple of the model's stride: 32")
     multi_scale: bool = setting(
         "images", True, "train at sizes of 3/4 to 5/4 of that, drawn for each step, for super-net and base-net apart")
+
+
+def about_setting(recipe: type[Settings], name: str) -> Mapping[str, Any]:
+    """What is said of a setting where it is first made, or anew: `group`, `help`, `choices`, `least`, `share`. A plain
+    default changes no more than that."""
+    fields = (kind.__dict__.get("__dataclass_fields__", {}).get(name) for kind in recipe.__mro__)
+    return next(field.metadata for field in fields if field is not None and field.metadata)
 
 
 def setting_type(recipe: type[Settings], name: str) -> Any:

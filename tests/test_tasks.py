@@ -92,12 +92,12 @@ class GridStep(TwoPass):
 
 @dataclasses.dataclass(frozen=True)
 class GridRecipe(DetectorSettings):
-    model: str = setting("model", "grid", "name of the model")
-    epochs: int = setting("optimisation", 1, "passes over the data")
-    batch_size: int = setting("optimisation", 3, "images per step")
-    lr: float = setting("optimisation", 0.01, "learning rate")
-    size: int = setting("images", 48, "side of images")
-    multi_scale: bool = setting("images", False, "train at several sizes")
+    model: str = "grid"
+    epochs: int = 1
+    batch_size: int = 3
+    lr: float = 0.01
+    size: int = 48
+    multi_scale: bool = False
     box_gain: float = setting("loss", 2.0, "weight of boxes")
 
 

@@ -48,7 +48,8 @@ import types
 import typing
 from typing import Any
 
-from ..train.recipes import DETECTION_RECIPES, RECIPES, Settings, default_recipe, is_optional, setting_type
+from ..settings import Settings, about_setting, is_optional, setting_type
+from ..train.recipes import DETECTION_RECIPES, RECIPES, default_recipe
 
 _START = ("pretrained", "checkpoint", "weights", "backbone", "new_head")
 _RECIPES: dict[str, Settings] = {**RECIPES, **DETECTION_RECIPES}
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups: dict[str, Any] = {}
     fields = {field.name: (kind, field) for kind in _KINDS for field in dataclasses.fields(kind)}
     for name, (kind, field) in fields.items():
-        title = field.metadata["group"]
+        title = about_setting(kind, name)["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(f"recipe: {title}")
         tasks = {kind.task for kind in _KINDS if name in _names(kind)}
@@ -166,17 +167,17 @@ def _of_task(task: str) -> list[str]:
 def _add_setting(group: argparse._ArgumentGroup, recipe: type[Settings], field: dataclasses.Field, only: str | None
                  ) -> None:
     option, kind = f"--{field.name.replace('_', '-')}", setting_type(recipe, field.name)
-    choices = field.metadata["choices"]
+    about = about_setting(recipe, field.name)
     mark = "" if only is None else f"; to {only} only"
     shown = {task: _shown(getattr(default, field.name)) for task, default in _DEFAULTS.items()
              if hasattr(default, field.name)}
     default = ", to detect ".join(dict.fromkeys(shown.values()))
-    text = f"{field.metadata['help']}{mark} [{default}]".replace("%", "%%")
+    text = f"{about['help']}{mark} [{default}]".replace("%", "%%")
     if kind is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         return
     optional = is_optional(recipe, field.name)
-    metavar = "|".join([*choices, *(["none"] if optional else [])]) if choices else "X"
+    metavar = "|".join([*about["choices"], *(["none"] if optional else [])]) if about["choices"] else "X"
     group.add_argument(option, type=functools.partial(_value, kind), metavar=metavar, help=text)
 
 

@@ -12,8 +12,9 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 
 from ..data.images import collate
+from ..settings import Settings
 from .interrupts import ignore_interrupts
-from .recipes import Recipe, Settings
+from .recipes import Recipe
 from .seeds import mixed_seed
 
 

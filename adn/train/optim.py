@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..core.behaviours import is_norm
-from .recipes import Settings
+from ..settings import Settings
 
 TABLES = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed", "pos_embedding", "position_embedding",
           "relative_position_bias_table")

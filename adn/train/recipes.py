@@ -11,10 +11,7 @@ import timm.data
 from ..distill import VARIANTS
 from ..models.registry import ENTRIES
 from ..models.registry import RECIPES as DETECTION_RECIPES
-from ..settings import DetectorSettings, Settings, is_optional, setting, setting_type
-
-__all__ = ["DEFAULT", "DEFAULT_DETECTION", "DETECTION_RECIPES", "RECIPES", "DetectionRecipe", "Recipe", "Settings",
-           "default_recipe", "is_optional", "recipe", "recipe_type", "setting_type"]
+from ..settings import DetectorSettings, Settings, setting
 
 DEFAULT, DEFAULT_DETECTION = "default", "detector"
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -29,7 +26,8 @@ class Recipe(Settings):
         ValueError: if a setting is out of range; the message says what to pass.
     """
 
-    model: str = setting("model", "resnet50", "timm model, with or without the prefix anydepth_")
+    model: str = setting("model", "resnet50", "timm model, with or without the prefix anydepth_; to detect, a detector of "
+                         "adn.list_models()")
     single_pass: bool = setting(
         "optimisation", False, "super-net and base-net in one forward and backward: faster, with the memory of both")
     label_smoothing: float = setting("loss", 0.0, "label smoothing", share=True)

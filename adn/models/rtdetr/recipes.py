@@ -24,22 +24,21 @@ class DetectionRecipe(DetectorSettings):
     bias_ending: ClassVar[str] = "bias"
     whole_norms: ClassVar[bool] = True
 
-    model: str = setting("model", "anydepth_rtdetr_r50vd", "a detector of adn.list_models()")
-    epochs: int = setting("optimisation", 72, "passes over the data", least=1)
-    batch_size: int = setting("optimisation", 4, "images per step and process", least=1)
-    optimizer: str = setting("optimisation", "adamw", "timm's name of an optimizer")
-    lr: float = setting("optimisation", 1e-4, "learning rate", least=0)
+    model: str = "anydepth_rtdetr_r50vd"
+    epochs: int = 72
+    batch_size: int = 4
+    optimizer: str = "adamw"
+    lr: float = 1e-4
     backbone_lr: float | None = setting("optimisation", 1e-5, "learning rate of a detector's backbone; none = the same",
                                         least=0)
-    norm_decay: float | None = setting("optimisation", 0.0, "weight decay of norms, twins included; none = the same",
-                                       least=0)
-    bias_decay: float | None = setting("optimisation", 0.0, "weight decay of biases; none = the same", least=0)
-    clip: float | None = setting("optimisation", 0.1, "largest norm of the gradient of both losses; none = no limit")
-    schedule: str = setting("schedule", "constant", "how the learning rate goes down", ("steps", "cosine", "constant"))
-    ema: bool = setting("averaging", True, "average the weights over time; the average is evaluated and saved")
-    ema_decay: float = setting("averaging", 0.9999, "decay of the average", share=True)
-    ema_every: int = setting("averaging", 1, "steps between updates", least=1)
-    ema_ramp: int = setting("averaging", 2000, "updates over which the decay of the average rises", least=0)
+    norm_decay: float | None = 0.0
+    bias_decay: float | None = 0.0
+    clip: float | None = 0.1
+    schedule: str = "constant"
+    ema: bool = True
+    ema_decay: float = 0.9999
+    ema_every: int = 1
+    ema_ramp: int = 2000
 
     class_kl: str = setting("loss", "softmax-mean", "how the super-net's classes are distilled, see "
                              "adn.models.rtdetr.criterion.DistillationLoss", CLASS_KL)
