@@ -26,8 +26,8 @@ class Recipe(Settings):
         ValueError: if a setting is out of range; the message says what to pass.
     """
 
-    model: str = setting("model", "resnet50", "timm model, with or without the prefix anydepth_; to detect, a detector of "
-                         "adn.list_models()")
+    model: str = setting("model", "resnet50", "timm model, with or without the prefix anydepth_; to detect, one of the "
+                         "detectors in adn.list_models()")
     single_pass: bool = setting(
         "optimisation", False, "super-net and base-net in one forward and backward: faster, with the memory of both")
     label_smoothing: float = setting("loss", 0.0, "label smoothing", share=True)
