@@ -13,10 +13,7 @@ from torch import Tensor, fx, nn
 
 from ...core.regions import only_calls, unseen
 from ...detect.targets import Targets, fitting
-from . import (
-    STRIDE,
-    family,  # noqa: F401, which is to know the models of this file
-)
+from . import STRIDE
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
 from .encoder import HybridEncoder
