@@ -155,21 +155,21 @@ def of_first_inputs(conv: nn.Conv2d, inputs: int) -> nn.Conv2d:
 
 def part_in_form(model: nn.Module, name: str, form: Form, seconds: Mapping[str, nn.Module]) -> nn.Module:
     """The part of a plain model that has this name, in a form; shares with it all that is the same."""
-    prefix = f"{name}."
-
     def inside(names: Any) -> Any:
-        of_part = {of: of.removeprefix(prefix) for of in names if of.startswith(prefix)}
+        of_part = {of: f"part{of[len(name):]}" for of in names if f"{of}.".startswith(f"{name}.")}
         return {short: names[of] for of, short in of_part.items()} if isinstance(names, Mapping) else (
             tuple(of_part.values()))
 
     def place(of: str) -> tuple[nn.Module, str]:
         parent, _, child = of.rpartition(".")
-        return part.get_submodule(parent), child
+        return holder.get_submodule(parent), child
 
     form = Form(*map(inside, (form.seconds, form.bypassed, form.off, form.lists, form.inputs)))
-    part = _shared(model.get_submodule(name), (*form.seconds, *form.bypassed, *form.off, *form.lists, *form.inputs))
+    changed = (*form.seconds, *form.bypassed, *form.off, *form.lists, *form.inputs)
+    holder = nn.Module()
+    holder.part = _shared(model.get_submodule(name), [of.removeprefix("part.") for of in changed if of != "part"])
     freeze(form, inside(seconds), place)
-    return part
+    return holder.part
 
 
 def _shared(module: nn.Module, changed: Iterable[str]) -> nn.Module:
