@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -194,76 +195,69 @@ def as_it_concatenates(model: nn.Module, stage: StagePlan) -> StagePlan:
     Raises:
         ConversionError: if they are, or seem to be, in a way that cannot be narrowed.
     """
-    here = f"stage {stage.name!r}"
-    blocks = {name: submodule(model, name, here) for name in stage.blocks}
-    parents = {name.rpartition(".")[0] for name in stage.blocks}
-    if isinstance(stage, NarrowPlan) or not stage.has_flag or len(parents) != 1:
+    if isinstance(stage, NarrowPlan) or not stage.has_flag:
         return stage
-    name = container = parents.pop()
+    blocks = [submodule(model, name, f"stage {stage.name!r}") for name in stage.blocks]
+    name = ".".join(_common([block.split(".")[:-1] for block in stage.blocks]))
     while (owner := model.get_submodule(name)) is not model and original_class(owner).forward is nn.Module.forward:
         name = name.rpartition(".")[0]
-    if isinstance(owner, nn.Sequential):
+    if original_class(owner).forward is nn.Sequential.forward:
         return stage  # nobody sees what is between its children
-    prefix = f"{name}." if name else ""
+    prefix, what = f"{name}." if name else "", f"stage {stage.name!r}: {name or type(model).__name__!r}"
     inner = [block.removeprefix(prefix) for block in stage.blocks]
     try:
         traced = trace(owner, inner, inner)
     except CannotTrace as error:
-        if _may_concatenate(owner, list(blocks.values())):
-            raise ConversionError(
-                f"{here}: {name or type(model).__name__!r} may concatenate what its blocks make, which cannot be seen "
-                f"({error}): describe it by an adn.core.kinds.narrow.NarrowPlan") from error
-        return stage
+        if not _may_concatenate(owner, blocks):
+            return stage
+        raise ConversionError(f"{what} may concatenate what its blocks make, which cannot be seen ({error}): describe "
+                              "it by an adn.core.kinds.narrow.NarrowPlan") from error
     outputs = [traced.calls[block][1] for block in inner if block in traced.calls]
-    readers = dict.fromkeys(user for output in outputs for user in output.users
-                            if user.target in _CONCATENATIONS and _is_of_several(user, outputs))
+    readers = list(dict.fromkeys(user for output in outputs for user in output.users if user.target in _CONCATENATIONS
+                                 and len(set(outputs).intersection(user.all_input_nodes)) > 1))
     if not readers:
         return stage
-    conv, = _convolutions_of(*readers, owner=owner) if len(readers) == 1 else (None,)
-    fault = None
+    conv = _conv_of(readers[0], owner) if len(readers) == 1 else None
     if conv is None:
         fault = "what becomes of that is more than one convolution without groups"
-    elif list(next(iter(readers)).args[0])[-len(outputs):] != outputs or len(outputs) != len(inner):
+    elif list(readers[0].args[0])[-len(inner):] != outputs:
         fault = "but not each once, in their order and last"
-    elif not container or not isinstance(model.get_submodule(container), nn.ModuleList):
-        fault = f"and they lie in no nn.ModuleList ({container!r})"
-    if fault is not None:
-        raise ConversionError(f"{here}: {name or type(model).__name__!r} concatenates what its blocks make, {fault}: "
-                              "leave this stage out of the plan")
-    module = owner.get_submodule(conv)
-    made = len(stage.refinement_blocks) * _width(blocks[stage.blocks[0]], module.in_channels)
-    return NarrowPlan(**dataclasses.asdict(stage), module=name, conv=prefix + conv, inputs=module.in_channels - made)
+    elif not isinstance(model.get_submodule(stage.blocks[0].rpartition(".")[0]), nn.ModuleList):
+        fault = "which are not in an nn.ModuleList"
+    else:
+        inputs = owner.get_submodule(conv).in_channels
+        made = len(stage.refinement_blocks) * (_width(blocks[0]) or inputs)
+        return NarrowPlan(**dataclasses.asdict(stage), module=name, conv=prefix + conv, inputs=inputs - made)
+    raise ConversionError(f"{what} concatenates what its blocks make, {fault}: leave this stage out of the plan")
 
 
-def _is_of_several(node: fx.Node, outputs: list[fx.Node]) -> bool:
-    return len(set(outputs).intersection(node.all_input_nodes)) > 1
+def _common(paths: list[list[str]]) -> list[str]:
+    """What they begin with."""
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths))
+    return [parts[0] for parts in same]
 
 
-def _convolutions_of(node: fx.Node, owner: nn.Module) -> tuple[str | None]:
-    """The name of the convolution that alone reads the concatenation along the channels."""
+def _conv_of(node: fx.Node, owner: nn.Module) -> str | None:
+    """The name of the convolution that alone reads a concatenation along the channels."""
     axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    users = list(node.users)
-    if node.target is torch.stack or axis not in (1, -3) or len(users) != 1 or users[0].op != "call_module":
-        return (None,)
-    module = owner.get_submodule(users[0].target)
-    return (users[0].target if isinstance(module, nn.Conv2d) and module.groups == 1 else None,)
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if node.target is torch.stack or axis not in (1, -3) or user is None or user.op != "call_module":
+        return None
+    module = owner.get_submodule(user.target)
+    return user.target if isinstance(module, nn.Conv2d) and module.groups == 1 else None
 
 
-def _width(block: nn.Module, default: int) -> int:
-    """How many channels a block that keeps the shape makes: as many as it reads first."""
-    return next((m.in_channels for m in block.modules() if isinstance(m, nn.Conv2d)), default)
+def _width(block: nn.Module) -> int:
+    """How many channels a block that keeps the shape makes: as many as it reads first. 0 if it has no convolution."""
+    return next((m.in_channels for m in block.modules() if isinstance(m, nn.Conv2d)), 0)
 
 
 def _may_concatenate(owner: nn.Module, blocks: list[nn.Module]) -> bool:
     """Does the code of a forward concatenate, and is there a convolution of as many channels?"""
+    forward = getattr(original_class(owner).forward, "__code__", None)
+    if forward is None or {f.__name__ for f in _CONCATENATIONS}.isdisjoint(forward.co_names):
+        return False
     inside_blocks = {module for block in blocks for module in block.modules()}
-    widths = {_width(block, 0) for block in blocks}
-    names = {name for cls in type(owner).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module
-             for name in getattr(vars(cls).get("forward"), "__code__", _NO_CODE).co_names}
-    return not names.isdisjoint(f.__name__ for f in _CONCATENATIONS) and any(
-        isinstance(module, nn.Conv2d) and module not in inside_blocks
-        and any(module.in_channels == (len(blocks) + extra) * width for width in widths for extra in range(4))
-        for module in owner.modules())
-
-
-_NO_CODE = (lambda: None).__code__
+    widths = {(len(blocks) + extra) * _width(block) for block in blocks for extra in range(4)}
+    return any(isinstance(module, nn.Conv2d) and module not in inside_blocks and module.in_channels in widths
+               for module in owner.modules())
