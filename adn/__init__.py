@@ -7,7 +7,8 @@ from .core import lazy
 from .core.behaviours import fx_leaf_modules
 from .core.depth import Depth
 from .core.errors import CheckpointError, ConversionError
-from .core.plan import Plan, StagePlan
+from .core.kinds.stage import StagePlan
+from .core.plan import Plan
 from .core.state import at_depth, depths, get_depth, set_depth, stages
 from .distill import SelfDistillation
 from .export.extract import extract

@@ -14,25 +14,24 @@ from adn_kernels import private
 from .core.behaviours import (
     BATCH_NORMS,
     TWINS,
-    Bypass,
     CountOnce,
     Fork,
     ShapeChecked,
     SharedNorm,
-    SkipNorm,
-    Stack,
     Swapped,
+    is_norm,
     reset_norm,
     shared_norms,
     swap,
-    twin_of,
     unswap,
 )
+from .core.choice import Choice
 from .core.errors import ConversionError
-from .core.plan import Plan, StagePlan
+from .core.kinds.narrow import Parted
+from .core.kinds.stage import StagePlan
+from .core.plan import Plan
 from .core.regions import install
 from .core.state import State, is_converted, state_of, state_with_modules, unwrap
-from .core.switch import Cut, Switch
 from .families import FAMILIES, find_plan
 
 PlanLike = Plan | Sequence[StagePlan | str] | Mapping[str, int]
@@ -82,17 +81,18 @@ def convert(
         raise ValueError(f"twins={twins!r}; pass one of {', '.join(map(repr, TWINS))}")
     _check_source(model)
     resolved = find_plan(model) if plan is None else Plan.read(model, plan).resolve(model)
-    for name in (norm for stage in resolved.flagged for norm in stage.norms):
-        norm = model.get_submodule(name)
-        if hasattr(norm, "skip"):
-            raise ConversionError(f"norm {name!r} already has an attribute `skip`, where its twin would go")
-        if "forward" in vars(norm):
-            raise ConversionError(f"the forward of norm {name!r} was replaced on the module itself (by a library that "
-                                  "hooks into models?), so it could not follow the depth; convert the model first")
+    for name in (name for _, kind in resolved.parts for name in kind.seconds):
+        module = model.get_submodule(name)
+        what = "norm" if is_norm(module) else type(module).__name__
+        if hasattr(module, "skip"):
+            raise ConversionError(f"{what} {name!r} already has an attribute `skip`, where its twin would go")
+        if "forward" in vars(module):
+            raise ConversionError(f"the forward of {what} {name!r} was replaced on the module itself (by a library "
+                                  "that hooks into models?), so it could not follow the depth; convert the model first")
     if not inplace:
         model = copy.deepcopy(model)
-    pairs = {name: twin_of(model.get_submodule(name), twins)
-             for stage in resolved.flagged for name in stage.norms}
+    pairs = {name: kind.twin(model.get_submodule(name), twins)
+             for _, kind in resolved.parts for name in kind.seconds}
     edited = plan is not None and _is_edited(model, resolved)
     _attach(model, resolved, twins, pairs).origin = getattr(model, "adn_origin", None)
     if edited:
@@ -124,7 +124,7 @@ def detach(net: nn.Module) -> tuple[State, dict[str, nn.Module]]:
     """
     state = state_with_modules(net)
     state.check_intact()
-    twins = {name: state.placed[name][2]._modules.pop("skip") for stage in state.plan.flagged for name in stage.norms}
+    twins = {name: state.placed[name][2]._modules.pop("skip") for _, kind in state.plan.parts for name in kind.seconds}
     for root in (net, *twins.values()):
         for module in root.modules():
             if isinstance(module, Swapped):
@@ -137,37 +137,42 @@ def detach(net: nn.Module) -> tuple[State, dict[str, nn.Module]]:
 
 
 def _attach(
-    model: nn.Module, plan: Plan, twins: str, pairs: dict[str, nn.Module], switches: list[Switch | Cut] | None = None
+    model: nn.Module, plan: Plan, twins: str, pairs: dict[str, nn.Module], choices: list[Choice] | None = None
 ) -> State:
     full = plan.full(model)
-    state = State(plan, switches or [Switch() if n is False else Cut(n) for n in full], full, twins, {})
+    if choices is None:
+        choices = [Choice(entry, kinds[0].in_training) for entry, kinds in zip(full, plan.choices, strict=True)]
+    state = State(plan, choices, full, plan.base, twins, {})
 
-    def place(name: str, behaviour: type, switch: Switch | Cut) -> nn.Module:
+    def place(name: str, behaviour: type[Swapped], choice: Choice) -> nn.Module:
         module = model.get_submodule(name)
-        swap(module, behaviour, switch)
+        swap(module, behaviour, choice)
         parent, _, child = name.rpartition(".")
         state.placed[name] = model.get_submodule(parent), child, module
         return module
 
-    by_flag = zip(plan.flags, state.switches)
-    for stage, switch in ((stage, switch) for group, switch in by_flag for stage in group):
-        for name in stage.norms:
-            norm = place(name, SkipNorm, switch)
-            norm.add_module("skip", pairs[name])
-            state.placed[f"{name}.skip"] = norm, "skip", pairs[name]
-        for name in (*stage.drop_paths, *stage.refinement_blocks):
-            place(name, Bypass, switch)
-    for stack, cut in zip(plan.stacks, state.cuts, strict=True):
-        place(stack.name, Stack, cut)
+    for index, kind in plan.parts:
+        for name, behaviour, settings in kind.follow():
+            module = place(name, behaviour, choices[index])
+            vars(module).update({f"_adn_{key}": value for key, value in settings.items()})
+        for name in kind.seconds:
+            module = model.get_submodule(name)
+            module.add_module("skip", pairs[name])
+            state.placed[f"{name}.skip"] = module, "skip", pairs[name]
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and module.track_running_stats:
             swap(module, CountOnce)
+    parted = {inside: module._adn_choice for module in model.modules() if isinstance(module, Parted)
+              for inside in module.modules()}
     for module in shared_norms(model):
-        swap(module, SharedNorm, state.shared)
-    switched = [name for stage in plan.flagged for name in (*stage.norms, *stage.drop_paths)]
-    blocks = (block for stage in plan for block in stage.blocks)
-    first = next((block for block in blocks if any(name.startswith(f"{block}.") for name in switched)), None)
-    if first is not None:
+        swap(module, SharedNorm, parted.get(module, state.shared))
+    for module in model.modules():
+        if isinstance(module, Parted):
+            module.__dict__["_adn_shared"] = state.shared
+    followers = [name for _, kind in plan.parts for name, behaviour, _ in kind.follow()]
+    units = (unit for kind in plan for unit in kind.units)
+    first = next((unit for unit in units if any(name.startswith(f"{unit}.") for name in followers)), None)
+    if first is not None and not isinstance(model.get_submodule(first), Parted):
         place(first, Fork, state.shared)
     install(model, plan)
     # Not through __setattr__: the state holds modules that must not become children of the net.
@@ -192,7 +197,7 @@ def _with_plain_norms(net: nn.Module, change: Callable[[nn.Module], nn.Module]) 
     state, twins = detach(net)
     changed = change(net)
     assert changed is net, "a converted net has blocks, so it is no norm itself"
-    new = _attach(net, state.plan, state.twins, {name: change(twin) for name, twin in twins.items()}, state.switches)
+    new = _attach(net, state.plan, state.twins, {name: change(twin) for name, twin in twins.items()}, state.choices)
     new.origin, new.class_names = state.origin, state.class_names
     private.forget_compiled(net)  # regions are gone; it is for the caller to compile again
     return net
@@ -214,7 +219,7 @@ def _fill_twins(net: nn.Module, state_dict: dict, prefix: str, *_: object) -> No
     """Before loading: a state dict of the plain model fills the twins too. One with some twins is left as it is,
     and a strict load reports those it lacks."""
     state = state_of(net)
-    names = [name for stage in state.plan.flagged for name in stage.norms]
+    names = [name for _, kind in state.plan.parts for name in kind.seconds]
     if any(f"{prefix}{name}.skip." in key for name in names for key in state_dict):
         return
     for name in names:
@@ -224,8 +229,10 @@ def _fill_twins(net: nn.Module, state_dict: dict, prefix: str, *_: object) -> No
         # A part of a norm (strict=False) says nothing about its twin.
         if any(tensor.is_floating_point() and key not in plain for key, tensor in own.items()):
             continue
-        if state.twins == "fresh":
+        if state.twins == "fresh" and is_norm(twin):
             reset_norm(twin)
             plain = {key: own[key] for key in plain}
         for key, value in plain.items():
-            state_dict[f"{prefix}{name}.skip.{key}"] = value.detach().clone()
+            # The kernel of a narrow convolution is the first part of the other.
+            part = tuple(map(slice, own[key].shape)) if value.ndim == own[key].ndim else ()
+            state_dict[f"{prefix}{name}.skip.{key}"] = value[part].detach().clone()

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .core.behaviours import halves
-from .core.regions import listening
 from .core.state import Stage, at_depth, stages, super_and_base
+from .core.taps import listening
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -321,7 +321,7 @@ def _tap(chosen: Sequence[Stage], pools: Sequence[Callable[[torch.Tensor], Any]]
 
     with contextlib.ExitStack() as stack:
         for i, stage in enumerate(chosen):
-            stack.enter_context(listening(stage.refinement[-1], functools.partial(tap, i)))
+            stack.enter_context(listening(stage.end, functools.partial(tap, i)))
         yield taps
     for stage, features in zip(chosen, taps, strict=True):
         if features is None:

@@ -20,6 +20,7 @@ Fields of `nn.Module` that wrappers and tools have always read (`_modules`, `_bu
 
 from __future__ import annotations
 
+import operator
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -57,9 +58,9 @@ def in_reentrant_checkpoint() -> bool:
     return False
 
 
-def version(tensor: Tensor) -> int:
-    """How often it was written to in place, by operators that count it; inference tensors do not."""
-    return 0 if tensor.is_inference() else tensor._version
+# How often a tensor was written to in place, by operators that count it; those made in inference mode do not, and raise
+# RuntimeError. Asked of all tensors of a net at every call of its deploy form, so without a call in Python.
+version = operator.attrgetter("_version")
 
 
 def is_alias(a: Tensor, b: Tensor) -> bool:
@@ -183,15 +184,14 @@ _ATTRIBUTES: dict[str, tuple[str, list, str]] = {  # of an activation: name, sca
 _AFTER_ADDITION = ("identity", "relu")  # what it applies after it has added something
 
 
-def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available()
-
-
 def pack_weight(
-    weight: Tensor, padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int,
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
     input_shape: Sequence[int],
-) -> Tensor:
-    """In the layout that oneDNN wants for such an input; without it every call would bring the weight into it."""
+) -> Tensor | bool:
+    """In the layout that oneDNN wants for such an input; without it every call would bring the weight into it. False
+    where there is no oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(input_shape))
 
 

@@ -26,6 +26,7 @@ from unittest import mock
 import timm
 import torch
 from common import columns, header, write_rows
+from compilations import count
 from models import randomised
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -34,7 +35,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adn
 from adn.runtime.accelerate import accelerate, use_kernels
 from adn.runtime.compile import compile as compile_net
-from adn.runtime.compile import count
 from adn.runtime.fuse import fuse
 
 MODELS = ("resnet50", "mobilenetv2_100", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224")

@@ -22,6 +22,9 @@ from torch import nn
 
 from adn.core import behaviours
 
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))  # some of what benchmarks measure is what tests count
+
 GOLDEN = Path(os.environ.get("ADN_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
 

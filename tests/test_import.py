@@ -49,7 +49,7 @@ def test_import_is_light() -> None:
 
 
 # Each room may import those before it in the list; `detection` only has names for scripts.
-ROOMS = ("core", "families", "convert", "distill", "data", "detect", "settings", "models", "weights", "measure",
+ROOMS = ("core", "families", "convert", "distill", "data", "settings", "detect", "models", "weights", "measure",
          "tasks", "export", "runtime", "train", "demo", "cli", "__main__", "detection")
 
 

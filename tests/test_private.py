@@ -120,8 +120,8 @@ def test_versions_count_writes() -> None:
     before = private.version(x)
     x.add_(1)
     assert private.version(x) == before + 1, VERSION + "a write in place does not count"
-    with torch.inference_mode():
-        assert private.version(torch.zeros(3)) == 0, VERSION + "tensors of inference mode"
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        private.version(torch.zeros(3))
 
 
 def test_is_alias() -> None:
@@ -275,7 +275,7 @@ def test_graphs_without_annotations_can_be_pickled() -> None:
 # ------------------------------------------------------------------------------------------------------------- oneDNN
 
 
-@pytest.mark.skipif(not private.has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("size", [(5, 7), (1, 1)])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", private._ATTRIBUTES)
@@ -285,7 +285,7 @@ def test_onednn(activation: str, residual: bool, size: tuple[int, int]) -> None:
     weight, bias = torch.randn(8, 3, 3, 3, generator=generator), torch.randn(8, generator=generator)
     place = (1, 1), (1, 1), (1, 1), 2
     added = torch.randn(2, 8, *size, generator=generator).contiguous(memory_format=torch.channels_last)
-    packed = private.pack_weight(weight, place[1], place[0], place[2], place[3], x.shape)
+    packed = private.pack_weight(weight, *place, x.shape)
     y = act_reference(*private.conv_pointwise(x, packed, bias, place, added if residual else None, activation))
     exact = F.conv2d(x.double(), weight.double(), bias.double(), *place) + (added.double() if residual else 0)
     torch.testing.assert_close(y.double(), act_reference(exact, activation), rtol=1e-4, atol=1e-5,

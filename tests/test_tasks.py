@@ -18,8 +18,9 @@ from torchvision.ops import batched_nms, box_convert
 
 import adn
 from adn.cli import main
+from adn.detect.detector import Detector
 from adn.distill import TwoPass
-from adn.models.entry import Detector, Entry
+from adn.models.entry import Entry
 from adn.models.registry import ENTRIES
 from adn.settings import DetectorSettings, Settings, setting
 from adn.tasks import CLASSIFY, DETECT, TASKS, is_detector, task_of

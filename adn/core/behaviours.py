@@ -1,4 +1,4 @@
-"""Modules that depend on a stage's flag.
+"""Modules that depend on an entry of the depth: what all kinds of choices have in common, see `adn.core.kinds`.
 
 A module of the user's model is not replaced: its class is swapped for a subclass (behaviour below, then the
 module's own class), so that parameters, names, `isinstance`, deepcopy, pickle and everything timm or torchvision
@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 from torch.fx import Proxy
 
-from .switch import Both, Cut, Switch, recomputing
+from .choice import Both, Choice, recomputing
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 FROZEN_NORMS = (torchvision.ops.FrozenBatchNorm2d, timm.layers.FrozenBatchNormAct2d)
@@ -45,10 +45,12 @@ class Swapped:
     """Base of the behaviours: rebuilds the generated class when a module is copied or unpickled.
 
     Attributes:
+        order: where it stands among those of one module; the first is called first.
         fx_leaf: torch.fx must not look inside: the flag read there would be frozen into the graph.
         per_module: each module gets a class of its own, with `members` of it.
     """
 
+    order: int
     fx_leaf = True
     per_module = False
 
@@ -56,15 +58,21 @@ class Swapped:
         return _rebuild, (behaviours(self), original_class(self)), self.__getstate__()
 
 
-class SkipNorm(Swapped):
+class Follows(Swapped):
+    """Base of those that depend on an entry of the depth, `_adn_choice`, and on nothing else that is set."""
+
+
+class SkipNorm(Follows):
     """A skip-aware norm: the module's own parameters and statistics, and a second set in its child `skip`.
 
     The second set is used while the refinement path of the stage is bypassed. Only the set in use sees the
     input: the other one gets no gradient and its statistics do not move.
     """
 
+    order = 15
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        skip = self._adn_switch.bypassed()
+        skip = self._adn_choice.now()
         if skip:
             return self._modules["skip"](x, *args, **kwargs)
         if isinstance(skip, Both):
@@ -73,24 +81,26 @@ class SkipNorm(Swapped):
         return super().forward(x, *args, **kwargs)
 
 
-class Bypass(Swapped):
+class Bypass(Follows):
     """The identity while the refinement path is bypassed; hooks and children are not called then.
 
     Put on refinement blocks, and on the DropPath of essential blocks (the base-net is the student of a
     deterministic forward, as in the reference).
     """
 
+    order = 10
+
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        skip = self._adn_switch.bypassed()
+        skip = self._adn_choice.now()
         if skip:
-            x = _input(self, args, kwargs)
+            x = input_of(self, args, kwargs)
             # While torch.fx traces, the module is always called, so that it stays in the graph as a leaf and goes on
-            # following its switch there.
+            # following its choice there.
             if not isinstance(x, Proxy):
                 return x
         elif isinstance(skip, Both):
-            a, b = halves(_input(self, args, kwargs), skip.samples)
-            args, kwargs = _with_input(self, a, args, kwargs)
+            a, b = halves(input_of(self, args, kwargs), skip.samples)
+            args, kwargs = with_input(self, a, args, kwargs)
             return torch.cat([super().__call__(*args, **kwargs), b])
         return super().__call__(*args, **kwargs)
 
@@ -102,27 +112,22 @@ class Fork(Swapped):
     that comes before all blocks doubles the batch itself.
     """
 
+    order = 11
     fx_leaf = False  # no forward that is traced runs both
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        samples = self._adn_switch.both()
+        samples = self._adn_choice.both()
         if samples:
-            a, b = halves(_input(self, args, kwargs), samples)
+            a, b = halves(input_of(self, args, kwargs), samples)
             if a is b:
-                args, kwargs = _with_input(self, torch.cat([a, b]), args, kwargs)
+                args, kwargs = with_input(self, torch.cat([a, b]), args, kwargs)
         return super().__call__(*args, **kwargs)
-
-
-class Stack(Swapped):
-    """A module that runs a stack of layers, cut short."""
-
-    def running(self) -> int:
-        cut = self._adn_switch
-        return super().running() if self.training and not cut.in_training else cut.running()
 
 
 class ShapeChecked(Swapped):
     """A refinement block of a hand-written plan: refuses to change the shape, without which it cannot be bypassed."""
+
+    order = 13
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = super().forward(x, *args, **kwargs)
@@ -142,8 +147,10 @@ class SharedNorm(Swapped):
     forwards would move them: by the super-net, then by the base-net; before the two part, twice by the same batch.
     """
 
+    order = 16
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        samples = self._adn_switch.both()
+        samples = self._adn_choice.both()
         if not samples or not (self.training or getattr(self, "running_mean", x) is None):
             return super().forward(x, *args, **kwargs)
         a, b = halves(x, samples)
@@ -172,6 +179,7 @@ class Rerouted(Swapped):
     The route is laid for the module as it is: a copy gets its own, and changing an attribute afterwards closes it.
     """
 
+    order = 14
     fx_leaf = False  # traced, it takes its own forward
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -197,6 +205,8 @@ class CountOnce(Swapped):
     Recomputation during backward normalises with the batch's statistics but leaves the running ones alone.
     """
 
+    order = 17
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not (self.training and recomputing() and self.num_batches_tracked is not None):
             return super().forward(x, *args, **kwargs)
@@ -208,10 +218,6 @@ class CountOnce(Swapped):
             return super().forward(x, *args, **kwargs)
         finally:
             self.num_batches_tracked, self.momentum = counter, momentum
-
-
-# In the order in which they are called; `adn.core.regions` puts its own before these.
-BEHAVIOURS: list[type[Swapped]] = [Bypass, Fork, Stack, ShapeChecked, Rerouted, SkipNorm, SharedNorm, CountOnce]
 
 
 def _subclass(mixins: tuple[type, ...], base: type) -> type:
@@ -239,17 +245,17 @@ def _input_name(cls: type) -> str:
     return list(inspect.signature(cls.forward).parameters)[1]
 
 
-def _input(module: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+def input_of(module: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else kwargs[_input_name(original_class(module))]
 
 
-def _with_input(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def with_input(module: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The same arguments with another input."""
     return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, _input_name(original_class(module)): x})
 
 
 def halves(x: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the super-net and what the base-net has of a tensor, in a forward that runs both (`Switch.both`).
+    """What the super-net and what the base-net has of a tensor, in a forward that runs both (`Choice.both`).
 
     Args:
         x: (samples, ...) before the two part: then it belongs to both, and the results are x itself; else
@@ -296,7 +302,8 @@ def _rebuild(mixins: tuple[type, ...], base: type) -> nn.Module:
 
 def behaviours(module: nn.Module) -> tuple[type, ...]:
     """The behaviours swapped into a module, () for a plain one."""
-    return tuple(b for b in BEHAVIOURS if isinstance(module, b))
+    return tuple(cls for cls in type(module).__mro__
+                 if issubclass(cls, Swapped) and isinstance(vars(cls).get("order"), int))
 
 
 def original_class(module: nn.Module) -> type:
@@ -305,12 +312,12 @@ def original_class(module: nn.Module) -> type:
     return next(c for c in type(module).__mro__ if not issubclass(c, Swapped))
 
 
-def swap(module: nn.Module, behaviour: type, switch: Switch | Cut | None = None) -> None:
-    """Add a behaviour to a module in place. `switch` is what `SkipNorm`, `Bypass` and `Stack` follow."""
-    wanted = {*behaviours(module), behaviour}
-    module.__class__ = _subclass(tuple(b for b in BEHAVIOURS if b in wanted), original_class(module))
-    if switch is not None:
-        module.__dict__["_adn_switch"] = switch
+def swap(module: nn.Module, behaviour: type[Swapped], choice: Choice | None = None) -> None:
+    """Add a behaviour to a module in place. `choice` is what it follows, if it follows one."""
+    wanted = sorted({*behaviours(module), behaviour}, key=lambda b: b.order)
+    module.__class__ = _subclass(tuple(wanted), original_class(module))
+    if choice is not None:
+        module.__dict__["_adn_choice"] = choice
 
 
 def unswap(module: nn.Module) -> None:

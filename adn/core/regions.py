@@ -4,7 +4,7 @@ torch.compile keeps what it compiled per code object, guarded by what that code 
 code uncompiled, silently. Flags read inside compiled code would make a variant per depth. Here they are read between
 compiled regions, in frames that Dynamo leaves alone, and each region runs at one state of its flags only:
 
-- `Paths`, a container that calls its children one after the other, runs them in segments, each through a function of
+- `Paths`, a container that calls its children one after the other, calls them in runs, each through a function of
   its own for each state of the flags in it: for a stage, the full path and the base path. `Features` is one that also
   keeps the outputs of some.
 - `Region`, for what a forward calls by itself (blocks in a loop of the model's own, norms between stages that follow
@@ -13,15 +13,14 @@ compiled regions, in frames that Dynamo leaves alone, and each region runs at on
   stages of a net nor several nets of one class use up one limit together.
 
 Without a compiler these are a few Python calls. While torch.fx traces, and while gradient checkpointing recomputes,
-modules run as they always did: blocks and norms know their own switch.
+modules run as they always did: blocks and norms know their own choice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,10 +30,11 @@ from torch import fx, nn
 
 from adn_kernels.private import not_traced, unseen
 
-from . import behaviours as adn_nn
-from .behaviours import Bypass, SkipNorm, Stack, Swapped, _input, original_class, swap
+from .behaviours import Bypass, Follows, Swapped, input_of, original_class, swap
+from .choice import Both, Choice, recomputing
+from .kinds.narrow import Parted
 from .plan import Plan
-from .switch import Both, Cut, Switch, recomputing
+from .taps import StageEnd, hand_out, stage_end
 
 Compiler = Callable[[Callable], Callable]
 
@@ -63,7 +63,7 @@ def only_calls(forward: types.FunctionType) -> types.FunctionType:
 
 
 # A bypassed block that is called outside of regions.
-for _function in (recomputing, Switch.bypassed, Bypass.__call__, _input):
+for _function in (recomputing, Choice.now, Bypass.__call__, input_of):
     unseen(_function)
 
 
@@ -96,7 +96,9 @@ class _Dispatch(Swapped):
 
 
 class Paths(_Dispatch):
-    """A container that calls its children one after the other, in segments; see above."""
+    """A container that calls its children one after the other, in runs; see above."""
+
+    order = 1
 
     @not_traced
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +111,8 @@ class Paths(_Dispatch):
 
 class Features(_Dispatch):
     """timm's container of a model with `features_only`: calls its children likewise, and returns what some return."""
+
+    order = 1
 
     @not_traced
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor] | list[torch.Tensor]:
@@ -126,9 +130,11 @@ class Features(_Dispatch):
 class Region(_Dispatch):
     """A module called by a forward that is not ours, compiled by itself; see above."""
 
+    order = 2
+
     @not_traced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if recomputing() or (isinstance(self, Bypass) and self._adn_switch.skip is True):
+        if recomputing() or (isinstance(self, Bypass) and self._adn_choice.state is True):
             return super().__call__(*args, **kwargs)
         regions = vars(self).get("_adn_regions")
         if regions is None:
@@ -138,29 +144,14 @@ class Region(_Dispatch):
         if run is None:
             run = regions[state] = regions.lay(region)
         y = run_region(run, self, args, kwargs)
-        _hand_out(self, y)
-        return y
-
-
-class StageEnd(Swapped):
-    """The last refinement block: whoever wants the stage's output gets it here, whether or not the block runs.
-
-    Compiled code does not look: the region's caller hands the output out.
-    """
-
-    fx_leaf = False
-
-    @unseen
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        y = super().__call__(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            _hand_out(self, y)
+        hand_out(self, y)
         return y
 
 
 class OwnCode(Swapped):
     """A module with its own copy of the functions of its class, as they were at conversion."""
 
+    order = 4
     fx_leaf = False
     per_module = True
 
@@ -180,16 +171,13 @@ class OwnCode(Swapped):
         }
 
 
-adn_nn.BEHAVIOURS[:0] = [Paths, Features, Region, StageEnd, OwnCode]
-
-
 class _Regions(dict):
-    """The compiled regions of one piece of a net, by the state of the switches that it reads and by the mode: so that
+    """The compiled regions of one piece of a net, by the state of the choices that it follows and by the mode: so that
     code has to be compiled again for shapes only."""
 
-    def __init__(self, switches: Sequence[Switch | Cut], compiler: Compiler | None) -> None:
+    def __init__(self, choices: Sequence[Choice], compiler: Compiler | None) -> None:
         super().__init__()
-        self.switches = switches
+        self.choices = choices
         self.compiler = compiler
 
     @unseen
@@ -199,13 +187,11 @@ class _Regions(dict):
             torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
             torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
         ]
-        for switch in self.switches:
-            if isinstance(switch, Cut):
-                state.append(switch.entry if switch.in_training or not training else None)
+        for choice in self.choices:
+            if training and not choice.in_training:
                 continue
-            skip = switch.skip
             # Of a forward that runs both nets only the fact: how many samples each has is a size like others.
-            state.append(skip if skip is True or skip is False else Both)
+            state.append(Both if isinstance(choice.state, Both) else choice.state)
         return tuple(state)
 
     @torch.compiler.disable
@@ -214,13 +200,13 @@ class _Regions(dict):
         return function if self.compiler is None else self.compiler(function)
 
 
-class _Segment:
-    """A run of children that read the same switches, and its regions."""
+class _Run:
+    """A run of children that follow the same choices, and its regions."""
 
-    def __init__(self, blocks: list[nn.Module], switches: Sequence[Switch | Cut], compiler: Compiler | None) -> None:
+    def __init__(self, blocks: list[nn.Module], choices: Sequence[Choice], compiler: Compiler | None) -> None:
         self.blocks = blocks
-        self.regions = _Regions(switches, compiler)
-        self.end = _stage_end(blocks[-1])
+        self.regions = _Regions(choices, compiler)
+        self.end = stage_end(blocks[-1])
 
     @unseen
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -230,13 +216,13 @@ class _Segment:
             run = self.regions[state] = self.lay()
         x = run_region(run, x)
         if self.end is not None:
-            _hand_out(self.end, x)
+            hand_out(self.end, x)
         return x
 
     @torch.compiler.disable
     def lay(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The path at the present state of the switches."""
-        blocks = [b for b in self.blocks if not (isinstance(b, Bypass) and b._adn_switch.skip is True)]
+        """The path at the present state of the choices."""
+        blocks = [b for b in self.blocks if not (isinstance(b, Bypass) and b._adn_choice.state is True)]
         return partial(self.regions.lay(path), blocks) if blocks else _identity
 
 
@@ -260,82 +246,37 @@ def _parts(container: Paths | Features) -> list[_Part]:
     known = vars(container).get("_adn_regions")
     # Somebody may have wrapped a block, or taken one away.
     if known is None or known[0] != children:
-        parts = _cut(children, vars(container).get("_adn_compiler"), getattr(container, "return_layers", ()))
+        parts = _runs(children, vars(container).get("_adn_compiler"), getattr(container, "return_layers", ()))
         known = container.__dict__["_adn_regions"] = children, parts
     return known[1]
 
 
 @torch.compiler.disable
-def _cut(children: Mapping[str, nn.Module], compiler: Compiler | None, kept: Collection[str]) -> list[_Part]:
-    """Children in segments. A segment ends with its stage, after a child whose output is kept, and where the next child
-    reads other switches; what dispatches by itself stays alone."""
-    runs: list[tuple[list[str], list[Switch | Cut] | None]] = []
+def _runs(children: Mapping[str, nn.Module], compiler: Compiler | None, kept: Collection[str]) -> list[_Part]:
+    """Children in runs. A run ends with its stage, after a child whose output is kept, and where the next child follows
+    other choices; what dispatches by itself stays alone."""
+    runs: list[tuple[list[str], list[Choice] | None]] = []
     ended = True
     for name, child in children.items():
         alone = any(isinstance(module, (_Dispatch, OwnCode)) for module in child.modules())
-        switches = None if alone else switches_in(child)
-        if ended or alone or runs[-1][1] != switches:
-            runs.append(([], switches))
+        choices = None if alone else choices_in(child)
+        if ended or alone or runs[-1][1] != choices:
+            runs.append(([], choices))
         runs[-1][0].append(name)
-        ended = name in kept or _stage_end(child) is not None
-    return [(children[names[0]] if switches is None else
-             _Segment([children[name] for name in names], switches, compiler), names[-1]) for names, switches in runs]
+        ended = name in kept or stage_end(child) is not None
+    return [(children[names[0]] if choices is None else
+             _Run([children[name] for name in names], choices, compiler), names[-1]) for names, choices in runs]
 
 
 @torch.compiler.disable
 def _lay_regions(module: Region) -> _Regions:
-    regions = module.__dict__["_adn_regions"] = _Regions(switches_in(module), vars(module).get("_adn_compiler"))
+    regions = module.__dict__["_adn_regions"] = _Regions(choices_in(module), vars(module).get("_adn_compiler"))
     return regions
 
 
-def switches_in(module: nn.Module) -> list[Switch | Cut]:
+def choices_in(module: nn.Module) -> list[Choice]:
     """What modules in this one follow."""
-    return list(dict.fromkeys(m._adn_switch for m in module.modules() if isinstance(m, (SkipNorm, Bypass, Stack))))
-
-
-def _stage_end(block: nn.Module) -> nn.Module | None:
-    """The last block of a stage, if this is it or a wrapper around it."""
-    return next((part for part in block.modules() if isinstance(part, StageEnd)), None)
-
-
-# --------------------------------------------------------------------------------------------- outputs of the stages
-
-
-listeners = 0  # how many outputs of stages, of any net, are waited for
-
-
-@unseen
-def _hand_out(block: nn.Module, output: torch.Tensor) -> None:
-    listener = vars(block).get("_adn_listener")
-    if listener is not None:
-        listener(output)
-
-
-@contextlib.contextmanager
-def listening(block: nn.Module, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """While inside, the output of the stage that ends with `block`, its last refinement block (or a wrapper around
-    it), goes to `listener`, at every depth: once a forward."""
-    global listeners
-    last: torch.Tensor | None = None
-
-    def once(output: torch.Tensor) -> None:
-        nonlocal last
-        # A block that is not compiled hands out, and then so does who called it.
-        if output is not last:
-            last = output
-            listener(output)
-
-    end = _stage_end(block)
-    if end is None:
-        raise RuntimeError("this net does not say where its stages end: an older version of this library converted it. "
-                           "Save its state dict, convert a new model, and load it there")
-    listeners += 1
-    end.__dict__["_adn_listener"] = torch.compiler.disable(once)
-    try:
-        yield
-    finally:
-        listeners -= 1
-        del end.__dict__["_adn_listener"]
+    return list(dict.fromkeys(m._adn_choice for m in module.modules() if isinstance(m, Follows)))
 
 
 # ----------------------------------------------------------------------------------------------------------- install
@@ -350,11 +291,11 @@ def compile_regions(net: nn.Module, compiler: Compiler) -> None:
 
 
 def install(model: nn.Module, plan: Plan) -> None:
-    """Cut a model, whose blocks and norms follow their switches already, so that no compiled code meets a flag."""
-    for stage in plan.flagged:
-        swap(model.get_submodule(stage.blocks[-1]), StageEnd)
-    blocks = {model.get_submodule(block) for stage in plan for block in stage.blocks}
-    _install(model, {module for module in model.modules() if not blocks.isdisjoint(list(module.modules())[1:])})
+    """Cut a model, whose blocks and norms follow their choices already, so that no compiled code meets a flag."""
+    for kind in plan.flagged:
+        swap(model.get_submodule(kind.end), StageEnd)
+    units = {model.get_submodule(unit) for kind in plan for unit in kind.units}
+    _install(model, {module for module in model.modules() if not units.isdisjoint(list(module.modules())[1:])})
 
 
 def _install(module: nn.Module, around: set[nn.Module]) -> None:
@@ -366,13 +307,13 @@ def _install(module: nn.Module, around: set[nn.Module]) -> None:
     for child in module.children():
         if child in around and not is_one_region(child):
             _install(child, around)
-        elif container is None and switches_in(child):
+        elif choices_in(child) and (container is None or isinstance(child, Parted)):
             swap(child, Region)
 
 
 def is_one_region(module: nn.Module) -> bool:
     """Do several stages in a module, and all else in it, follow one flag? Then it has two paths as a whole."""
-    return len(switches_in(module)) == 1 and sum(isinstance(m, StageEnd) for m in module.modules()) > 1
+    return len(choices_in(module)) == 1 and sum(isinstance(m, StageEnd) for m in module.modules()) > 1
 
 
 def _container(module: nn.Module) -> type[Swapped] | None:

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from .behaviours import SharedNorm, original_class, shared_norms
+from .choice import Both, Choice
 from .depth import Depth
-from .plan import Plan, StagePlan
-from .switch import Both, Cut, Switch
+from .kinds.stage import StagePlan
+from .plan import Plan
 
 DepthLike = Depth | str | Iterable[bool | int]
 
@@ -28,10 +29,10 @@ class State:
 
     Attributes:
         plan: the resolved plan it was converted by.
-        switches: one per flag, then one per stack: what the entries of the depth are set on.
+        choices: what the entries of the depth are set on.
+        full, base: the depth of all of it, and of the base-net.
         twins: "copy" or "fresh": how twins absent from a state dict are filled.
-        full: the depth of all of it.
-        placed: by name, (parent, child name, module) of every module that follows a switch and of every twin; their
+        placed: by name, (parent, child name, module) of every module that follows a choice and of every twin; their
             place does not change if somebody wraps a block.
         origin: what `create_model` was called with, so that `load` can call it again; None if unknown.
         class_names: the labels of the classes, where known.
@@ -40,13 +41,14 @@ class State:
     """
 
     plan: Plan
-    switches: list[Switch | Cut]
+    choices: list[Choice]
     full: Depth
+    base: Depth
     twins: str
     placed: dict[str, tuple[nn.Module, str, nn.Module]]
     origin: dict[str, Any] | None = None
     class_names: list[str] | None = None
-    shared: Switch = dataclasses.field(default_factory=Switch)
+    shared: Choice = dataclasses.field(default_factory=Choice)
     made_from: nn.Module | None = None
 
     def check_intact(self) -> None:
@@ -67,24 +69,22 @@ class State:
             )
 
     @property
-    def base(self) -> Depth:
-        return self.plan.base
-
-    @property
-    def cuts(self) -> list[Cut]:
-        """Of the stacks."""
-        return self.switches[len(self.plan.flags) :]
+    def cuts(self) -> list[Choice]:
+        """Those of numbers of layers."""
+        return [choice for choice, entry in zip(self.choices, self.full) if not isinstance(entry, bool)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of a converted net that has a flag: its plan, and the modules themselves."""
+    """A stage of a converted net that has a flag: its plan, and the modules themselves. The output of `end` is the
+    stage's, where that runs."""
 
     index: int
     plan: StagePlan
     essential: tuple[nn.Module, ...]
     refinement: tuple[nn.Module, ...]
-    switch: Switch
+    end: nn.Module
+    choice: Choice
 
     @property
     def name(self) -> str:
@@ -93,7 +93,8 @@ class Stage:
     @property
     def last_block(self) -> nn.Module:
         """The block whose output leaves the stage at the depth that is set."""
-        return self.essential[-1] if self.switch.skip else self.refinement[-1]
+        blocks = dict(zip((*self.plan.blocks, self.plan.end), (*self.essential, *self.refinement, self.end)))
+        return blocks[self.plan.last(self.choice.entry)]
 
 
 def unwrap(net: nn.Module) -> nn.Module:
@@ -148,13 +149,13 @@ def set_depth(net: nn.Module, depth: DepthLike) -> None:
     state = state_of(net)
     depth = Depth.parse(depth, (state.full, state.base))
     state.check_intact()
-    for switch, entry in zip(state.switches, depth, strict=True):
-        switch.set(entry)
+    for choice, entry in zip(state.choices, depth, strict=True):
+        choice.set(entry)
 
 
 def get_depth(net: nn.Module) -> Depth:
     """The depth the net runs at."""
-    return Depth([switch.entry for switch in state_of(net).switches])
+    return Depth([choice.entry for choice in state_of(net).choices])
 
 
 @contextlib.contextmanager
@@ -185,15 +186,15 @@ def super_and_base(net: nn.Module, samples: int) -> Iterator[nn.Module]:
         ValueError: if the net has a stack that may be cut short.
     """
     inner, state = unwrap(net), state_of(net)
-    if state.plan.stacks:
+    if not all(kind.one_forward for _, kind in state.plan.parts):
         raise ValueError("a net with a stack of layers to cut runs one depth at a time: use two forwards")
     state.check_intact()
     if not torch.compiler.is_compiling():
         _check_shared(inner)
     before = get_depth(net)
     both = Both(samples)
-    for switch in (state.shared, *state.switches):
-        switch.set(both)
+    for choice in (state.shared, *state.choices):
+        choice.set(both)
     try:
         yield net
     finally:
@@ -230,6 +231,6 @@ def stages(net: nn.Module) -> list[Stage]:
     inner, state = unwrap(net), state_with_modules(net)
     return [
         Stage(i, plan, tuple(map(inner.get_submodule, plan.essential_blocks)),
-              tuple(map(inner.get_submodule, plan.refinement_blocks)), switch)
-        for i, (group, switch) in enumerate(zip(state.plan.flags, state.switches)) for plan in group
+              tuple(map(inner.get_submodule, plan.refinement_blocks)), inner.get_submodule(plan.end), choice)
+        for i, (group, choice) in enumerate(zip(state.plan.flags, state.choices)) for plan in group
     ]

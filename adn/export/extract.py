@@ -8,7 +8,8 @@ from torch import nn
 
 from ..convert import detach
 from ..core.depth import Depth
-from ..core.state import DepthLike, State, get_depth, state_with_modules, unwrap
+from ..core.kinds import freeze
+from ..core.state import DepthLike, get_depth, state_with_modules, unwrap
 
 
 def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = False) -> nn.Module:
@@ -33,20 +34,19 @@ def extract(net: nn.Module, depth: DepthLike | None = None, *, remove: bool = Fa
     model = copy.deepcopy(inner)
     unwrap_blocks(model)
     state, twins = detach(model)
-    entries = list(depth)
-    for group in state.plan.flags:
-        if not entries.pop(0):
-            continue
-        for stage in group:
-            for name in stage.norms:
-                _put(state, name, twins[name])
-            for name in stage.drop_paths:
-                _put(state, name, nn.Identity())
-            for name in stage.refinement_blocks:
-                _bypass(state, name, remove)
-    for stack, layers in zip(state.plan.stacks, entries, strict=True):
-        for name in stack.lists:
-            del model.get_submodule(name)[layers:]
+
+    def place(name: str) -> tuple[nn.Module, str]:
+        if name in state.placed:
+            return state.placed[name][:2]
+        parent, _, child = name.rpartition(".")
+        return model.get_submodule(parent), child
+
+    for index, kind in state.plan.parts:
+        form = kind.form(depth[index])
+        freeze(form, twins, place, remove)
+        for name in form.inputs:
+            conv = model.get_submodule(name)
+            conv.weight = nn.Parameter(conv.weight.detach().clone(), conv.weight.requires_grad)
     return model
 
 
@@ -56,20 +56,3 @@ def unwrap_blocks(model: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is not None and "_orig_mod" in child._modules:
                 parent._modules[name] = child._modules["_orig_mod"]
-
-
-def _bypass(state: State, name: str, remove: bool) -> None:
-    parent, child, _ = state.placed[name]
-    if not remove:
-        _put(state, name, nn.Identity())
-    elif isinstance(parent, nn.Sequential):
-        del parent._modules[child]
-    else:
-        raise ValueError(f"{name!r} is in a {type(parent).__name__}, not in an nn.Sequential, and may be called by "
-                         "name: it cannot be removed")
-
-
-def _put(state: State, name: str, module: nn.Module) -> None:
-    parent, child, former = state.placed[name]
-    module.train(former.training)
-    parent._modules[child] = module

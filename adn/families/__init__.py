@@ -2,8 +2,9 @@
 
 A family is a function from a model to its `StagePlan`s (none if the model is of another family), or to a `Plan` where
 there are stacks too, registered by `@family`. Files of this package are imported when it is, so a new family is a new
-file and nothing else. Stages are found by structure (containers and block classes), not by the class of the model, so
-feature extractors built from the same blocks convert too.
+file and nothing else; that of a model of this library's own is `family.py` beside it. Stages are found by structure
+(containers and block classes), not by the class of the model, so feature extractors built from the same blocks convert
+too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import nn
 
 from ..core.behaviours import is_norm
 from ..core.errors import ConversionError
-from ..core.plan import Plan, StagePlan
+from ..core.kinds.stage import StagePlan
+from ..core.plan import Plan
 
 Finder = Callable[[nn.Module], list[StagePlan] | Plan]
 
@@ -49,10 +51,11 @@ def find_plan(model: nn.Module) -> Plan:
     Raises:
         ConversionError: if none does; it says what was looked for and what to pass.
     """
+    _import_own(model)
     found = [Plan(stages, known.name, getattr(stages, "stacks", ()))
              for known in FAMILIES.values() if (stages := known.find(model))]
     if found:
-        return max(found, key=lambda plan: len(plan.flags) + len(plan.stacks)).resolve(model)
+        return max(found, key=lambda plan: len(plan.choices)).resolve(model)
     containers = [name for name, m in model.named_modules()
                   if name and isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1][:6]
     raise ConversionError(
@@ -60,6 +63,17 @@ def find_plan(model: nn.Module) -> Plan:
         "torchvision). If it is built from runs of residual blocks that keep their shape, say where they are: "
         f"adn.convert(model, plan=[name of each stage's container]), e.g. plan={containers or ['layer1', 'layer2']}"
     )
+
+
+def _import_own(model: nn.Module) -> None:
+    """The families of models of this library, of which a part may be all that there is."""
+    own = {".".join(cls.__module__.split(".")[:3]) for module in model.modules() for cls in type(module).__mro__
+           if cls.__module__.startswith(_OWN_MODELS)}
+    for package in own:
+        importlib.import_module(f"{package}.family")
+
+
+_OWN_MODELS = f"{__name__.partition('.')[0]}.models."
 
 
 # ---------------------------------------------------------------------------------------------- tools for families

@@ -9,7 +9,7 @@ import timm.models.convnext
 import torchvision.models.convnext
 from torch import nn
 
-from ..core.plan import StagePlan
+from ..core.kinds.stage import StagePlan
 from . import family, runs, transition_norms
 
 BLOCKS = (timm.models.convnext.ConvNeXtBlock, torchvision.models.convnext.CNBlock)

@@ -11,7 +11,7 @@ import torchvision.models.mobilenetv2
 import torchvision.models.mobilenetv3
 from torch import nn
 
-from ..core.plan import StagePlan
+from ..core.kinds.stage import StagePlan
 from . import family, runs, transition_norms
 
 TIMM_BLOCKS = (

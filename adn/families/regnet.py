@@ -8,7 +8,7 @@ import timm.models.regnet
 import torchvision.models.regnet
 from torch import nn
 
-from ..core.plan import StagePlan
+from ..core.kinds.stage import StagePlan
 from . import family, runs
 
 BLOCKS = (

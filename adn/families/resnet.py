@@ -8,7 +8,7 @@ import timm.models.resnet
 import torchvision.models.resnet
 from torch import nn
 
-from ..core.plan import StagePlan
+from ..core.kinds.stage import StagePlan
 from . import family, runs
 
 BLOCKS = (

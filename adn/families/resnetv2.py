@@ -7,7 +7,7 @@ The papers do not treat them; by the same rule stages are `stages.k.blocks`, and
 import timm.models.resnetv2
 from torch import nn
 
-from ..core.plan import StagePlan
+from ..core.kinds.stage import StagePlan
 from . import family, runs
 
 BLOCKS = (

@@ -9,7 +9,7 @@ import timm.models.swin_transformer_v2 as timm_v2
 import torchvision.models.swin_transformer as torchvision_swin
 from torch import nn
 
-from ..core.plan import StagePlan
+from ..core.kinds.stage import StagePlan
 from . import family, norms_named, runs, transition_norms
 
 BLOCKS = (timm_v1.SwinTransformerBlock, timm_v2.SwinTransformerV2Block, torchvision_swin.SwinTransformerBlock)

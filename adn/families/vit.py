@@ -8,7 +8,7 @@ import timm.models.vision_transformer as timm_vit
 import torchvision.models.vision_transformer as torchvision_vit
 from torch import nn
 
-from ..core.plan import StagePlan
+from ..core.kinds.stage import StagePlan
 from . import family, norms_named, runs
 
 GROUP = 3

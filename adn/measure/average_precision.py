@@ -89,8 +89,8 @@ def evaluate_detector(
     image once. They are kept until the end, 7 kB per image and depth.
 
     Args:
-        net: a detector, any-depth or of one depth, with the methods and attributes of `adn.models.entry.Detector` that
-            say how many classes it has and what its outputs mean: `num_classes`, `postprocess`.
+        net: a detector, any-depth or of one depth, with what of `adn.detect.detector.Detector`
+            says how many classes it has and what its outputs mean: `num_classes`, `postprocess`.
         loader: a DataLoader over `CocoImages`, or a `Subset` of them, with `collate`.
         depths: which; None = every depth of the net.
         device: where batches go (their dtype becomes the net's); None = where the net's parameters are.
@@ -239,7 +239,7 @@ def _detector(net: nn.Module) -> nn.Module:
         if hasattr(model, "postprocess"):
             return model
     raise ValueError(f"this {type(net).__name__} does not say what its outputs mean: give it the method `postprocess` "
-                     "of adn.models.entry.Detector")
+                     "of adn.detect.detector.Detector")
 
 
 def _images_of(loader: Any) -> CocoImages:

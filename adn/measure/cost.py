@@ -57,11 +57,12 @@ def _per_element() -> dict[Any, Callable[..., int]]:
 
 
 def count_parameters(net: nn.Module, depth: DepthLike) -> int:
-    """How many parameters a net uses at one depth: no bypassed block, one set of each skip-aware norm."""
+    """How many parameters a net uses at one depth: no bypassed block, one set of each skip-aware norm, of a convolution
+    that reads its first channels only the part of the kernel that meets them."""
     net = counted(net)
-    used = in_use(net, depth)
+    share = _shares(net, depth)
     parameters = unwrap(net).named_parameters(remove_duplicate=False)
-    return sum({id(p): p.numel() for name, p in parameters if used(name)}.values())
+    return round(sum({id(p): share(name) * p.numel() for name, p in parameters if share(name)}.values()))
 
 
 def counted(net: nn.Module) -> nn.Module:
@@ -72,25 +73,33 @@ def counted(net: nn.Module) -> nn.Module:
 
 def in_use(net: nn.Module, depth: DepthLike) -> Callable[[str], bool]:
     """For names of parameters and buffers of a net: is it used at this depth?"""
+    share = _shares(net, depth)
+    return lambda name: share(name) > 0
+
+
+def _shares(net: nn.Module, depth: DepthLike) -> Callable[[str], float]:
+    """For names of parameters and buffers of a net: how much of it is used at this depth?"""
     state = state_of(net)
     depth = Depth.parse(depth, (state.full, state.base))
-    idle: set[str] = set()
-    second_set_only: set[str] = set()
-    for group, bypassed in zip(state.plan.flags, depth.flags, strict=True):
-        for stage in group:
-            if bypassed:
-                idle.update(stage.refinement_blocks)
-                second_set_only.update(stage.norms)
-            else:
-                idle.update(f"{norm}.skip" for norm in stage.norms)
-    for stack, running, most in zip(state.plan.stacks, depth.layers, state.full.layers, strict=True):
-        idle.update(f"{name}.{i}" for name in stack.lists for i in range(running, most))
+    shares = {"": 1.0}  # by the name of a module or tensor; the longest that fits counts
+    for index, kind in state.plan.parts:
+        form = kind.form(depth[index])
+        shares |= {f"{name}.skip": 0.0 for name in kind.seconds}
+        for name in form.seconds:
+            shares |= {name: 0.0, f"{name}.skip": 1.0}
+        shares |= dict.fromkeys(form.bypassed, 0.0)
+        for name, count in form.lists.items():
+            children = unwrap(net).get_submodule(name)._modules
+            shares |= {f"{name}.{child}": 0.0 for child in list(children)[count:]}
+        for name, inputs in form.inputs.items():
+            shares[f"{name}.weight"] = inputs / unwrap(net).get_submodule(name).in_channels
 
-    def used(name: str) -> bool:
-        owners = {name[:i] for i, letter in enumerate(name) if letter == "."}
-        return owners.isdisjoint(idle) and all(f"{norm}.skip" in owners for norm in owners & second_set_only)
+    def share(name: str) -> float:
+        while name not in shares:
+            name = name.rpartition(".")[0]
+        return shares[name]
 
-    return used
+    return share
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import collections
 import dataclasses
 import itertools
 import linecache
-import operator
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,8 +21,9 @@ from torch.nn.modules import module as nn_module
 from ..core.behaviours import Rerouted, is_norm, original_class, swap
 from ..core.plan import Plan
 from ..core.state import state_of, unwrap
+from ..core.trace import CannotTrace, addition_of, hooked, trace
 from . import norms
-from .graph import CannotTrace, activation_of, addition_of, hooked, trace
+from .match import chain_of, sum_before
 
 _enabled: bool | None = None
 
@@ -288,62 +288,23 @@ def _graph_of(module: nn.Module) -> fx.Graph:
 
 def _fuse_batch_norm(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], moved: fx.Node) -> list[str]:
     """Put one call where a norm and what follows it were; returns what that is."""
-    x, activation = norm.args[0], norms.activation_in(modules[norm.target])
-    parts = [norm.target] if activation == "identity" else [norm.target, activation]
-    residual = addition = None
-    chain = [norm]  # calls whose work the op does, or which do none
-    end = 1  # so many of them; what comes after is done by nobody yet
-    while activation == "identity" and len(chain[-1].users) == 1:
-        following = next(iter(chain[-1].users))
-        name = activation_of(following, modules)
-        if residual is None and _can_add(following, chain[-1], x):
-            a, b = following.args
-            residual, addition = (b if a is chain[-1] else a), following
-            parts.append("add")
-        elif name is None:
-            break
-        elif name != "identity":
-            activation = name
-            parts.append(name)
-        chain.append(following)
-        if name != "identity":
-            end = len(chain)
-    with graph.inserting_before(addition or norm):
+    chain = chain_of(norm, norms.activation_in(modules[norm.target]), modules, writes=True)
+    with graph.inserting_before(chain.addition or norm):
         call = graph.call_function(
-            norms.batch_norm, (graph.get_attr(norm.target), x, residual, activation, moved))
-    chain[end - 1].replace_all_uses_with(call)
-    for node in reversed(chain[:end]):
-        graph.erase_node(node)
-    return parts
-
-
-def _can_add(node: fx.Node, branch: fx.Node, x: fx.Node) -> bool:
-    """Is a node the addition of something to `branch`, which the op of the norm of x could do?"""
-    summands = addition_of(node)
-    if summands is None or summands[0] is summands[1]:
-        return False
-    # The op stands where the addition stood: nobody may have written to x in between. Nor may others see what an
-    # addition in place has written.
-    return len(x.users) == 1 and (node.target is not operator.iadd or summands[0] is branch)
+            norms.batch_norm, (graph.get_attr(norm.target), norm.args[0], chain.residual, chain.activation, moved))
+    chain.replace(graph, call)
+    return chain.parts
 
 
 def _fuse_layer_norm(graph: fx.Graph, norm: fx.Node) -> list[str]:
     """Put one call where an addition and the norm of the sum were; returns what that is, [] if there is none."""
-    total = addition = norm.args[0]
-    shape = None
-    if total.op == "call_method" and total.target in ("reshape", "view") and len(total.args[0].users) == 1:
-        addition, *shape = total.args
-    summands = addition_of(addition)
-    if summands is None or addition.target is operator.iadd:
+    found = sum_before(norm)
+    if found is None:
         return []
-    with graph.inserting_before(total):
-        both = graph.call_function(norms.sum_and_layer_norm, (graph.get_attr(norm.target), *summands, shape))
-        results = [graph.call_function(operator.getitem, (both, i)) for i in range(2)]
-    for node, result in zip((norm, total), results):
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-    if addition is not total:
-        graph.erase_node(addition)
+    with graph.inserting_before(found.total):
+        both = graph.call_function(
+            norms.sum_and_layer_norm, (graph.get_attr(norm.target), *addition_of(found.addition), found.shape))
+    found.replace(graph, both)
     return ["add", norm.target]
 
 

@@ -7,12 +7,9 @@ torch.compile keeps 8: of 16 depths 8 run uncompiled, with a warning once.
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +18,10 @@ from torch import nn
 from adn_kernels import private
 from adn_kernels.private import pytree
 
-from ..core import regions as paths
+from ..core import regions, taps
 from ..core.behaviours import mixing_norm
-from ..core.state import DepthLike, at_depth, state_of, unwrap
-from ..core.state import depths as all_depths
+from ..core.state import state_of, unwrap
 from .fuse import FusedNet
-
-_DEPTH, _REGION = "adn depth ", "adn region"
-_OPERATORS = ("aten::", "adn::", "torchvision::")
 
 
 def compile(
@@ -82,89 +75,10 @@ def compile(
     if batch_sizes is not None:
         _check_sizes(inner, batch_sizes)
         compiler = partial(_compile_for_sizes, compiler)
-    paths.compile_regions(inner, compiler)
+    regions.compile_regions(inner, compiler)
     around = None if batch_sizes is None else lambda call: partial(_in_sizes, inner, call, sorted(batch_sizes))
     private.compile_in_place(inner, around, **options)
     return net
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What a sweep over depths made torch.compile do, and a second sweep.
-
-    Attributes:
-        depths: how many were swept.
-        regions: paths and modules of `adn.core.regions` that were compiled in the first sweep.
-        frames: other pieces of code that were compiled in it: what lies around the stages.
-        given_up: names of functions that could not be compiled and run uncompiled.
-        graph_breaks: how often code was cut because something in it is not traced; the dispatch of stages is.
-        recompiles: compilations in the second sweep.
-        uncompiled: by depth, how many operators ran outside of compiled code in the second sweep; only where any did.
-            What a compiled function calls after a cut is not told apart from it: `given_up`, `graph_breaks` show that.
-    """
-
-    depths: int
-    regions: int
-    frames: int
-    given_up: tuple[str, ...]
-    graph_breaks: int
-    recompiles: int
-    uncompiled: dict[str, int]
-
-
-def count(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike] | None = None) -> Counts:
-    """Count what compiling a net costs, by two sweeps over its depths.
-
-    Runs forwards as the net is, in training mode with its side effects, and in the caller's gradient mode. Compilations
-    of code that has run before do not show: count first.
-
-    Args:
-        net: a net that `compile` or `torch.compile` was applied to.
-        x: its input.
-        depths: which; None = all.
-    """
-    swept = list(all_depths(net)) if depths is None else list(depths)
-    before = private.graph_breaks()
-    first = private.compilations(lambda: [_forward(net, x, depth) for depth in swept])
-    breaks = private.graph_breaks() - before
-    done = [m for m in first if m.fail_type is None]
-    regions = [m for m in done if m.co_filename == paths.__file__]
-
-    def sweep() -> None:
-        for depth in swept:
-            with torch.autograd.profiler.record_function(f"{_DEPTH}{depth}"):
-                _forward(net, x, depth)
-
-    @private.unseen
-    def marked(run: Callable, *args: Any) -> Any:
-        with torch.autograd.profiler.record_function(_REGION):
-            return run(*args)
-
-    with mock.patch.object(paths, "run_region", marked), torch.autograd.profiler.profile() as profile:
-        recompiles = len(private.compilations(sweep))
-    uncompiled = collections.Counter(filter(None, map(_uncompiled_at, profile.function_events)))
-    given_up = tuple(m.co_name for m in first if m.fail_type is not None)
-    return Counts(len(swept), len(regions), len(done) - len(regions), given_up, breaks, recompiles, dict(uncompiled))
-
-
-def _forward(net: nn.Module, x: torch.Tensor, depth: DepthLike) -> None:
-    with at_depth(net, depth):
-        net(x)
-
-
-def _uncompiled_at(event: Any) -> str | None:
-    """The depth at which an operator ran, called by nothing compiled and by no other operator; else None."""
-    if not event.name.startswith(_OPERATORS):
-        return None
-    in_region = False
-    while (event := event.cpu_parent) is not None:
-        # What a compiled frame calls counts as within it, and so would a region that is not compiled.
-        if event.name.startswith(_OPERATORS) or (event.name.startswith("Torch-Compiled Region") and not in_region):
-            return None
-        in_region = in_region or event.name == _REGION
-        if event.name.startswith(_DEPTH):
-            return event.name.removeprefix(_DEPTH)
-    return None
 
 
 def _check_toolchain(net: nn.Module) -> None:
@@ -187,7 +101,7 @@ def _check_sizes(net: nn.Module, sizes: Sequence[int]) -> None:
                          "compile without batch_sizes")
 
 
-def _compile_for_sizes(compiler: paths.Compiler, function: Callable) -> Callable:
+def _compile_for_sizes(compiler: regions.Compiler, function: Callable) -> Callable:
     """A region of evaluation, laid when it first runs, for a few sizes; one of training for all that come."""
     return compiler(function) if torch.is_grad_enabled() else compiler(function, dynamic=False)
 
@@ -197,7 +111,7 @@ def _in_sizes(net: nn.Module, call: Callable, sizes: Sequence[int], *args: Any, 
     if net.training or torch.is_grad_enabled() or kwargs or len(args) != 1 or not torch.is_tensor(args[0]):
         return call(*args, **kwargs)
     # Who runs both nets in one forward, or waits for outputs of stages, counts samples.
-    if paths.listeners or state_of(net).shared.one_forward is not None:
+    if taps.listeners or state_of(net).shared.one_forward is not None:
         return call(*args)
     parts = [_padded(call, sizes, part) for part in args[0].split(sizes[-1])]
     return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)

@@ -23,9 +23,10 @@ from ..core.state import depths as all_depths
 from ..measure.accuracy import read_depths
 from ..measure.profile import Profile, device_name, fit_budget, profile
 from .cuda_graphs import CudaGraphs, Graph
+from .cut import Segment
 from .fuse import FusedNet
 from .per_image import checked_flags
-from .staged import Form, Place, Segment, map_tensors, staged, zeros
+from .staged import Form, Place, map_tensors, staged, zeros
 from .watch import Watch
 
 _ATTEMPTS = 3  # at a call whose net has changed; one that changes with every forward is no static program

@@ -21,9 +21,10 @@ from adn_kernels import private
 from ..core.behaviours import mixing_norm
 from ..core.depth import Depth
 from ..core.state import DepthLike, State, state_of, unwrap
+from .cut import Segment, cut, filled
+from .fusing import fuse_calls
 from .layers import Layer
 from .per_image import checked_flags, fastest, split_run
-from .segments import Segment, filled, segments_of
 from .watch import Watch
 
 
@@ -66,8 +67,8 @@ class FusedNet(nn.Module):
         self._compile_options: dict[str, Any] | None = None
         # Not a child: what is fused of it is here.
         self.__dict__["_adn"] = State(
-            state.plan, [copy.copy(switch) for switch in state.switches], state.full, state.twins, {}, state.origin,
-            state.class_names, made_from=source)
+            state.plan, [copy.copy(choice) for choice in state.choices], state.full, state.base, state.twins, {},
+            state.origin, state.class_names, made_from=source)
         if any(module.training for module in source.modules()):
             raise ValueError("a deploy form is for inference: call net.eval() first")
         self._build()
@@ -79,8 +80,8 @@ class FusedNet(nn.Module):
         Raises:
             RuntimeError: if x requires a gradient.
         """
-        switches = self._adn.switches
-        return self._run(x, lambda segment, inputs: segment.run(switches[segment.flag].entry, *inputs))
+        choices = self._adn.choices
+        return self._run(x, lambda segment, inputs: segment.run(choices[segment.flag].entry, *inputs))
 
     def per_image(self, x: Tensor, depths: Tensor | Callable[[int, Tensor], Tensor] | Sequence[DepthLike]) -> Any:
         """Every image of a batch at a depth of its own; the depth of the net does not matter.
@@ -107,15 +108,15 @@ class FusedNet(nn.Module):
                 raise ValueError(f"{len(table)} depths for {len(x)} images; pass one for each")
             return self._run(x, lambda segment, inputs: self._split(segment, inputs, [d[segment.flag] for d in table]))
         if isinstance(depths, Tensor):
-            flags = checked_flags(depths, (len(self._adn.switches), len(x)), x.device, len(self._adn.plan.stacks))
+            flags = checked_flags(depths, (len(self._adn.full), len(x)), x.device, len(self._adn.full.layers))
             return self._run(x, lambda segment, inputs: segment.per_image(*inputs, flags[segment.flag]))
         found: dict[int, Tensor] = {}
 
         def routed(segment: Segment, inputs: list[Any]) -> tuple:
             k = segment.flag
             if k not in found:
-                is_stack = k >= len(self._adn.plan.flags)
-                found[k] = checked_flags(depths(k, inputs[0]), (len(x),), x.device, len(x) if is_stack else 0)
+                counts = 0 if isinstance(self._adn.full[k], bool) else len(x)
+                found[k] = checked_flags(depths(k, inputs[0]), (len(x),), x.device, counts)
             return segment.per_image(*inputs, found[k])
 
         return self._run(x, routed)
@@ -204,7 +205,8 @@ class FusedNet(nn.Module):
     def _build(self) -> None:
         state_of(self._adn.made_from).check_intact()
         with torch.inference_mode(False):  # what is made here is written to again by `refresh`
-            segments, self._result = segments_of(self._adn.made_from)
+            segments, self._result = cut(self._adn.made_from)
+            fuse_calls(segments)
         self.segments = nn.ModuleList(segments)
         if self._compile_options is not None:
             self.compile(**self._compile_options)
@@ -213,5 +215,5 @@ class FusedNet(nn.Module):
         self._mixing = mixing_norm(source)
         self._watch = Watch(source)
         # Of counters too: torch's batch norm writes its running statistics without counting a version of them.
-        self._tensors = [*source.parameters(), *source.buffers()]
+        self._tensors = [t for t in (*source.parameters(), *source.buffers()) if not t.is_inference()]
         self._versions = list(map(private.version, self._tensors))

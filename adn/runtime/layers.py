@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adn_kernels import ops, private
 from adn_kernels.activation import act_reference
 
-from .graph import hooked
+from ..core.trace import hooked
 from .norms import activation_in, evenly_spaced
 
 
@@ -68,59 +68,61 @@ def folded_norm(norm: nn.Module, conv_bias: Tensor | None = None) -> tuple[Tenso
 
 
 class ConvNormAct(Layer):
-    """`act(norm(conv(x)) + residual)`, the norm folded into the convolution's weight and bias."""
+    """`act(norm(conv(x)) + residual)`, the norm folded into the convolution's weight and bias; with a second norm, for
+    each sample (`bank`) with one of the two, as scale and shift."""
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module, activation: str) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, activation: str, second: nn.Module | None = None) -> None:
         super().__init__()
         self.activation = activation
         self.place = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.__dict__["source"] = conv, norm
+        self.__dict__["source"] = conv, norm, second
         self.packed: Tensor | None = None
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        conv, norm = self.source
+        conv, norm, second = self.source
+        if second is not None:
+            for name, vectors in zip(("scales", "shifts"), zip(*(folded_norm(n, conv.bias) for n in (norm, second)))):
+                self._keep(name, torch.stack(vectors))
+            return
         weight, bias = ops.fold(conv.weight, *folded_norm(norm, conv.bias))
         self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
         self._keep("bias", bias)
         self.packed = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None and tuple(residual.shape) != conv_shape(x, self.weight, *self.place[:3]):
-            return act_reference(self._convolve(x, None, "identity") + residual, self.activation)
-        return self._convolve(x, residual, self.activation)
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor | None = None) -> Tensor:
+        if residual is not None and tuple(residual.shape) != conv_shape(x, self.source[0].weight, *self.place[:3]):
+            return act_reference(self._convolve(x, None, "identity", bank) + residual, self.activation)
+        return self._convolve(x, residual, self.activation, bank)
 
-    def _convolve(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        if x.is_cuda:
-            return self._on_gpu(x, residual, activation)
+    def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, bank: Tensor | None) -> Tensor:
         # A compiler has no use for weights in oneDNN's own layout.
-        if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling() or not private.has_onednn():
-            return self._plain(x, residual, activation)
-        return self._on_cpu(x, residual, activation)
-
-    def _on_gpu(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        if bank is None and x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            if self.packed is None:
+                self.packed = private.pack_weight(self.weight, *self.place, x.shape)
+            if self.packed is not False:
+                y, rest = private.conv_pointwise(x, self.packed, self.bias, self.place, residual, activation)
+                return y if rest == "identity" else act_reference(y, rest)
         conv = self.source[0]
-        if not is_square(conv):
-            return self._plain(x, residual, activation)
-        return ops.conv(x, self.weight, None, self.bias, residual=residual, activation=activation,
-                        stride=conv.stride[0], padding=conv.padding[0], groups=conv.groups)
-
-    def _plain(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        y = F.conv2d(x, self.weight, self.bias, *self.place)
-        return act_reference(y if residual is None else y + residual, activation)
-
-    def _on_cpu(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        if self.packed is None:
-            stride, padding, dilation, groups = self.place
-            self.packed = private.pack_weight(self.weight, padding, stride, dilation, groups, x.shape)
-        return act_reference(*private.conv_pointwise(x, self.packed, self.bias, self.place, residual, activation))
+        if bank is not None and not is_square(conv):
+            z = F.conv2d(x, conv.weight, None, *self.place)
+            unit = [(torch.full_like(shift, value),) * 2 for shift, value in zip(self.shifts, (0, 1))]
+            return ops.batch_norm_eval(z, tuple(self.scales), tuple(self.shifts), *unit, residual=residual,
+                                       activation=activation, eps=0.0, bank=bank)
+        if bank is None and not (x.is_cuda and is_square(conv)):
+            y = F.conv2d(x, self.weight, self.bias, *self.place)
+            return act_reference(y if residual is None else y + residual, activation)
+        affine = (self.weight, None, self.bias) if bank is None else (conv.weight, self.scales, self.shifts)
+        return ops.conv(x, *affine, residual=residual, activation=activation, stride=conv.stride[0],
+                        padding=conv.padding[0], groups=conv.groups, bank=bank)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "packed": None}  # its layout cannot be copied
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, stride={self.place[0]}, groups={self.place[3]}, {self.activation}"
+        shape = tuple(self.source[0].weight.shape)
+        return f"{shape}, stride={self.place[0]}, groups={self.place[3]}, {self.activation}"
 
 
 class RepConvNormAct(ConvNormAct):
@@ -133,10 +135,10 @@ class RepConvNormAct(ConvNormAct):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        conv = self.source[0]
+        conv, norm, _ = self.source
         wide = torch.promote_types(conv.weight.dtype, torch.float32)
-        (weight, bias), (center, shift) = (ops.fold(c.weight.to(wide), *folded_norm(norm, c.bias))
-                                           for c, norm in (self.source, self.beside))
+        (weight, bias), (center, shift) = (ops.fold(c.weight.to(wide), *folded_norm(n, c.bias))
+                                           for c, n in ((conv, norm), self.beside))
         margin = conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]
         weight = (weight + F.pad(center, margin)).to(conv.weight.dtype)
         self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
@@ -152,23 +154,31 @@ class RepConvNormAct(ConvNormAct):
 
 
 class NormAct(Layer):
-    """`act(norm(x) + residual)`, a batch norm with fixed statistics that no convolution precedes."""
+    """`act(norm(x) + residual)`, a batch norm with fixed statistics that no convolution precedes; with a second norm,
+    for each sample (`bank`) one of the two."""
 
-    def __init__(self, norm: nn.Module, activation: str) -> None:
+    def __init__(self, norm: nn.Module, activation: str, second: nn.Module | None = None) -> None:
         super().__init__()
         self.activation = activation
-        self.__dict__["source"] = norm
+        self.__dict__["source"] = norm, second
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        norm = self.source
-        if x.is_cuda and x.ndim == 4 and (residual is None or residual.shape == x.shape):
-            return ops.batch_norm_eval(x, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-                                       residual=residual, activation=self.activation, eps=norm.eps)
-        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
-        return act_reference(y if residual is None else y + residual, self.activation)
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor | None = None) -> Tensor:
+        norm, second = self.source
+        if bank is None and not (x.is_cuda and x.ndim == 4):
+            y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+            return act_reference(y if residual is None else y + residual, self.activation)
+        names = ("weight", "bias", "running_mean", "running_var")
+        vectors = [getattr(norm, name) for name in names]
+        if bank is not None:
+            vectors = [None if own is None else (own, getattr(second, name)) for own, name in zip(vectors, names)]
+        fits = residual is None or residual.shape == x.shape  # another would be broadcast, which ops do not do
+        y = ops.batch_norm_eval(
+            x if x.ndim == 4 else x[..., None, None], *vectors, residual=residual if fits else None,
+            activation=self.activation if fits else "identity", eps=norm.eps, bank=bank).reshape(x.shape)
+        return y if fits else act_reference(y + residual, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{self.source.num_features}, {self.activation}"
+        return f"{self.source[0].num_features}, {self.activation}"
 
 
 class AddLayerNorm(Layer):

@@ -19,8 +19,8 @@ from adn_kernels.activation import act_reference
 from adn_kernels.layer_norm import MAX_CHANNELS
 
 from ..core.behaviours import FROZEN_NORMS, Rerouted, SkipNorm, original_class
-from ..core.switch import recomputing
-from .graph import activation_of_module
+from ..core.choice import recomputing
+from ..core.trace import activation_of_module
 
 _WITH_ACTIVATION = (timm.layers.BatchNormAct2d, timm.layers.SyncBatchNormAct, timm.layers.FrozenBatchNormAct2d)
 # Exactly these: a subclass may compute something else.
@@ -153,12 +153,12 @@ class _Live(NamedTuple):
 
 def _live(norm: nn.Module, x: Tensor) -> _Live | None:
     """None if the norm has more to do than an op: to double the batch, or to move statistics twice by one batch."""
-    switch = norm.__dict__.get("_adn_switch")
-    if switch is None:
+    choice = norm.__dict__.get("_adn_choice")
+    if choice is None:
         return _Live(norm)
-    samples, skips = switch.both(), isinstance(norm, SkipNorm)
+    samples, skips = choice.both(), isinstance(norm, SkipNorm)
     if not samples:
-        return _Live(norm._modules["skip"] if skips and switch.bypassed() else norm)
+        return _Live(norm._modules["skip"] if skips and choice.now() else norm)
     if x.shape[0] != 2 * samples:
         return None
     return _Live(norm, norm._modules["skip"] if skips else None, groups=2)

@@ -17,18 +17,16 @@ import timm.models.swin_transformer
 import timm.models.swin_transformer_v2
 import timm.models.vision_transformer
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 
 from adn_kernels import ops
-from adn_kernels.activation import act_reference
 from adn_kernels.epilogue import write_active
 from adn_kernels.launch import memory_format
 from adn_kernels.private import pytree
 
-from .graph import hooked
-from .layers import ConvNormAct, Layer, conv_shape, folded_norm, is_plain_conv, is_square
+from ..core.trace import hooked
+from .layers import ConvNormAct, conv_shape, is_plain_conv, is_square
 from .norms import is_layer_norm
 
 
@@ -83,6 +81,19 @@ def split_run(run: Callable[..., tuple], inputs: Sequence[Any], entries: Sequenc
     return pytree.tree_map(merge, *results)
 
 
+def picked(picks: Tensor, values: Sequence[int], *outputs: Tensor) -> Tensor:
+    """For each sample the output that belongs to its value.
+
+    Args:
+        picks: int32 (N,).
+        values: as many as outputs, each (N, ...). What is none of them counts as the last.
+    """
+    result = outputs[-1]
+    for value, output in zip(values[:-1], outputs[:-1], strict=True):
+        result = torch.where(_of_samples(picks == value, output), output, result)
+    return result
+
+
 def fastest(ways: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3) -> str:
     """The name of the one that takes the least time, best of some rounds."""
     best = dict.fromkeys(ways, float("inf"))
@@ -95,62 +106,6 @@ def fastest(ways: Mapping[str, Callable[[], object]], device: torch.device, roun
             if step >= 0:
                 best[name] = min(best[name], time.perf_counter() - start)
     return min(best, key=best.__getitem__)
-
-
-class ConvEitherNormAct(Layer):
-    """`act(norm(conv(x)) + residual)`, for each sample with one of two norms."""
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module, second: nn.Module, activation: str) -> None:
-        super().__init__()
-        self.activation = activation
-        self.__dict__["source"] = conv, norm, second
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        conv, *norms = self.source
-        scales, shifts = zip(*(folded_norm(norm, conv.bias) for norm in norms))
-        self._keep("scale", torch.stack(scales))
-        self._keep("shift", torch.stack(shifts))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor) -> Tensor:
-        conv = self.source[0]
-        shape = conv_shape(x, conv.weight, conv.stride, conv.padding, conv.dilation)
-        if residual is not None and tuple(residual.shape) != shape:
-            return act_reference(self._convolve(x, None, "identity", bank) + residual, self.activation)
-        return self._convolve(x, residual, self.activation, bank)
-
-    def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, bank: Tensor) -> Tensor:
-        conv = self.source[0]
-        if is_square(conv):
-            return ops.conv(x, conv.weight, self.scale, self.shift, residual=residual, activation=activation,
-                            stride=conv.stride[0], padding=conv.padding[0], groups=conv.groups, bank=bank)
-        z = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return ops.batch_norm_eval(z, *_unit_norm(self.scale, self.shift), residual=residual, activation=activation,
-                                   eps=0.0, bank=bank)
-
-
-class EitherNormAct(Layer):
-    """`act(norm(x) + residual)`, for each sample with one of two batch norms."""
-
-    def __init__(self, norm: nn.Module, second: nn.Module, activation: str) -> None:
-        super().__init__()
-        self.activation = activation
-        self.__dict__["source"] = norm, second
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor) -> Tensor:
-        if residual is not None and residual.shape != x.shape:
-            return act_reference(self._norm(x, None, "identity", bank) + residual, self.activation)
-        return self._norm(x, residual, self.activation, bank)
-
-    def _norm(self, x: Tensor, residual: Tensor | None, activation: str, bank: Tensor) -> Tensor:
-        pairs = [tuple(getattr(norm, name) for norm in self.source)
-                 for name in ("weight", "bias", "running_mean", "running_var")]
-        pairs = [None if first is None else (first, second) for first, second in pairs]
-        pixels = x if x.ndim == 4 else x[..., None, None]
-        y = ops.batch_norm_eval(pixels, *pairs, residual=residual, activation=activation, eps=self.source[0].eps,
-                                bank=bank)
-        return y.reshape(x.shape)
 
 
 class EitherNorm(nn.Module):
@@ -177,10 +132,14 @@ class BypassedBlock(nn.Module):
         self.mask = _Mask()
         self.block = block
         self.in_place = in_place
-        stream = next(iter(block.graph.nodes))
-        result = block.graph.output_node().args[0][0]
+
+    def leave_out_work(self) -> None:
+        """Let its layers compute those samples only that run it, where they can; once all of them are in place."""
+        block, graph = self.block, self.block.graph
+        stream = next(iter(graph.nodes))
+        result = graph.output_node().args[0][0]
         of_samples = {stream}  # samples lead in these
-        for node in block.graph.nodes:
+        for node in graph.nodes:
             if not of_samples.isdisjoint(node.all_input_nodes) and not _moves_samples(node):
                 of_samples.add(node)
                 module = getattr(block, node.target) if node.op == "call_module" else None
@@ -316,9 +275,3 @@ def _moves_samples(node: fx.Node) -> bool:
 def _of_samples(flags: Tensor, x: Tensor) -> Tensor:
     """(N,) as it broadcasts against x, (N, ...)."""
     return flags.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _unit_norm(scale: Tensor, shift: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Both banks' scale and shift, (2, C) each, as the four pairs of parameters of a norm."""
-    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-    return tuple((vectors[0], vectors[1]) for vectors in (scale, shift, zeros, ones))

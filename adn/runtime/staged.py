@@ -13,19 +13,9 @@ from adn_kernels.private import pytree
 
 from ..core.state import state_of
 from .cuda_graphs import Graph
+from .cut import Segment
 
 _CONSTANTS = (bool, int, float, str, type(None))
-
-
-class Segment(Protocol):
-    """A part of a forward that depends on one flag at most."""
-
-    flag: int | None
-    takes: Sequence[str]
-    gives: Sequence[str]
-
-    def run(self, entry: bool | int, *inputs: Any) -> Sequence[Any]:
-        """The values named by `gives`, of those named by `takes`, at an entry of the depth; False if it has no flag."""
 
 
 class Staged(Protocol):

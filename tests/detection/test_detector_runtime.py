@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compilations import count
 from conftest import randomise
 from detr_cases import some_targets
 from fake_graphs import FakeGraphs
@@ -22,7 +23,7 @@ from adn.measure.profile import fit_budget, profile
 from adn.models.rtdetr.criterion import DetectionLoss
 from adn.runtime import engine as engine_module
 from adn.runtime.accelerate import accelerate, fusions, use_kernels
-from adn.runtime.compile import compile, count
+from adn.runtime.compile import compile
 from adn.runtime.engine import Engine
 from adn.runtime.fuse import fuse
 from adn.runtime.layers import NormAct, RepConvNormAct

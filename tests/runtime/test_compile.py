@@ -16,14 +16,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from compilations import Counts, count
 from conftest import build, randomise
 from torch import nn
 from torch.compiler import set_stance
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import adn
-from adn.core import regions as paths
-from adn.runtime.compile import Counts, compile, count
+from adn.core import taps
+from adn.runtime.compile import compile
 
 Way = Callable[..., nn.Module]
 WAYS = pytest.mark.parametrize("way", [compile, torch.compile], ids=["adn", "torch"])
@@ -474,7 +475,7 @@ class TestSelfDistillation:
                 outputs: list[torch.Tensor] = []
                 first = adn.stages(each)[0]
                 expected = adn.extract(net, depth)
-                with torch.no_grad(), adn.at_depth(each, depth), paths.listening(first.refinement[-1], outputs.append):
+                with torch.no_grad(), adn.at_depth(each, depth), taps.listening(first.end, outputs.append):
                     each(x)
                     torch.testing.assert_close(outputs, [expected[1](expected[0](x))])
 

@@ -74,7 +74,7 @@ class TinyInSegments(Tiny):
             return self.stem(x.mul_(2) / 2), 4
 
         def stage(i: int, bypassed: bool, h: Tensor, count: int) -> tuple:
-            self._adn.switches[i].set(bypassed)
+            self._adn.choices[i].set(bypassed)
             h = self.get_submodule(f"s{i + 1}")(h)
             return ((h, h.mean((2, 3))),) if i == 3 else (h,)
 

@@ -138,7 +138,7 @@ def test_bypassed_samples_keep_their_bits(name: str) -> None:
     for block in blocks:
         block.register_forward_pre_hook(before)
         block.register_forward_hook(hook)
-    flags = torch.tensor([[0, 1, 1, 0, 1]] * len(fused._adn.switches), dtype=torch.int32)
+    flags = torch.tensor([[0, 1, 1, 0, 1]] * len(fused._adn.choices), dtype=torch.int32)
     fused.per_image(x, flags)
     assert len(seen) == len(blocks)
     assert all(seen)

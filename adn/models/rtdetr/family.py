@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from ...core.behaviours import is_norm
-from ...core.plan import Plan, StackPlan, StagePlan
+from ...core.kinds.stack import StackPlan
+from ...core.kinds.stage import StagePlan
+from ...core.plan import Plan
 from ...families import FAMILIES, family, runs
 from .decoder import Decoder
 from .encoder import CSPRepLayer, HybridEncoder

@@ -14,12 +14,9 @@ from torch import Tensor, fx, nn
 from ...core.behaviours import FROZEN_NORMS
 from ...core.regions import only_calls, unseen
 from ...core.state import state_of
+from ...detect.detector import Detector
 from ...detect.targets import Targets, fitting
-from ..entry import Detector
-from . import (
-    STRIDE,
-    family,  # noqa: F401, which is to know the models of this file
-)
+from . import STRIDE
 from .criterion import DistillationLoss
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries

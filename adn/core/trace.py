@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import timm.layers
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from ..core.behaviours import is_norm, original_class
+from .behaviours import is_norm, original_class
 
 # Modules and functions by the name their activation has in `adn_kernels.ops.ACTIVATIONS`.
 _ACTIVATION_MODULES: dict[type, str] = {
@@ -71,7 +71,22 @@ class CannotTrace(ValueError):
 
 
 class _Proxy(fx.Proxy):
-    """Knows of additions in place, of which torch.fx makes others: who holds the same tensor would not see them."""
+    """Knows of additions in place, of which torch.fx makes others: who holds the same tensor would not see them. And of
+    what it is made of."""
+
+    @property
+    def parts(self) -> int | None:
+        """How many tensors it is made of, where the call says so: torch.fx would look into the bytecode only, and so
+        not allow `list(x.chunk(2, 1))`."""
+        name = self.node.target if isinstance(self.node.target, str) else getattr(self.node.target, "__name__", "")
+        arguments = {**self.node.kwargs, **dict(zip((None, "parts"), self.node.args))}
+        parts = next((arguments[key] for key in ("parts", "chunks", "split_size") if key in arguments), None)
+        if name == "chunk" and isinstance(parts, int):
+            return parts
+        return len(parts) if name.startswith("split") and isinstance(parts, list | tuple) else None
+
+    def __len__(self) -> int:
+        return super().__len__() if self.parts is None else self.parts
 
     def __iadd__(self, other: object) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -96,6 +111,9 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        return super().iter(obj) if obj.parts is None else (obj[i] for i in range(obj.parts))
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return name in self.leaves or is_norm(module) or not any(is_norm(child) for child in module.modules())

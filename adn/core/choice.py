@@ -1,13 +1,13 @@
-"""The run-time state of a stage: is its refinement path bypassed, or does one forward do both? And of a stack: how many
-of its layers run?
+"""The run-time state of one entry of a depth: is the refinement path of a stage bypassed, how many layers of a stack
+run, or does one forward do both super-net and base-net?
 
 Changing it writes Python attributes and nothing else: no allocation on a device, no compilation, no
 synchronisation.
 
 Gradient checkpointing runs a block's forward a second time during backward, when the depth may have moved on
 (self-distillation runs the super-net, then the base-net, then one backward). Every autograd node carries a number
-drawn from a per-thread counter when it is created, so a switch that remembers the counter's value at each change
-can tell which state was live when the node being differentiated was made, whoever calls the checkpoint and however.
+drawn from a per-thread counter when it is created, so a choice that remembers the counter's value at each change can
+tell which state was live when the node being differentiated was made, whoever calls the checkpoint and however.
 Two limits: the forward and the changes of depth must happen in one thread, and a checkpoint inside a reentrant one is
 refused, since its nodes are made during backward.
 """
@@ -15,7 +15,9 @@ refused, since its nodes are made during backward.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ def recomputing() -> bool:
 
 
 class Both:
-    """State of every switch while one forward runs the super-net and the base-net.
+    """State of every choice while one forward runs the super-net and the base-net.
 
     From where they part, tensors hold `samples` samples of the super-net, then as many of the base-net. False as the
     state of a refinement path: it does run, on the first half.
@@ -93,67 +95,56 @@ class _History:
         return self._states[i]
 
 
-class Switch:
-    """Shared by everything in one stage that depends on the stage's flag.
+class Choice:
+    """Shared by everything that depends on one entry of the depth.
 
     Attributes:
-        skip: what is set.
+        state: what is set: bool (is the refinement path bypassed?), int (how many layers run?), or `Both`.
         one_forward: the same while it is `Both`, else None. By itself, so that compiled code which asks nothing else
-            does not depend on `skip`.
+            does not depend on `state`.
+        in_training: does it hold in training too? If not, all runs there.
     """
 
-    __slots__ = ("_history", "one_forward", "skip")
+    __slots__ = ("_forced", "_history", "in_training", "one_forward", "state")
 
-    def __init__(self, skip: bool | Both = False) -> None:
-        self.skip = skip
-        self.one_forward = skip if isinstance(skip, Both) else None
-        self._history = _History(skip)
+    def __init__(self, state: bool | int | Both = False, in_training: bool = True) -> None:
+        self.in_training = in_training
+        self._history = _History(state)
+        self._forced = False
+        self.set(state, noted=False)
 
-    def set(self, skip: bool | Both) -> None:
-        self._history.note(skip)
-        self.skip = skip
-        self.one_forward = skip if isinstance(skip, Both) else None
+    def set(self, state: bool | int | Both, noted: bool = True) -> None:
+        if noted:
+            self._history.note(state)
+        self.state = state
+        self.one_forward = state if isinstance(state, Both) else None
 
     @property
-    def entry(self) -> bool:
+    def entry(self) -> bool | int:
         """Its entry in the depth of the net."""
-        return bool(self.skip)
+        return False if isinstance(self.state, Both) else self.state
 
-    def bypassed(self) -> bool | Both:
-        """Is the refinement path bypassed in the forward that is running?"""
-        return self._history.at_forward() if recomputing() else self.skip
+    def now(self) -> bool | int | Both:
+        """What holds in the forward that is running."""
+        return self._history.at_forward() if recomputing() and not self._forced else self.state
 
     def both(self) -> int:
         """How many samples each net has in a forward that runs super-net and base-net at once; 0 in any other."""
-        state = self._history.at_forward() if recomputing() else self.one_forward
+        state = self._history.at_forward() if recomputing() and not self._forced else self.one_forward
         return state.samples if isinstance(state, Both) else 0
 
-    def __reduce__(self) -> tuple:
-        return Switch, (bool(self.skip),)  # a copy made while one forward runs both nets begins as any other
-
-
-class Cut:
-    """Of a stack of layers: how many run.
-
-    Attributes:
-        entry: how many of them run, in evaluation.
-        in_training: does that hold in training too? If not, all run there.
-    """
-
-    __slots__ = ("_history", "entry", "in_training")
-
-    def __init__(self, entry: int, in_training: bool = False) -> None:
-        self.entry = entry
-        self.in_training = in_training
-        self._history = _History(entry)
-
-    def set(self, entry: int) -> None:
-        self._history.note(entry)
-        self.entry = entry
-
-    def running(self) -> int:
-        """How many run in the forward that is running."""
-        return self._history.at_forward() if recomputing() else self.entry
+    @contextlib.contextmanager
+    def held_at(self, state: bool) -> Iterator[None]:
+        """Inside the block it is so, also where a forward is repeated by gradient checkpointing."""
+        before = self.state, self._forced
+        noted = not recomputing()  # a backward may run in a thread of its own, of which there is no history
+        self.set(state, noted)
+        self._forced = True
+        try:
+            yield
+        finally:
+            self.set(before[0], noted)
+            self._forced = before[1]
 
     def __reduce__(self) -> tuple:
-        return Cut, (self.entry, self.in_training)
+        return Choice, (self.entry, self.in_training)  # a copy made while one forward runs both begins as any other
