@@ -15,6 +15,7 @@ from torch import nn
 
 from .convert import convert
 from .core.state import state_of
+from .data.scenes import HELD_OUT, read_digits
 from .export.extract import extract
 from .measure.accuracy import evaluate
 from .measure.profile import Profile, profile, require_matplotlib
@@ -22,7 +23,6 @@ from .models.registry import create_model
 from .train import Recipe, fit, holds_run
 
 SIZE = 32  # the 8 x 8 digits are enlarged to this
-HELD_OUT = 360
 SHIFT = 4
 RECIPE = Recipe(
     model="resnet18", model_kwargs={"channels": [32, 64, 128, 256]}, epochs=16, batch_size=32,
@@ -48,14 +48,9 @@ class Digits:
 
     @classmethod
     def load(cls) -> Digits:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise ImportError('the demo needs scikit-learn: pip install "adn[demo]"') from error
-        data = load_digits()
-        x = torch.from_numpy(data.images).float()[:, None] / 16
-        y = torch.from_numpy(data.target).long()
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1797))
+        grey, digits, order = read_digits()
+        x = torch.from_numpy(grey).float()[:, None] / 16
+        y, order = torch.from_numpy(digits), torch.from_numpy(order)
         held_out, training = order[:HELD_OUT], order[HELD_OUT:]
         x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
         mean, std = x[training].mean().item(), x[training].std().item()

@@ -22,9 +22,9 @@ from tqdm import tqdm
 CLASSES = tuple("0123456789")  # categories 1 to 10
 SPLITS = ("train", "val")
 SMALLEST_SIZE = 64
+HELD_OUT = 360  # digits, for validation scenes and the evaluation of `adn demo`
 
 _FORMAT = 1  # of what a seed means
-_HELD_OUT = 360  # digits, for the validation scenes: those that `adn demo` holds out
 _MOST = 12  # objects in a scene
 _SMALLEST, _LARGEST = 12, 0.44  # height of a digit: in pixels; as a share of the scene's
 _VISIBLE = 0.75  # of each digit's pixels, at least
@@ -119,27 +119,34 @@ def write_scenes(out: str | os.PathLike[str], images: int = 2000, val_images: in
     return out
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """scikit-learn's digits (Alpaydin and Kaynak 1998, test part).
 
     Returns:
-        Grey values uint8 (1797, 8, 8), 0 = paper to 255 = ink; digits int64 (1797,); bool (1797,), which 360 of them
-        are for validation scenes.
+        Grey values float64 (1797, 8, 8), 0 = paper to 16 = ink; digits int64 (1797,); an order int64 (1797,), in which
+        the first `HELD_OUT` are those that nothing is learnt from.
 
     Raises:
         ImportError: without scikit-learn, `pip install "adn[demo]"`.
     """
     try:
-        from sklearn import datasets
+        from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('scenes of digits need scikit-learn: pip install "adn[demo]"') from error
+        raise ImportError('handwritten digits need scikit-learn: pip install "adn[demo]"') from error
     import torch
 
-    data = datasets.load_digits()
-    held_out = np.zeros(len(data.target), dtype=bool)
-    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(len(held_out)))
-    held_out[order[:_HELD_OUT].numpy()] = True
-    return (data.images * (255 / 16)).round().astype(np.uint8), data.target.astype(np.int64), held_out
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(len(data.target)))
+    return data.images, data.target.astype(np.int64), order.numpy()
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of `read_digits`: grey values uint8 (1797, 8, 8), 0 = paper to 255 = ink; digits int64 (1797,); bool (1797,),
+    which are for validation scenes."""
+    grey, digits, order = read_digits()
+    held_out = np.zeros(len(order), dtype=bool)
+    held_out[order[:HELD_OUT]] = True
+    return (grey * (255 / 16)).round().astype(np.uint8), digits, held_out
 
 
 def make_scene(rng: np.random.Generator, glyphs: np.ndarray, digits: np.ndarray, size: int) -> Scene:
