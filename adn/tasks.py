@@ -5,8 +5,8 @@ that tells one kind of net from another.
     rows = task.evaluate(net, loader)
     print(task.table(rows))
 
-A new detector is an entry of `adn.models`, and nothing here. A new task is a value like the two below, in `TASKS`; how its
-accuracy is called stands in `adn.measure.profile.METRICS`, and what a run of it is told in `adn.train.run.CONFIGS`.
+A new detector is an entry of `adn.models`, and nothing here. A new task is a value like the two below, in `TASKS`; how
+its accuracy is called stands in `adn.measure.profile.METRICS`, what a run of it is told in `adn.train.run.CONFIGS`.
 """
 
 from __future__ import annotations

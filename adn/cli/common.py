@@ -56,8 +56,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, batch_size: str = "64", 
     group.add_argument("--split", default="", help=f"the sub-folder or split of DATA to open (default: {split})")
     group.add_argument("--class-map", default="", metavar="FILE", help="text file of class names, one per line, in the "
                        "order of their labels (default: the names of the sub-folders, sorted)")
-    group.add_argument("--batch-size", type=int, metavar="N",
-                       help=f"images per batch (default: {batch_size})")
+    group.add_argument("--batch-size", type=int, metavar="N", help=f"images per batch (default: {batch_size})")
     group.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)")
 
 

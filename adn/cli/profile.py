@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 
 from .common import (
+    add_device_argument,
     add_task_argument,
     build,
     check_task,
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--percentile", type=int, choices=(50, 99), default=50,
                         help="of the times that must fit the budget (default: 50)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one)")
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
