@@ -128,6 +128,7 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
     from ..convert import convert
     from ..models.registry import ENTRIES, create_model
 
+    task_of_model(name)  # which raises the error of a name that is none
     net = create_model(name, num_classes=num_classes)
     return net if ENTRIES[name].any_depth else convert(net)
 
