@@ -17,6 +17,7 @@ from .kinds import KINDS, Kind, submodule
 from .kinds.narrow import as_it_concatenates
 from .kinds.stack import StackPlan
 from .kinds.stage import StagePlan, check_keeps_shape
+from .tables import table
 
 BY_HAND = "by hand"
 
@@ -140,8 +141,7 @@ class Plan(list[StagePlan]):
                 _span(stage.refinement_blocks) or "-",
                 str(len(stage.norms)) if stage.norms is not None else "by default",
             ))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [table(rows, left=True)]
         lines += [f"and {stack.name}, a stack that may be cut short, to {stack.base} layers in the base-net"
                   for stack in self.stacks]
         count = len(self.flags)

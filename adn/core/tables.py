@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable, Sequence
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first flush left, the others flush right."""
+def table(rows: Sequence[Sequence[str]], left: bool = False) -> str:
+    """Rows of text in columns, the first flush left, the others flush right, or also left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width)
+        "  ".join(cell.rjust(width) if i and not left else cell.ljust(width)
                   for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in rows
     )

@@ -21,6 +21,7 @@ from torch.nn.modules import module as nn_module
 from ..core.behaviours import Rerouted, is_norm, original_class, swap
 from ..core.plan import Plan
 from ..core.state import state_of, unwrap
+from ..core.tables import table
 from ..core.trace import CannotTrace, addition_of, hooked, trace
 from . import norms
 from .match import chain_of, sum_before
@@ -106,8 +107,7 @@ class Fusions(list[Fusion]):
     def __str__(self) -> str:
         rows = [("module", "class", "active", "ops")]
         rows += [(f.name, f.kind, "yes" if f.active else "no", ", ".join(f.fused) or f"none: {f.reason}") for f in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join((*(cell.ljust(w) for cell, w in zip(row, widths)), row[3])) for row in rows)
+        return table(rows, left=True)
 
 
 def fusions(net: nn.Module) -> Fusions:

@@ -43,9 +43,10 @@ def is_square(conv: nn.Conv2d) -> bool:
 def conv_shape(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
                ) -> tuple[int, ...]:
     """Of the result of a convolution; a residual of another would be broadcast, which ops do not do."""
-    height, width = ((x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-                     for i in range(2))
-    return x.shape[0], weight.shape[0], height, width
+    def side(i: int) -> int:
+        return (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+
+    return x.shape[0], weight.shape[0], side(0), side(1)
 
 
 class Layer(nn.Module):
