@@ -97,14 +97,15 @@ class _Accuracy:
         self.losses = torch.zeros(depths, dtype=torch.float64, device=device)
 
     def add(self, i: int, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-        logits, labels = outputs.float(), targets.to(outputs.device, non_blocking=True)
-        if not i:
+        logits = outputs.float()
+        if not i:  # the first depth of a new batch
             check_classes(self.net, logits, targets, self.data)
             self.images += len(targets)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            self.labels = targets.to(logits.device, non_blocking=True)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == self.labels[:, None]
         self.hits[i, 0] += best[:, 0].sum()
         self.hits[i, 1] += best.sum()
-        self.losses[i] += F.cross_entropy(logits, labels, reduction="sum")
+        self.losses[i] += F.cross_entropy(logits, self.labels, reduction="sum")
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:

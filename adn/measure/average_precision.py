@@ -89,8 +89,8 @@ def evaluate_detector(
     image once. They are kept until the end, 7 kB per image and depth.
 
     Args:
-        net: a detector, any-depth or of one depth, with what of `adn.detect.detector.Detector`
-            says how many classes it has and what its outputs mean: `num_classes`, `postprocess`.
+        net: a detector, any-depth or of one depth, that has `num_classes` and `postprocess` of
+            `adn.detect.detector.Detector`.
         loader: a DataLoader over `CocoImages`, or a `Subset` of them, with `collate`.
         depths: which; None = every depth of the net.
         device: where batches go (their dtype becomes the net's); None = where the net's parameters are.
