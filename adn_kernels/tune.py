@@ -50,7 +50,6 @@ from . import (
     conv3x3,
     deformable_attention,
     depthwise,
-    distillation_kl,
     launch,
     layer_norm,
     private,
@@ -64,10 +63,9 @@ NETWORKS = ("resnet50", "mobilenetv2", "swin_t", "rtdetr_r50", "yolov12_l")
 BATCHES = (1, 8, 64)
 DTYPE = torch.bfloat16
 # In this order: "conv" chooses among kernels that are tuned by then.
-OPS = ("batch_norm", "batch_norm_eval", "layer_norm", "conv1x1", "linear", "conv3x3", "depthwise", "distillation_kl",
+OPS = ("batch_norm", "batch_norm_eval", "layer_norm", "conv1x1", "linear", "conv3x3", "depthwise",
        "deformable_attention", "conv")
-MODULES = (batch_norm, batch_norm_eval, layer_norm, conv1x1, conv3x3, depthwise, distillation_kl, deformable_attention,
-           conv)
+MODULES = (batch_norm, batch_norm_eval, layer_norm, conv1x1, conv3x3, depthwise, deformable_attention, conv)
 CANDIDATES = {"conv": [{"backend": backend} for backend in conv.BACKENDS]} | {
     kernel: configs for module in MODULES for kernel, configs in getattr(module, "TUNE", {}).items()}
 FASTER = 0.98  # what a candidate's time has to be of the best one's; less is noise
@@ -156,11 +154,6 @@ def cases(
                 for c in convs:
                     yield from (Case(op, f"{c}, batch {n}", partial(_conv, c, n, folded, device))
                                 for folded in (True, False))
-                continue
-            if op == "distillation_kl":
-                makes = [partial(make, n, top) for top in (None, 500) for make in (_kl, _kl_backward)]
-                makes += [partial(make, n) for make in (_feature_kl, _feature_kl_backward)]
-                yield from (Case(op, f"{op}, batch {n}", partial(make, device)) for make in makes)
                 continue
             if op == "deformable_attention":
                 makes = [partial(_deformable, n), *(partial(_deformable_backward, n, each) for each in (False, True))]
@@ -256,35 +249,6 @@ def _layer_norm_backward(t: Tokens, n: int, device: str) -> Call:
     x, dy, dtotal = (torch.randn(n, t.rows, t.inputs, dtype=DTYPE, device=device) for _ in range(3))
     return partial(layer_norm.launch_layer_norm_backward, dy, dtotal if t.residual else None, x,
                    *_vectors(2, t.inputs, device), None, None, None, 1e-6, DTYPE, DTYPE, True)
-
-
-def _logits(n: int, top: int | None, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    teacher, student = (torch.randn(n, 1000, dtype=DTYPE, device=device) for _ in range(2))
-    return teacher, student, None if top is None else teacher.topk(top, dim=1, sorted=False).indices
-
-
-def _kl(n: int, top: int | None, device: str) -> Call:
-    return partial(distillation_kl.launch_distillation_kl, *_logits(n, top, device), 1.0)
-
-
-def _kl_backward(n: int, top: int | None, device: str) -> Call:
-    logits = _logits(n, top, device)
-    loss, stats = distillation_kl.launch_distillation_kl(*logits, 1.0)
-    return partial(distillation_kl.launch_distillation_kl_backward, torch.ones_like(loss), *logits, stats, 1.0,
-                   (False, True))
-
-
-def _feature_kl(n: int, device: str) -> Call:
-    teacher, student = (_image(n, 2048, 7, device) for _ in range(2))
-    # Only the loss: how many parts the pooled means come in depends on the configuration.
-    return lambda: distillation_kl.launch_feature_kl(teacher, student, 1, 1.0)[0]
-
-
-def _feature_kl_backward(n: int, device: str) -> Call:
-    teacher, student = (_image(n, 2048, 7, device) for _ in range(2))
-    loss, *pooled = distillation_kl.launch_feature_kl(teacher, student, 1, 1.0)
-    return partial(distillation_kl.launch_feature_kl_backward, torch.ones_like(loss), *pooled, student.shape, 1, True,
-                   DTYPE, 1.0, False)
 
 
 def _sampling(n: int, device: str) -> tuple[Tensor, list[int], Tensor, Tensor]:

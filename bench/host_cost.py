@@ -25,7 +25,7 @@ import torch
 from cases import Case
 from common import append_rows, columns, header, write_rows
 from kernels import OPS
-from shapes import Block, Conv, Deformable, Feature, Layer, LayerNorm, Linear, Logits, Norm
+from shapes import Block, Conv, Deformable, Layer, LayerNorm, Linear, Norm
 from timing import failure, make_inputs, set_up
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +38,6 @@ TINY: tuple[Layer, ...] = (
     Conv("tiny", "depthwise", 1, 16, 16, 2, 3, groups=16, activation="relu"),
     Linear("tiny", "linear", 1, 4, 16, 16, "gelu"), Block("tiny", "bottleneck", 1, "bottleneck", 16, 16, 16, 2, 1,
                                                          "identity", "relu"),
-    Logits("tiny", "logits", 1, 1, 16), Feature("tiny", "feature", 1, 16, 2),
     Deformable("tiny", "deformable attention", 1, 4, 2, 8, 2, (2, 1)),
 )
 FIELDS = ("op", "layer", "direction", "ops", "call_us", "checks_us", "dispatch_us", "body_us", "aten_us")

@@ -42,7 +42,7 @@ from timing import Dry, Gpu, Measurement, allowed, check, failure, make_inputs, 
 sys.path[:0] = [str(Path(__file__).parent / "ops"), str(ROOT / "tests" / "kernels")]
 
 OPS = ("batch_norm", "conv1x1", "blocks", "depthwise", "layer_norm", "conv3x3", "batch_norm_eval", "conv",
-       "distillation_kl", "deformable_attention")
+       "deformable_attention")
 FIELDS = ("op", "network", "layer", "count", "batch", "shape", "dtype", "direction", "clock", "contender", "p20_us",
           "p50_us", "p80_us", "bytes", "flops", "gb_s", "tflop_s", "bound", "fraction", "ratio", "error", "status")
 UNMEASURED, CRASHED = "not measured: ", "failed: the process "  # how a status begins

@@ -232,7 +232,6 @@ KERNELS = {
     "batch_norm_eval": {"batch_norm_eval", "batch_norm_eval_backward"},
     "layer_norm": {"layer_norm", "layer_norm_backward"},
     "conv1x1": {"conv1x1"}, "linear": {"conv1x1"}, "conv3x3": {"conv3x3"}, "depthwise": {"depthwise"},
-    "distillation_kl": {"distillation_kl", "distillation_kl_backward", "feature_pool", "feature_kl_backward"},
     "deformable_attention": {"deformable_attention", "deformable_attention_backward", "deformable_attention_collect"},
     "conv": {"conv"},
 }
