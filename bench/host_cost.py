@@ -30,7 +30,7 @@ from timing import failure, make_inputs, set_up
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adn_kernels.gemm import out_shape
+from adn_kernels.conv import out_shape
 
 TINY: tuple[Layer, ...] = (
     Norm("tiny", "norm", 1, 16, 2, "relu", False), LayerNorm("tiny", "layer norm", 1, 4, 16, False),
@@ -63,7 +63,7 @@ def without_kernels() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("adn_kernels."):
                 for function, stub in (("on_gpu", lambda *tensors: True), ("launch", lambda *args, **options: None),
-                                       ("launch_cudnn_conv", lambda x, weight, bias, *rest: x.new_empty(
+                                       ("launch_conv_cudnn", lambda x, weight, bias, *rest: x.new_empty(
                                            out_shape(x, weight, *rest[2:4])))):
                     if hasattr(module, function):
                         stack.enter_context(mock.patch.object(module, function, stub))

@@ -82,7 +82,7 @@ class ConvNormAct(Layer):
     def refresh(self) -> None:
         conv, norm = self.source
         weight, bias = ops.fold(conv.weight, *folded_norm(norm, conv.bias))
-        self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
+        self._keep("weight", ops.lay_out(weight, conv.groups))
         self._keep("bias", bias)
         self.packed = None
 
@@ -139,7 +139,7 @@ class RepConvNormAct(ConvNormAct):
                                            for c, norm in (self.source, self.beside))
         margin = conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]
         weight = (weight + F.pad(center, margin)).to(conv.weight.dtype)
-        self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
+        self._keep("weight", ops.lay_out(weight, conv.groups))
         self._keep("bias", (bias + shift).to(conv.weight.dtype))
         self.packed = None
 

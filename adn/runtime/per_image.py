@@ -24,8 +24,8 @@ from torch import Tensor, fx, nn
 from adn_kernels import ops
 from adn_kernels.activation import act_reference
 from adn_kernels.epilogue import write_active
-from adn_kernels.launch import memory_format
 from adn_kernels.private import pytree
+from adn_kernels.view import memory_format
 
 from .graph import hooked
 from .layers import ConvNormAct, Layer, conv_shape, folded_norm, is_plain_conv, is_square
@@ -109,9 +109,10 @@ class ConvEitherNormAct(Layer):
     @torch.no_grad()
     def refresh(self) -> None:
         conv, *norms = self.source
-        scales, shifts = zip(*(folded_norm(norm, conv.bias) for norm in norms))
-        self._keep("scale", torch.stack(scales))
-        self._keep("shift", torch.stack(shifts))
+        for i, norm in enumerate(norms):
+            scale, shift = folded_norm(norm, conv.bias)
+            self._keep(f"scale{i}", scale)
+            self._keep(f"shift{i}", shift)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor) -> Tensor:
         conv = self.source[0]
@@ -122,11 +123,13 @@ class ConvEitherNormAct(Layer):
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, bank: Tensor) -> Tensor:
         conv = self.source[0]
+        scale, shift = (self.scale0, self.scale1), (self.shift0, self.shift1)
         if is_square(conv):
-            return ops.conv(x, conv.weight, self.scale, self.shift, residual=residual, activation=activation,
+            return ops.conv(x, conv.weight, scale, shift, residual=residual, activation=activation,
                             stride=conv.stride[0], padding=conv.padding[0], groups=conv.groups, bank=bank)
         z = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return ops.batch_norm_eval(z, *_unit_norm(self.scale, self.shift), residual=residual, activation=activation,
+        zero, one = torch.zeros_like(self.scale0), torch.ones_like(self.scale0)
+        return ops.batch_norm_eval(z, scale, shift, (zero, zero), (one, one), residual=residual, activation=activation,
                                    eps=0.0, bank=bank)
 
 
@@ -316,9 +319,3 @@ def _moves_samples(node: fx.Node) -> bool:
 def _of_samples(flags: Tensor, x: Tensor) -> Tensor:
     """(N,) as it broadcasts against x, (N, ...)."""
     return flags.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _unit_norm(scale: Tensor, shift: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Both banks' scale and shift, (2, C) each, as the four pairs of parameters of a norm."""
-    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-    return tuple((vectors[0], vectors[1]) for vectors in (scale, shift, zeros, ones))

@@ -12,8 +12,7 @@ from cases import FORWARD, NONE_ACTIVE, Case, Cost, conv_norm_act, epilogue_inpu
 from shapes import Block, Layer
 from torch import Tensor
 
-from adn_kernels.conv import conv, conv_, fold
-from adn_kernels.depthwise import tap_major
+from adn_kernels.conv import conv, conv_, fold, lay_out
 
 # kernel, inputs, channels, groups, stride
 Filter = tuple[int, int, int, int, int]
@@ -40,8 +39,7 @@ def cases(layer: Layer, batch: int, dtype: torch.dtype) -> Iterator[Case]:
         found[13] *= branch
         for i, (*_, groups, _) in enumerate(convs):
             weight, bias = fold(*found[5 * i + 1:5 * i + 4])
-            # A depthwise weight in the layout that the kernel wants; copied once, as the weights of a network are.
-            found += [tap_major(weight) if groups > 1 else weight, bias]
+            found += [lay_out(weight, groups), bias]
         return found
 
     def deployed(p: Sequence[Tensor], i: int) -> tuple[Tensor, dict[str, Any]]:
