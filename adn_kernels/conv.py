@@ -86,7 +86,8 @@ def check_conv(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int
     if stride < 1 or padding < 0:
         raise ValueError(f"stride={stride}, padding={padding}; pass a stride of 1 or more, a padding of 0 or more")
     shape = out_shape(x, weight, stride, padding)
-    if any(isinstance(size, int) and size < 1 for size in shape[2:]):
+    *_, height, width = shape
+    if (isinstance(height, int) and height < 1) or (isinstance(width, int) and width < 1):
         raise ValueError(f"x of shape {tuple(x.shape)} with padding {padding} is smaller than the "
                          f"{weight.shape[2]}x{weight.shape[3]} weight")
     return shape

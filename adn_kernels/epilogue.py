@@ -60,7 +60,7 @@ def check_epilogue(
     for name, tensor in (("residual", residual), ("out", out)):
         if tensor is None:
             continue
-        if tensor.ndim != len(out_shape) or any(a != b for a, b in zip(tensor.shape, out_shape)):
+        if tuple(tensor.shape) != tuple(out_shape):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the output has {tuple(out_shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; pass both on one device")

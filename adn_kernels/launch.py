@@ -51,7 +51,10 @@ def _device_count() -> int:
 
 def on_gpu(*tensors: torch.Tensor | None) -> bool:
     """Whether an op runs its kernels: CUDA (or ROCm) and types they compute; any float64 takes the reference."""
-    return all(t is None or (t.device.type == "cuda" and t.dtype in _TYPES) for t in tensors)
+    for t in tensors:  # of every call of every op: no frame for a generator
+        if t is not None and not (t.is_cuda and t.dtype in _TYPES):
+            return False
+    return True
 
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,7 +132,7 @@ def dot_precision(x: torch.Tensor, kind: str) -> str:
 def check_no_alias(out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
     """Raises ValueError if an input shares memory with `out`: its programs would read what others have written; or if
     elements of `out` share memory with each other. To be called in the body of an op: Dynamo cannot trace it."""
-    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride())):
+    if 0 in out.stride() and any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride())):
         raise ValueError(f"the output is expanded (strides {out.stride()}); pass memory of its own to write to")
     for name, tensor in inputs.items():
         if tensor is not None and is_alias(out, tensor) and _overlap(out, tensor):

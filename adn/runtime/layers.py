@@ -43,10 +43,10 @@ def is_square(conv: nn.Conv2d) -> bool:
 def conv_shape(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
                ) -> tuple[int, ...]:
     """Of the result of a convolution; a residual of another would be broadcast, which ops do not do."""
-    def side(i: int) -> int:
-        return (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-
-    return x.shape[0], weight.shape[0], side(0), side(1)
+    n, _, height, width = x.shape
+    channels, _, kh, kw = weight.shape
+    return (n, channels, (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1,
+            (width + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1)
 
 
 class Layer(nn.Module):
