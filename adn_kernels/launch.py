@@ -51,7 +51,7 @@ def _device_count() -> int:
 
 def on_gpu(*tensors: torch.Tensor | None) -> bool:
     """Whether an op runs its kernels: CUDA (or ROCm) and types they compute; any float64 takes the reference."""
-    for t in tensors:  # of every call of every op: no frame for a generator
+    for t in tensors:  # noqa: SIM110, of every call of every op: no frame for a generator
         if t is not None and not (t.is_cuda and t.dtype in _TYPES):
             return False
     return True
