@@ -30,20 +30,9 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .activation import act, act_grad, act_grad_reference, act_reference, check_activation
-from .launch import (
-    SPLITS,
-    banks,
-    cdiv,
-    check_eps,
-    check_flags,
-    launch,
-    layout_of,
-    next_power_of_2,
-    no_second_derivative,
-    on_gpu,
-    stride_in,
-    tuned,
-)
+from .bank import Vectors, banks, check_flags, of_bank, picked
+from .launch import SPLITS, cdiv, check_eps, launch, next_power_of_2, no_second_derivative, on_gpu, tuned
+from .view import stride_in, view_of_image
 
 # Rows (values per channel) that one program holds in registers.
 FEW = 512
@@ -85,7 +74,7 @@ def _store_moments(moments, part, g, groups, c, C, mask, mean, m2, count):
 
 
 @triton.jit
-def _moments_kernel(
+def batch_norm_moments_kernel(
     x,  # NHWC
     moments,  # float32 (parts, groups, 3, C): mean, sum of squared differences, count
     rows,
@@ -126,7 +115,7 @@ def _moments_kernel(
 
 
 @triton.jit
-def _moments_planes_kernel(
+def batch_norm_moments_planes_kernel(
     x,  # NCHW
     moments,  # as above, parts = sample parts * plane parts
     rows,
@@ -182,7 +171,7 @@ def _load_moments(moments, parts, g, groups, c, C, mask, BP: tl.constexpr):
 
 
 @triton.jit
-def _combine_kernel(
+def batch_norm_combine_kernel(
     moments,  # float32 (parts, groups, 3, C)
     combined,  # float32 (groups, 3, C)
     parts, groups, C,
@@ -192,14 +181,6 @@ def _combine_kernel(
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mean, m2, count = _load_moments(moments, parts, g, groups, c, C, c < C, BP)
     _store_moments(combined, 0, g, groups, c, C, c < C, mean, m2, count)
-
-
-@triton.jit
-def _of_bank(first, second, is_second, c, mask):
-    if second is not None:
-        # Chosen before it is read: the other bank takes no registers.
-        first = tl.where(is_second, second, first)
-    return tl.load(first + c, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -220,9 +201,9 @@ def _store_stats(
     scale = rstd
     shift = tl.zeros_like(rstd)
     if weight is not None:
-        scale = rstd * _of_bank(weight, weight2, is_second, c, mask)
+        scale = rstd * of_bank(weight, weight2, is_second, c, mask)
     if bias is not None:
-        shift = _of_bank(bias, bias2, is_second, c, mask)
+        shift = of_bank(bias, bias2, is_second, c, mask)
     at = stats + g * C + c
     tl.store(at, mean, mask=mask)
     tl.store(at + groups * C, rstd, mask=mask)
@@ -259,7 +240,7 @@ def _move_running(running_mean, new_mean, new_var, is_second, mean, m2, count, m
 
 
 @triton.jit
-def _finalize_kernel(
+def batch_norm_finalize_kernel(
     moments,  # float32 (parts, groups, 3, C)
     stats,  # float32 (6, groups, C)
     weight, bias, running_mean, running_var,  # (C,) of any floating type, or None: the live bank, or the first
@@ -294,7 +275,7 @@ def _per_column(vector, start, columns, inner, C, BN: tl.constexpr, PLANES: tl.c
 
 
 @triton.jit
-def _apply_kernel(
+def batch_norm_apply_kernel(
     x, residual,  # residual may be None
     y,
     stats,
@@ -327,10 +308,10 @@ def _apply_kernel(
 
 
 @triton.jit
-def _few_kernel(
+def batch_norm_few_kernel(
     x, residual,  # rows of channels (inner is 1); residual may be None
     y, stats,
-    weight, bias, running_mean, running_var,  # as in _finalize_kernel
+    weight, bias, running_mean, running_var,  # as in batch_norm_finalize_kernel
     weight2, bias2, running_mean2, running_var2,
     new_mean, new_var,
     bank,
@@ -405,7 +386,7 @@ def _load_dz(
 
 
 @triton.jit
-def _backward_reduce_kernel(
+def batch_norm_backward_reduce_kernel(
     dy, x, residual,  # NHWC; residual may be None
     dz,  # written if there is a residual
     stats,
@@ -442,7 +423,7 @@ def _backward_reduce_kernel(
 
 
 @triton.jit
-def _backward_reduce_planes_kernel(
+def batch_norm_backward_reduce_planes_kernel(
     dy, x, residual,  # NCHW; residual may be None
     dz,
     stats,
@@ -509,7 +490,7 @@ def _store_parameter_gradient(grad, first, second, c, C, mask, TWO_BANKS: tl.con
 
 
 @triton.jit
-def _backward_finalize_kernel(
+def batch_norm_backward_finalize_kernel(
     sums,  # float32 (parts, groups, 2, C)
     stats,
     line,
@@ -539,7 +520,7 @@ def _backward_finalize_kernel(
 
 
 @triton.jit
-def _backward_apply_kernel(
+def batch_norm_backward_apply_kernel(
     dy,  # or dz, with ACTIVATION "identity"
     x,
     dx,
@@ -578,7 +559,7 @@ def _backward_apply_kernel(
 
 
 @triton.jit
-def _backward_few_kernel(
+def batch_norm_backward_few_kernel(
     dy, x, residual,  # rows of channels (inner is 1); residual may be None
     dx,
     dz,  # written if there is a residual
@@ -627,7 +608,7 @@ class _Rows:
     def __init__(self, x: Tensor, groups: int) -> None:
         n, self.channels, h, w = self.shape = x.shape
         self.device, self.dtype, self.groups = x.device, x.dtype, groups
-        self.channels_last = layout_of(x).channels_last
+        self.channels_last = view_of_image(x).channels_last
         # Images of one pixel are NHWC, whatever their strides are called.
         self.inner = 1 if self.channels_last else h * w
         self.rows = n // groups * (h * w if self.channels_last else 1)
@@ -636,6 +617,20 @@ class _Rows:
     def strides(self, *tensors: Tensor | None) -> list[int]:
         """From row to row; all tensors have the shape and layout of x."""
         return [0 if t is None else stride_in(t, self.channels_last) or 0 for t in tensors]  # none of an empty one
+
+    def per_vec(self, size: int, *tensors: Tensor | None) -> tuple[int, list[int]]:
+        """VEC, the power of two up to 8 that divides a size and the strides of tensors (16 bytes of a 2-byte type; 1 if
+        one of them is symbolic); and those, divided by it."""
+        sizes = [size, *self.strides(*tensors)]
+        vec = math.gcd(8, *sizes) if all(isinstance(n, int) for n in sizes) else 1
+        return vec, [n // vec for n in sizes]
+
+    def reduced(self, kernel: Any, kernel_of_planes: Any, *tensors: Tensor | None) -> tuple[Any, int, list[int]]:
+        """Which kernel reduces over the rows, its VEC, its sizes and strides of the tensors."""
+        if self.inner == 1:
+            return kernel, *self.per_vec(self.channels, *tensors)
+        vec, sizes = self.per_vec(self.inner, *tensors)
+        return kernel_of_planes, vec, [self.channels, *sizes]
 
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for a tensor like x, dense."""
@@ -648,11 +643,6 @@ class _Rows:
     def tuned(self, kernel: str, default: dict[str, int]) -> dict[str, int]:
         return tuned(kernel, self.device, default, rows=self.rows, channels=self.channels, inner=self.inner,
                      dtype=str(self.dtype).removeprefix("torch."))
-
-
-def _vector(*sizes: int) -> int:
-    """The power of two up to 8 that divides all sizes: 16 bytes of a 2-byte type. 1 if one is symbolic."""
-    return math.gcd(8, *sizes) if all(isinstance(size, int) for size in sizes) else 1
 
 
 def _power_of_2(n: int, most: int) -> int:
@@ -755,14 +745,8 @@ def _launch_parts(x: Tensor, rows: _Rows) -> Tensor:
     """Moments of each part of the rows, (parts, groups, 3, C)."""
     grid, split, config = _split("batch_norm_moments", 4096, rows)
     moments = torch.empty(grid[0], rows.groups, 3, rows.channels, device=x.device)
-    (stride,) = rows.strides(x)
-    if rows.inner == 1:
-        kernel, vec = _moments_kernel, _vector(rows.channels, stride)
-        sizes = (rows.channels // vec,)
-    else:
-        kernel, vec = _moments_planes_kernel, _vector(rows.inner, stride)
-        sizes = (rows.channels, rows.inner // vec)
-    launch(kernel, grid, x, moments, rows.rows, rows.groups, *sizes, stride // vec, *split, VEC=vec, **config)
+    kernel, vec, sizes = rows.reduced(batch_norm_moments_kernel, batch_norm_moments_planes_kernel, x)
+    launch(kernel, grid, x, moments, rows.rows, rows.groups, *sizes, *split, VEC=vec, **config)
     return moments
 
 
@@ -772,7 +756,7 @@ def launch_batch_norm_moments(x: Tensor, groups: int) -> Tensor:
     combined = torch.empty_like(parts[0])
     c = x.shape[1]
     config = _combine_config(parts.shape[0])
-    launch(_combine_kernel, (cdiv(c, config["BC"]), groups), parts, combined, parts.shape[0], groups, c, **config)
+    launch(batch_norm_combine_kernel, (cdiv(c, config["BC"]), groups), parts, combined, len(parts), groups, c, **config)
     return combined
 
 
@@ -785,14 +769,13 @@ def launch_batch_norm_finish(
     c, parts = rows.channels, moments.shape[0]
     y, stats, *running = _outputs(x, residual, parameters, bank, rows)
     config = _combine_config(parts)
-    launch(_finalize_kernel, (cdiv(c, config["BC"]),), moments, stats, *parameters, *running, bank, parts, groups, c,
-           momentum, eps, **config)
+    launch(batch_norm_finalize_kernel, (cdiv(c, config["BC"]),), moments, stats, *parameters, *running, bank, parts,
+           groups, c, momentum, eps, **config)
     if x.numel() != 0:
         grid, walk, config = _walk("batch_norm_apply", rows)
-        strides = rows.strides(x, residual, y)
-        vec = _vector(rows.columns, *strides)
-        launch(_apply_kernel, grid, x, residual, y, stats, rows.rows, groups, c, rows.inner, rows.columns // vec,
-               *(s // vec for s in strides), walk, VEC=vec, ACTIVATION=activation, **config)
+        vec, sizes = rows.per_vec(rows.columns, x, residual, y)
+        launch(batch_norm_apply_kernel, grid, x, residual, y, stats, rows.rows, groups, c, rows.inner, *sizes, walk,
+               VEC=vec, ACTIVATION=activation, **config)
     return y, stats, *running
 
 
@@ -816,12 +799,10 @@ def launch_batch_norm(
         return launch_batch_norm_finish(
             x, residual, moments, parameters, bank, groups, activation, momentum, eps, rows)
     y, stats, *running = _outputs(x, residual, parameters, bank, rows)
-    strides = rows.strides(x, residual, y)
-    vec = _vector(rows.channels, *strides)
+    vec, sizes = rows.per_vec(rows.channels, x, residual, y)
     config = _few_config(rows)
-    launch(_few_kernel, (cdiv(rows.channels, config["BC"]),), x, residual, y, stats, *parameters, *running, bank,
-           rows.rows, groups, rows.channels // vec, *(s // vec for s in strides), momentum, eps, VEC=vec,
-           ACTIVATION=activation, **config)
+    launch(batch_norm_few_kernel, (cdiv(rows.channels, config["BC"]),), x, residual, y, stats, *parameters, *running,
+           bank, rows.rows, groups, *sizes, momentum, eps, VEC=vec, ACTIVATION=activation, **config)
     return y, stats, *running
 
 
@@ -835,20 +816,16 @@ def launch_batch_norm_backward_reduce(
     dz = None if residual is None else rows.empty(_result_dtype(x, residual))
     grid, split, config = _split("batch_norm_backward_reduce", 2048, rows)
     sums = torch.empty(grid[0], groups, 2, c, device=x.device)
-    strides = rows.strides(dy, x, residual, dz)
-    if rows.inner == 1:
-        kernel, vec = _backward_reduce_kernel, _vector(c, *strides)
-        sizes = (c // vec,)
-    else:
-        kernel, vec = _backward_reduce_planes_kernel, _vector(rows.inner, *strides)
-        sizes = (c, rows.inner // vec)
-    launch(kernel, grid, dy, x, residual, dz, stats, sums, rows.rows, groups, *sizes, *(s // vec for s in strides),
-           *split, VEC=vec, ACTIVATION=activation, **config)
+    kernel, vec, sizes = rows.reduced(
+        batch_norm_backward_reduce_kernel, batch_norm_backward_reduce_planes_kernel, dy, x, residual, dz)
+    launch(kernel, grid, dy, x, residual, dz, stats, sums, rows.rows, groups, *sizes, *split, VEC=vec,
+           ACTIVATION=activation, **config)
     line = torch.empty(2, groups, c, device=x.device)
     dweight, dbias = _empty_per_bank(rows, weight, two_banks), _empty_per_bank(rows, bias, two_banks)
     config = _combine_config(grid[0])
-    launch(_backward_finalize_kernel, (cdiv(c, config["BC"]),), sums, stats, line, None if weight is None else dweight,
-           None if bias is None else dbias, grid[0], groups, c, TWO_BANKS=two_banks, **config)
+    launch(batch_norm_backward_finalize_kernel, (cdiv(c, config["BC"]),), sums, stats, line,
+           None if weight is None else dweight, None if bias is None else dbias, grid[0], groups, c,
+           TWO_BANKS=two_banks, **config)
     return x.new_empty(0) if dz is None else dz, line, dweight, dbias
 
 
@@ -861,10 +838,9 @@ def launch_batch_norm_backward_apply(
     dx = rows.empty()
     if x.numel() != 0:
         grid, walk, config = _walk("batch_norm_backward_apply", rows)
-        strides = rows.strides(dy, x, dx)
-        vec = _vector(rows.columns, *strides)
-        launch(_backward_apply_kernel, grid, dy, x, dx, stats, line, rows.rows, groups, c, rows.inner,
-               rows.columns // vec, *(s // vec for s in strides), walk, VEC=vec, ACTIVATION=activation, **config)
+        vec, sizes = rows.per_vec(rows.columns, dy, x, dx)
+        launch(batch_norm_backward_apply_kernel, grid, dy, x, dx, stats, line, rows.rows, groups, c, rows.inner,
+               *sizes, walk, VEC=vec, ACTIVATION=activation, **config)
     return dx
 
 
@@ -882,12 +858,11 @@ def launch_batch_norm_backward(
         return launch_batch_norm_backward_apply(given[0], x, stats, line, given[1], rows), dz, dweight, dbias
     dx, dz = rows.empty(), None if residual is None else rows.empty(_result_dtype(x, residual))
     dweight, dbias = _empty_per_bank(rows, weight, two_banks), _empty_per_bank(rows, bias, two_banks)
-    strides = rows.strides(dy, x, residual, dx, dz)
-    vec = _vector(c, *strides)
+    vec, sizes = rows.per_vec(c, dy, x, residual, dx, dz)
     config = _few_config(rows)
-    launch(_backward_few_kernel, (cdiv(c, config["BC"]),), dy, x, residual, dx, dz, stats,
-           None if weight is None else dweight, None if bias is None else dbias, rows.rows, groups, c // vec,
-           *(s // vec for s in strides), TWO_BANKS=two_banks, VEC=vec, ACTIVATION=activation, **config)
+    launch(batch_norm_backward_few_kernel, (cdiv(c, config["BC"]),), dy, x, residual, dx, dz, stats,
+           None if weight is None else dweight, None if bias is None else dbias, rows.rows, groups, *sizes,
+           TWO_BANKS=two_banks, VEC=vec, ACTIVATION=activation, **config)
     return dx, x.new_empty(0) if dz is None else dz, dweight, dbias
 
 
@@ -902,13 +877,6 @@ def _grouped(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def _per_channel(vectors: Tensor) -> Tensor:
     """(..., groups, C) as it broadcasts against `_grouped`."""
     return vectors[..., None, :, None, None]
-
-
-def _live(first: Tensor, second: Tensor | None, bank: Tensor | None, groups: int) -> Tensor:
-    """The vector of each group: (groups, C)."""
-    if bank is None:
-        return first.expand(groups, -1)
-    return torch.where((bank != 0)[:, None], second, first)
 
 
 def batch_norm_moments_reference(x: Tensor, groups: int) -> Tensor:
@@ -929,8 +897,8 @@ def batch_norm_finish_reference(
     mean = (means * counts).sum(0) / count.clamp(min=1)
     m2 = (m2s + counts * (means - mean).square()).sum(0)
     rstd = (m2 / count.clamp(min=1) + eps).rsqrt()
-    scale = rstd if weight is None else rstd * _live(weight, weight2, bank, groups)
-    shift = torch.zeros_like(rstd) if bias is None else _live(bias, bias2, bank, groups)
+    scale = rstd if weight is None else rstd * picked(weight, weight2, bank)
+    shift = torch.zeros_like(rstd) if bias is None else picked(bias, bias2, bank).expand_as(rstd)
     is_second = torch.zeros_like(rstd) if bank is None else (bank != 0)[:, None].expand_as(rstd)
     stats = torch.stack([v.to(moments.dtype) for v in (mean, rstd, scale, shift, count, is_second)])
 
@@ -1164,8 +1132,6 @@ class _AcrossProcesses(torch.autograd.Function):
 
 # What others call.
 
-Pair = tuple[Tensor, Tensor]
-
 
 def _check(
     x: Tensor, residual: Tensor | None, bank: Tensor | None, groups: int, activation: str, momentum: float, eps: float
@@ -1175,7 +1141,7 @@ def _check(
     if momentum is None or not 0 <= momentum <= 1:
         raise ValueError(f"momentum={momentum}; pass a number in [0, 1]; for a cumulative average "
                          "1 / (num_batches_tracked + 1)")
-    layout = layout_of(x)
+    channels_last = view_of_image(x).channels_last
     n = x.shape[0]
     for name, value in (("x", x), ("residual", residual)):
         if value is not None and not value.is_floating_point():
@@ -1190,18 +1156,18 @@ def _check(
             raise ValueError(f"residual is on {residual.device}, x on {x.device}; pass both on one device")
         if residual.ndim != 4 or any(a != b for a, b in zip(residual.shape, x.shape)):
             raise ValueError(f"residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}; pass the same")
-        if residual.numel() != 0 and stride_in(residual, layout.channels_last) is None:
-            name = "torch.channels_last" if layout.channels_last else "torch.contiguous_format"
+        if residual.numel() != 0 and stride_in(residual, channels_last) is None:
+            name = "torch.channels_last" if channels_last else "torch.contiguous_format"
             raise ValueError(f"residual has strides {residual.stride()}, x has {x.stride()}: pass it in the layout of "
                              f"x, residual.contiguous(memory_format={name})")
 
 
 def batch_norm(
     x: Tensor,
-    weight: Tensor | Pair | None,
-    bias: Tensor | Pair | None,
-    running_mean: Tensor | Pair | None,
-    running_var: Tensor | Pair | None,
+    weight: Vectors,
+    bias: Vectors,
+    running_mean: Vectors,
+    running_var: Vectors,
     *,
     residual: Tensor | None = None,
     activation: str = "identity",
@@ -1210,7 +1176,7 @@ def batch_norm(
     groups: int = 1,
     bank: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor | Pair | None, Tensor | Pair | None]:
+) -> tuple[Tensor, Vectors, Vectors]:
     """Batch norm with the statistics of the batch, residual and activation: `y = act(bn(x) + residual)`.
 
     Forward 3 passes over HBM (x, x, y; 4 with a residual), backward 5 (dy, x, dy, x, dx; 7 with a residual and an

@@ -7,8 +7,8 @@ weight wants it, and residual where the activation does (neither is kept for it 
 residual's gradient in the same pass; if the affine parameters train, that pass sums their gradients too. All bound by
 HBM bandwidth; at batch 1 by the launch.
 
-A tensor is seen as samples of pixels of channels, with a stride for each of the three, so that both layouts (and
-mixtures of them, slower) are read in place. NHWC is one long sample, unless banks or flags differ between samples.
+Both layouts (and mixtures of them, slower) are read in place, see `view.py`. NHWC is one long sample, unless banks
+differ between samples.
 """
 
 from __future__ import annotations
@@ -22,49 +22,27 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .activation import act, act_grad, act_grad_reference, act_reference, check_activation
-from .epilogue import PER_SAMPLE, check_inference, empty_output, flags_kind, per_bank, picked, write_active
-from .launch import (
-    SPLITS,
-    banks,
-    cdiv,
-    check_eps,
-    check_flags,
-    check_no_alias,
-    launch,
-    layout_of,
-    memory_format,
-    next_power_of_2,
-    no_second_derivative,
-    on_gpu,
-    tuned,
-)
-
-Pair = tuple[Tensor | None, Tensor | None]
-
-
-@triton.jit
-def _bank_parameters(weight, bias, mean, var, c, mask, eps):
-    m = tl.load(mean + c, mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0).to(tl.float32) + eps)
-    scale = rstd
-    if weight is not None:
-        scale = rstd * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.zeros_like(rstd)
-    if bias is not None:
-        shift = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
-    return m, rstd, scale, shift
+from .bank import PER_SAMPLE, Vectors, banks, check_flags, flag_stride, flags_kind, of_bank, per_bank, picked
+from .column_sum import launch_column_sum
+from .epilogue import empty_output
+from .launch import SPLITS, cdiv, check_eps, launch, next_power_of_2, no_second_derivative, on_gpu, tuned
+from .view import View, joined, memory_format, view_of_image
 
 
 @triton.jit
 def _parameters(weight, bias, mean, var, weight2, bias2, mean2, var2, bank, c, mask, eps):
     """Of the channels c: mean, 1 / standard deviation, scale, shift, each [BC] float32; `bank` points at one value."""
+    is_second = False
     if bank is not None:
-        if tl.load(bank) == 0:
-            m, rstd, scale, shift = _bank_parameters(weight, bias, mean, var, c, mask, eps)
-        else:
-            m, rstd, scale, shift = _bank_parameters(weight2, bias2, mean2, var2, c, mask, eps)
-    else:
-        m, rstd, scale, shift = _bank_parameters(weight, bias, mean, var, c, mask, eps)
+        is_second = tl.load(bank) != 0
+    m = of_bank(mean, mean2, is_second, c, mask)
+    rstd = tl.rsqrt(tl.where(mask, of_bank(var, var2, is_second, c, mask), 1.0) + eps)
+    scale = rstd
+    if weight is not None:
+        scale = rstd * of_bank(weight, weight2, is_second, c, mask)
+    shift = tl.zeros_like(rstd)
+    if bias is not None:
+        shift = of_bank(bias, bias2, is_second, c, mask)
     return m, rstd, scale, shift
 
 
@@ -84,18 +62,17 @@ def _place(C, splits, tiles, BP: tl.constexpr, BC: tl.constexpr):
 def batch_norm_eval_kernel(
     x,  # (samples, pixels, C) by its strides
     y,  # like x
-    residual,  # like x, or None; may be y itself
+    residual,  # like x, or None
     weight, bias, mean, var,  # (C,) of the first or only bank; weight and bias may be None
     weight2, bias2, mean2, var2,  # (C,) of the second bank
     bank,  # int32, one per sample by its stride, or None
-    active,  # int32, one per sample by its stride, or None; 0: y keeps its bits
     C, P,  # channels, pixels of a sample
     splits,  # blocks of `tiles` tiles of BP pixels in a sample
     tiles,
-    bank_stride, active_stride,  # 0: one value for all samples
-    x_sample, x_channel, x_pixel,  # strides
-    y_sample, y_channel, y_pixel,
-    residual_sample, residual_channel, residual_pixel,
+    bank_stride,  # 0: one value for all samples
+    x_sample, x_pixel, x_channel,  # strides
+    y_sample, y_pixel, y_channel,
+    residual_sample, residual_pixel, residual_channel,
     eps,
     ACTIVATION: tl.constexpr,
     BP: tl.constexpr,
@@ -103,10 +80,6 @@ def batch_norm_eval_kernel(
 ):
     """One program per block of pixels and block of channels."""
     _, n, p0, c0 = _place(C, splits, tiles, BP, BC)
-    if active is not None:
-        flag = tl.load(active + n * active_stride)
-        if flag == 0:
-            return
     n = n.to(tl.int64)
     c = tl.arange(0, BC)
     p = tl.arange(0, BP)
@@ -144,11 +117,11 @@ def batch_norm_eval_backward_kernel(
     bank,
     C, P, splits, tiles,
     bank_stride,
-    dy_sample, dy_channel, dy_pixel,
-    x_sample, x_channel, x_pixel,
-    residual_sample, residual_channel, residual_pixel,
-    dx_sample, dx_channel, dx_pixel,
-    dresidual_sample, dresidual_channel, dresidual_pixel,
+    dy_sample, dy_pixel, dy_channel,
+    x_sample, x_pixel, x_channel,
+    residual_sample, residual_pixel, residual_channel,
+    dx_sample, dx_pixel, dx_channel,
+    dresidual_sample, dresidual_pixel, dresidual_channel,
     eps,
     ACTIVATION: tl.constexpr,
     BP: tl.constexpr,
@@ -208,61 +181,6 @@ def batch_norm_eval_backward_kernel(
         tl.store(bias_sums + at, tl.sum(bias_sum, 0), mask=cmask)
 
 
-@triton.jit
-def batch_norm_eval_sum_kernel(
-    sums,  # float32 (blocks, C)
-    total, total2,  # (C,) of each bank, either may be None
-    bank,  # as in the backward kernel
-    C, blocks, splits,
-    bank_stride,
-    BB: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """The gradient of one parameter of each bank: its partial sums added, always in the same order."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    cmask = c < C
-    first = tl.zeros([BB, BC], tl.float32)
-    second = tl.zeros([BB, BC], tl.float32)
-    for start in range(0, blocks, BB):
-        b = start + tl.arange(0, BB)
-        mask = (b < blocks)[:, None] & cmask[None, :]
-        v = tl.load(sums + b.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0)
-        if bank is not None:
-            flag = tl.load(bank + (b // splits).to(tl.int64) * bank_stride, mask=b < blocks, other=0)[:, None]
-            # Chosen, not multiplied by 0: a NaN of one bank stays out of the other's gradient.
-            first += tl.where(flag == 0, v, 0.0)
-            second += tl.where(flag == 0, 0.0, v)
-        else:
-            first += v
-    if total is not None:
-        tl.store(total + c, tl.sum(first, 0).to(total.dtype.element_ty), mask=cmask)
-    if total2 is not None:
-        tl.store(total2 + c, tl.sum(second, 0).to(total2.dtype.element_ty), mask=cmask)
-
-
-def _strides(x: Tensor | None, name: str) -> tuple[int, int, int]:
-    """Of sample, channel and pixel, whatever the layout."""
-    if x is None:
-        return 0, 0, 0
-    layout = layout_of(x, name)
-    pixels = x.shape[2] * x.shape[3]
-    if layout.channels_last:
-        return pixels * layout.stride, 1, layout.stride
-    return layout.stride, pixels, layout.stride if pixels == 1 else 1
-
-
-def _flag_stride(flags: Tensor | None) -> int:
-    return 1 if flags_kind(flags) == PER_SAMPLE else 0
-
-
-def _samples(x: Tensor, strides: Sequence[tuple[int, int, int]], per_sample: bool) -> tuple[int, int]:
-    """(samples, pixels of each) as the kernels see them: one sample where rows of pixels go on across samples."""
-    n, _, h, w = x.shape
-    if not per_sample and all(sample == h * w * pixel for sample, _, pixel in strides):
-        return 1, n * h * w
-    return n, h * w
-
-
 def _tile(channels: int, pixels: int, adjacent_channels: bool, num_warps: int) -> dict[str, int]:
     """2048 elements: one 16-byte load of a half-precision tensor for each of 256 threads, or two for each of 128.
 
@@ -295,28 +213,35 @@ def _split(samples: int, pixels: int, channel_blocks: int, bp: int, sums: bool) 
 def launch_batch_norm_eval(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, residual: Tensor | None,
     bank: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, mean2: Tensor | None, var2: Tensor | None,
-    activation: str, eps: float, out: Tensor | None = None, active: Tensor | None = None,
+    activation: str, eps: float,
 ) -> Tensor:
-    """The op on the GPU, arguments as there; writes into `out` if given."""
-    y = empty_output(x, x.shape, residual) if out is None else out
+    """The op on the GPU, arguments as there."""
+    y = empty_output(x, x.shape, residual)
     if x.numel() == 0:
         return y
-    strides = [_strides(t, name) for t, name in ((x, "x"), (y, "out"), (residual, "residual"))]
-    channels = x.shape[1]
-    per_sample = PER_SAMPLE in (flags_kind(bank), flags_kind(active))
-    samples, pixels = _samples(x, strides if residual is not None else strides[:2], per_sample)
-    adjacent = strides[0][1] == 1
+    view = view_of_image(x)
+    samples, pixels, strides = _joined(x, bank, view, view_of_image(y), _view(residual, "residual"))
+    channels, adjacent = x.shape[1], view.channel == 1
     config = tuned("batch_norm_eval", x.device, _tile(channels, pixels, adjacent, num_warps=2 * x.element_size()),
                    channels=channels, channels_last=int(adjacent), dtype=str(x.dtype))
     bp, channel_blocks = config["BP"], cdiv(channels, config["BC"])
     splits, tiles = _split(samples, pixels, channel_blocks, bp, sums=False)
     launch(
         batch_norm_eval_kernel, (samples * splits * channel_blocks,),
-        x, y, residual, weight, bias, mean, var, weight2, bias2, mean2, var2, bank, active,
-        channels, pixels, splits, tiles, _flag_stride(bank), _flag_stride(active),
-        *strides[0], *strides[1], *strides[2], eps, ACTIVATION=activation, **config,
+        x, y, residual, weight, bias, mean, var, weight2, bias2, mean2, var2, bank,
+        channels, pixels, splits, tiles, flag_stride(bank), *strides, eps, ACTIVATION=activation, **config,
     )
     return y
+
+
+def _view(x: Tensor | None, name: str) -> View | None:
+    return None if x is None else view_of_image(x, name)
+
+
+def _joined(x: Tensor, bank: Tensor | None, *views: View | None) -> tuple[int, int, list[int | None]]:
+    """Units of samples with one bank, pixels in each, strides of unit, pixel and channel of each view in a row."""
+    units, pixels, strides = joined(x.shape[0], x.shape[0] if flags_kind(bank) == PER_SAMPLE else 1, *views)
+    return units, pixels, [stride for three in strides for stride in three]
 
 
 def launch_batch_norm_eval_backward(
@@ -340,15 +265,11 @@ def launch_batch_norm_eval_backward(
     train_weight, train_bias = needs[2] or needs[4], needs[3] or needs[5]
     read_x = x if activation != "identity" or train_weight else None
     read_residual = residual if activation != "identity" else None
-    tensors = (dy, read_x, read_residual, dx, dresidual)
-    names = ("dy", "x", "residual", "dx", "dresidual")
-    strides = [_strides(t, name) for t, name in zip(tensors, names)]
-
-    channels = dy.shape[1]
-    present = [s for s, t in zip(strides, tensors) if t is not None]
-    samples, pixels = _samples(dy, present, flags_kind(bank) == PER_SAMPLE)
+    view = view_of_image(dy, "dy")
+    samples, pixels, strides = _joined(dy, bank, view, *(_view(t, name) for t, name in (
+        (read_x, "x"), (read_residual, "residual"), (dx, "dx"), (dresidual, "dresidual"))))
+    channels, adjacent = dy.shape[1], view.channel == 1
     sums = train_weight or train_bias
-    adjacent = strides[0][1] == 1
     # Long loops of few programs where there are sums: those need loads in flight, others have many programs instead.
     default = _tile(channels, pixels, adjacent, 8 if sums else 2 * x_dtype.itemsize) | {"STAGES": 3 if sums else 1}
     config = tuned("batch_norm_eval_backward", dy.device, default, channels=channels, channels_last=int(adjacent),
@@ -361,13 +282,12 @@ def launch_batch_norm_eval_backward(
     launch(
         batch_norm_eval_backward_kernel, (blocks * channel_blocks,),
         dy, read_x, read_residual, dx, dresidual, weight_sums, bias_sums,
-        weight, bias, mean, var, weight2, bias2, mean2, var2, bank, channels, pixels, splits, tiles, _flag_stride(bank),
-        *strides[0], *strides[1], *strides[2], *strides[3], *strides[4], eps, ACTIVATION=activation, **config,
+        weight, bias, mean, var, weight2, bias2, mean2, var2, bank, channels, pixels, splits, tiles, flag_stride(bank),
+        *strides, eps, ACTIVATION=activation, **config,
     )
     for partial, total, total2 in ((weight_sums, dweight, dweight2), (bias_sums, dbias, dbias2)):
         if partial is not None:
-            launch(batch_norm_eval_sum_kernel, (cdiv(channels, 16),), partial, total, total2, bank, channels, blocks,
-                   splits, _flag_stride(bank), BB=64, BC=16, num_warps=4)
+            launch_column_sum(partial, total, total2, bank, splits)
     return grads
 
 
@@ -382,7 +302,7 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 def _expanded_or_other_layout(dy: Tensor, channels_last: bool) -> bool:
     try:
-        return layout_of(dy).channels_last != channels_last
+        return view_of_image(dy).channels_last != channels_last
     except ValueError:
         return True
 
@@ -403,23 +323,19 @@ def _empty_grads(
     )
 
 
-def _pick(first: Tensor | None, second: Tensor | None, bank: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """One parameter of the live bank as it broadcasts, (1 or N, C, 1, 1)."""
-    if first is None:
-        return None
-    return picked(first.to(dtype) if bank is None else torch.stack([first.to(dtype), second.to(dtype)]), bank)
-
-
 def _affine(x, weight, bias, mean, var, bank, weight2, bias2, mean2, var2, eps, wide):
     """(x - mean), 1 / standard deviation, scale, and what the residual is added to; the first and the last None
     without x."""
-    rstd = torch.rsqrt(_pick(var, var2, bank, wide) + eps)
-    scale = rstd if weight is None else rstd * _pick(weight, weight2, bank, wide)
+    def vector(first, second):
+        return picked(first, second, bank, wide)[..., None, None]
+
+    rstd = torch.rsqrt(vector(var, var2) + eps)
+    scale = rstd if weight is None else rstd * vector(weight, weight2)
     if x is None:
         return None, rstd, scale, None
-    centred = x.to(wide) - _pick(mean, mean2, bank, wide)
+    centred = x.to(wide) - vector(mean, mean2)
     z = centred * scale
-    return centred, rstd, scale, z if bias is None else z + _pick(bias, bias2, bank, wide)
+    return centred, rstd, scale, z if bias is None else z + vector(bias, bias2)
 
 
 def batch_norm_eval_reference(
@@ -447,9 +363,10 @@ def batch_norm_eval_backward_reference(
     centred, rstd, scale, z = _affine(x, weight, bias, mean, var, bank, weight2, bias2, mean2, var2, eps, g.dtype)
     if activation != "identity":
         g = g * act_grad_reference(z if residual is None else z + residual, activation)
-    dweights = torch.atleast_2d(per_bank((g * centred * rstd).sum((2, 3)), bank)) if needs[2] or needs[4] else [None]
-    dbiases = torch.atleast_2d(per_bank(g.sum((2, 3)), bank)) if needs[3] or needs[5] else [None]
-    values = (g * scale, g, dweights[0], dbiases[0], dweights[-1], dbiases[-1])
+    none = None, None
+    dweight, dweight2 = per_bank((g * centred * rstd).sum((2, 3)), bank) if needs[2] or needs[4] else none
+    dbias, dbias2 = per_bank(g.sum((2, 3)), bank) if needs[3] or needs[5] else none
+    values = (g * scale, g, dweight, dbias, dweight2, dbias2)
     grads = _empty_grads(dy, residual, weight, bias, weight2, bias2, needs, x_dtype, channels_last)
     return tuple(grad.copy_(value) if need else grad for grad, value, need in zip(grads, values, needs))
 
@@ -462,20 +379,6 @@ def batch_norm_eval_op(
 ) -> Tensor:
     forward = launch_batch_norm_eval if on_gpu(x, residual) else batch_norm_eval_reference
     return forward(x, weight, bias, mean, var, residual, bank, weight2, bias2, mean2, var2, activation, eps)
-
-
-@triton_op("adn::batch_norm_eval_", mutates_args=("out",))
-def batch_norm_eval_inplace_op(
-    out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, accumulate: bool,
-    bank: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, mean2: Tensor | None, var2: Tensor | None,
-    activation: str, eps: float, active: Tensor | None,
-) -> None:
-    check_no_alias(out, x=x)
-    args = (x, weight, bias, mean, var, out if accumulate else None, bank, weight2, bias2, mean2, var2, activation, eps)
-    if on_gpu(x, out):
-        launch_batch_norm_eval(*args, out=out, active=active)
-    else:
-        write_active(out, batch_norm_eval_reference(*args), active)
 
 
 @triton_op("adn::batch_norm_eval_backward", mutates_args=())
@@ -535,35 +438,12 @@ def _backward(ctx, dy):
 batch_norm_eval_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_like(t: Tensor, name: str, x: Tensor) -> None:
-    if t.ndim != 4 or any(a != b for a, b in zip(t.shape, x.shape)) or not t.is_floating_point():
-        raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; pass floating {tuple(x.shape)} as x")
-    if t.device != x.device:
-        raise ValueError(f"{name} is on {t.device}, x on {x.device}; pass both on one device")
-    layout_of(t, name)
-
-
-def _prepared(x, weight, bias, running_mean, running_var, bank, activation, eps):
-    """The eight parameters, checked: four of the first bank, four of the second."""
-    check_activation(activation)
-    check_eps(eps)
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floating (N, C, H, W)")
-    layout_of(x)
-    check_flags(bank, "bank", x.shape[0], x.device)
-    first, second = banks(x, x.shape[1], bank, weight=weight, bias=bias, running_mean=running_mean,
-                          running_var=running_var)
-    if first[2] is None or first[3] is None:
-        raise ValueError(f"running_{'mean' if first[2] is None else 'var'} is None: eval mode needs statistics")
-    return first, second
-
-
 def batch_norm_eval(
     x: Tensor,
-    weight: Tensor | Pair | None,
-    bias: Tensor | Pair | None,
-    running_mean: Tensor | Pair,
-    running_var: Tensor | Pair,
+    weight: Vectors,
+    bias: Vectors,
+    running_mean: Vectors,
+    running_var: Vectors,
     *,
     residual: Tensor | None = None,
     activation: str = "identity",
@@ -594,45 +474,22 @@ def batch_norm_eval(
     Raises:
         ValueError: if a shape, dtype, device, layout or name does not fit.
     """
-    first, second = _prepared(x, weight, bias, running_mean, running_var, bank, activation, eps)
+    check_activation(activation)
+    check_eps(eps)
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floating (N, C, H, W)")
+    view_of_image(x)
+    check_flags(bank, "bank", x.shape[0], x.device)
+    first, second = banks(x, x.shape[1], bank, weight=weight, bias=bias, running_mean=running_mean,
+                          running_var=running_var)
+    if first[2] is None or first[3] is None:
+        raise ValueError(f"running_{'mean' if first[2] is None else 'var'} is None: eval mode needs statistics")
     if residual is not None:
-        _check_like(residual, "residual", x)
+        if residual.ndim != 4 or any(a != b for a, b in zip(residual.shape, x.shape)) or (
+                not residual.is_floating_point()):
+            raise ValueError(f"residual is {residual.dtype} of shape {tuple(residual.shape)}; pass floating "
+                             f"{tuple(x.shape)} as x")
+        if residual.device != x.device:
+            raise ValueError(f"residual is on {residual.device}, x on {x.device}; pass both on one device")
+        view_of_image(residual, "residual")
     return batch_norm_eval_op(x, *first, residual, bank, *second, activation, eps)
-
-
-def batch_norm_eval_(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor | Pair | None,
-    bias: Tensor | Pair | None,
-    running_mean: Tensor | Pair,
-    running_var: Tensor | Pair,
-    *,
-    accumulate: bool = False,
-    activation: str = "identity",
-    eps: float = 1e-5,
-    bank: Tensor | None = None,
-    active: Tensor | None = None,
-) -> Tensor:
-    """`batch_norm_eval` written into `out`, which with `accumulate` is the residual too; can be bypassed.
-
-    Bytes: x + out, with `accumulate` out twice; none for bypassed samples. Bound by HBM bandwidth.
-
-    Args:
-        out: like x, any floating dtype; shares no memory with it.
-        active: int32, one value or one per sample, read on the device: where 0, `out` keeps its bits.
-        Others as in `batch_norm_eval`.
-
-    Returns:
-        out.
-
-    Raises:
-        ValueError: as `batch_norm_eval`; if x shares memory with out.
-        RuntimeError: if autograd would have to follow.
-    """
-    first, second = _prepared(x, weight, bias, running_mean, running_var, bank, activation, eps)
-    check_inference("batch_norm_eval_", out, x, *first[:2], *second[:2])
-    _check_like(out, "out", x)
-    check_flags(active, "active", x.shape[0], x.device)
-    batch_norm_eval_inplace_op(out, x, *first, accumulate, bank, *second, activation, eps, active)
-    return out

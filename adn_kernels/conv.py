@@ -3,9 +3,11 @@
 Which, is a table of measured choices per shape (kernel "conv" of `launch.tuned`). Where nothing was measured:
 
 - 3x3 ReLU convolutions on folded weights (`fold`): cuDNN.
-- 1x1, 3x3 and depthwise convolutions otherwise: Triton. It alone leaves out work on a device's flag, so with `active`
-  it is taken whatever was measured.
+- 1x1, 3x3 (`gemm.py`) and depthwise (`depthwise.py`) convolutions otherwise: Triton. It alone leaves out work on a
+  device's flag, so with `active` it is taken whatever was measured.
 - Anything else, as grouped convolutions: separate ops.
+
+All are for inference: nothing here has a backward.
 """
 
 from __future__ import annotations
@@ -15,22 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from .conv1x1 import launch_conv1x1, launch_conv1x1_
-from .conv3x3 import launch_conv3x3, launch_conv3x3_
-from .depthwise import KERNEL_SIZES, launch_depthwise, launch_depthwise_
+from .bank import Vectors, banks
+from .depthwise import KERNEL_SIZES, launch_depthwise
 from .epilogue import (
     check_epilogue,
     check_inference,
-    conv_act_backward,
+    check_same_kind,
     conv_reference,
     empty_output,
     epilogue_reference,
     in_autocast,
-    register_backward,
     write_active,
 )
-from .gemm import check_conv
-from .launch import memory_format, on_gpu, tuned
+from .gemm import launch_gemm
+from .launch import on_gpu, tuned
+from .view import memory_format
 
 BACKENDS = ("cudnn", "triton", "unfused")
 
@@ -47,6 +48,48 @@ def fold(weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(weight.dtype, torch.float32)
     folded = weight.to(wide) * scale.to(wide)[:, None, None, None]
     return torch.empty_like(weight).copy_(folded), shift.to(weight.dtype)
+
+
+def lay_out(weight: Tensor, groups: int) -> Tensor:
+    """The same weight (C, K / groups, kh, kw) with the strides that NHWC is read by fastest. A copy, to be made once;
+    any other strides are right as well, and slower.
+
+    Channels of the input are adjacent, as in channels_last; those of the output in a depthwise weight, which has only
+    one of the input: the taps of a block of channels are then read 16 bytes at a time.
+    """
+    if weight.shape[1] == 1 and weight.shape[0] == groups and weight.shape[-1] in KERNEL_SIZES:
+        return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def out_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+    """The shape of a convolution's output; unchecked, see `check_conv`."""
+    n, _, h, w = x.shape
+    channels, _, kh, kw = weight.shape
+    return n, channels, (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
+
+
+def check_conv(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> tuple[int, int, int, int]:
+    """The shape of a convolution's output; raises ValueError if there is none. Guards no symbolic size.
+
+    Args:
+        x: (N, K, H, W). weight: (C, K / groups, kh, kw), of x's dtype.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; pass (N, K, H, W)")
+    depth = x.shape[1]
+    if weight.ndim != 4 or groups < 1 or weight.shape[1] * groups != depth or weight.shape[0] % groups:
+        channels, each = ("C", depth) if groups == 1 else (f"C divisible by {groups}", f"{depth} / {groups}")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; pass ({channels}, {each}, kh, kw) "
+                         f"for x of shape {tuple(x.shape)}")
+    check_same_kind(x, weight)
+    if stride < 1 or padding < 0:
+        raise ValueError(f"stride={stride}, padding={padding}; pass a stride of 1 or more, a padding of 0 or more")
+    shape = out_shape(x, weight, stride, padding)
+    if any(isinstance(size, int) and size < 1 for size in shape[2:]):
+        raise ValueError(f"x of shape {tuple(x.shape)} with padding {padding} is smaller than the "
+                         f"{weight.shape[2]}x{weight.shape[3]} weight")
+    return shape
 
 
 # cuDNN
@@ -67,23 +110,11 @@ def _cudnn_refusal(x: Tensor, residual: Tensor | None, activation: str) -> str |
     return None
 
 
-def _check_cudnn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, stride: int, padding: int,
-    groups: int,
-) -> tuple[int, int, int, int]:
-    shape = check_conv(x, weight, stride, padding, groups)
-    check_epilogue(x, weight, shape, None, bias, None, residual, activation)
-    if bias is not None and bias.dtype != x.dtype:
-        raise ValueError(f"bias is {bias.dtype}, x is {x.dtype}; pass both in one dtype")
-    if refusal := _cudnn_refusal(x, residual, activation):
-        raise ValueError(refusal)
-    return shape
-
-
-def launch_cudnn_conv(
+def launch_conv_cudnn(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, stride: int, padding: int,
     groups: int,
 ) -> Tensor:
+    """In one kernel with ReLU; else convolution and addition apart."""
     # In any other layout cuDNN would bring x to that of the weight. No copy if the weight is kept in x's.
     weight = weight.contiguous(memory_format=memory_format(x))
     geometry = ([stride] * 2, [padding] * 2, [1, 1], groups)
@@ -99,52 +130,30 @@ def launch_cudnn_conv(
     return y.contiguous(memory_format=memory_format(x))
 
 
-@custom_op("adn::cudnn_conv", mutates_args=())
-def _cudnn_conv(
+# An op of its own, and not a `triton_op`, as cuDNN's fused convolutions have no meta kernels to trace `conv` with.
+@custom_op("adn::conv_cudnn", mutates_args=())
+def conv_cudnn_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, stride: int, padding: int,
     groups: int,
 ) -> Tensor:
-    # Not a `triton_op`, as cuDNN's fused convolutions have no meta kernels to trace it with.
-    shape = _check_cudnn(x, weight, bias, residual, activation, stride, padding, groups)
-    if on_gpu(x) and x.shape[0]:
-        return launch_cudnn_conv(x, weight, bias, residual, activation, stride, padding, groups)
-    y = conv_reference(x, weight, None, bias, residual, None, activation, stride, padding, groups)
-    return empty_output(x, shape, None).copy_(y)
+    if not x.shape[0]:  # which cuDNN refuses
+        return empty_output(x, out_shape(x, weight, stride, padding), None)
+    return launch_conv_cudnn(x, weight, bias, residual, activation, stride, padding, groups)
 
 
-@_cudnn_conv.register_fake
+@conv_cudnn_op.register_fake
 def _(x, weight, bias, residual, activation, stride, padding, groups):
-    return empty_output(x, _check_cudnn(x, weight, bias, residual, activation, stride, padding, groups), None)
-
-
-def _setup_context_cudnn(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.stride, ctx.padding, ctx.groups = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_cudnn(ctx, dy):
-    x, weight, bias, residual = ctx.saved_tensors
-    of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
-    needs = (of_x, of_weight, False, of_bias, of_residual)
-    dx, dw, _, dbias, dresidual = conv_act_backward(dy, x, weight, None, bias, residual, None, ctx.activation,
-                                                    ctx.stride, ctx.padding, ctx.groups, needs)
-    grads = zip((dx, dw, dbias, dresidual), ctx.needs_input_grad)
-    return *(grad if need else None for grad, need in grads), None, None, None, None
-
-
-_cudnn_conv.register_autograd(_backward_cudnn, setup_context=_setup_context_cudnn)
+    return empty_output(x, out_shape(x, weight, stride, padding), None)
 
 
 # The dispatcher
 
 
 def _kind(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> str | None:
-    """Which Triton op computes this convolution; None if none does."""
+    """Which Triton kernel computes this convolution; None if none does."""
     channels, _, kh, kw = weight.shape
-    if groups == 1 and kh == kw == 1 and padding == 0:
-        return "conv1x1"
-    if groups == 1 and kh == kw == 3:
-        return "conv3x3"
+    if groups == 1 and kh == kw and (kh == 3 or (kh == 1 and padding == 0)):
+        return "gemm"
     if groups == channels == x.shape[1] and kh == kw and kh in KERNEL_SIZES and stride in (1, 2):
         return "depthwise"
     return None
@@ -194,10 +203,10 @@ def choose(
     if bypassed:
         return default
     by_cudnn = _refusal("cudnn", *call) is None
-    if kind == "conv3x3" and activation == "relu" and by_cudnn:
+    channels, _, kh, kw = weight.shape
+    if kind == "gemm" and kh == 3 and activation == "relu" and by_cudnn:
         default = "cudnn"
     n, depth, h, w = x.shape
-    channels, _, kh, kw = weight.shape
     # Scale, bank and an output given say no more than that cuDNN is not among the candidates.
     measured = tuned(
         "conv", x.device, {"backend": default}, n=n, depth=depth, h=h, w=w, channels=channels, kh=kh, kw=kw,
@@ -209,159 +218,128 @@ def choose(
 
 
 def _unfused(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    bank: Tensor | None, activation: str, stride: int, padding: int, groups: int,
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, scale2: Tensor | None,
+    shift2: Tensor | None, residual: Tensor | None, bank: Tensor | None, activation: str, stride: int, padding: int,
+    groups: int,
 ) -> Tensor:
     """One op after the other, as eager PyTorch would."""
     # The output has the layout of x if the weight has; no copy if it is kept so.
     weight = weight.contiguous(memory_format=memory_format(x))
     is_bias = scale is None and bank is None and shift is not None
     z = F.conv2d(x, weight, shift.to(x.dtype) if is_bias else None, stride, padding, 1, groups)
-    y = epilogue_reference(z, scale, None if is_bias else shift, bank, residual, activation)
+    y = epilogue_reference(z, scale, None if is_bias else shift, scale2, shift2, residual, bank, activation)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return y.to(dtype, memory_format=memory_format(x))
 
 
 def launch_conv(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    bank: Tensor | None, activation: str, stride: int, padding: int, groups: int, backend: str,
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, scale2: Tensor | None,
+    shift2: Tensor | None, residual: Tensor | None, bank: Tensor | None, activation: str, stride: int, padding: int,
+    groups: int, backend: str, out: Tensor | None = None, active: Tensor | None = None,
 ) -> Tensor:
-    """`backend` is what `choose` returned."""
+    """The op on a GPU; `backend` is what `choose` returned. Writes to `out` if given."""
+    vectors = scale, shift, scale2, shift2
     if backend == "cudnn":
         # A launch more than it need be, unless shift is of x's dtype as `fold` returns it.
         bias = None if shift is None else shift.to(x.dtype)
-        return _cudnn_conv(x, weight, bias, residual, activation, stride, padding, groups)
+        return conv_cudnn_op(x, weight, bias, residual, activation, stride, padding, groups)
     if backend == "unfused":
-        return _unfused(x, weight, scale, shift, residual, bank, activation, stride, padding, groups)
-    common = (x, weight, scale, shift, residual, bank, activation, stride)
-    kind = _kind(x, weight, stride, padding, groups)
-    if kind == "conv1x1":
-        return launch_conv1x1(*common)
-    return launch_conv3x3(*common, padding) if kind == "conv3x3" else launch_depthwise(*common, padding)
-
-
-def launch_conv_(
-    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
-    bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int, groups: int, backend: str,
-) -> None:
-    """`backend` is what `choose` returned."""
-    if backend == "unfused":
-        residual = out if accumulate else None
-        y = _unfused(x, weight, scale, shift, residual, bank, activation, stride, padding, groups)
-        return write_active(out, y, active)
-    common = (out, x, weight, scale, shift, accumulate, bank, active, activation, stride)
-    kind = _kind(x, weight, stride, padding, groups)
-    if kind == "conv1x1":
-        return launch_conv1x1_(*common)
-    return launch_conv3x3_(*common, padding) if kind == "conv3x3" else launch_depthwise_(*common, padding)
+        y = _unfused(x, weight, *vectors, residual, bank, activation, stride, padding, groups)
+        if out is None:
+            return y
+        write_active(out, y, active)
+        return out
+    y = empty_output(x, out_shape(x, weight, stride, padding), residual) if out is None else out
+    if y.numel():
+        kernel = launch_gemm if _kind(x, weight, stride, padding, groups) == "gemm" else launch_depthwise
+        kernel(y, x, weight, *vectors, residual, bank, active, activation, stride, padding)
+    return y
 
 
 # An op, not a function that calls ops: a compiler would trace into the reading of the table.
 @triton_op("adn::conv", mutates_args=())
-def _conv(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    bank: Tensor | None, activation: str, stride: int, padding: int, groups: int, backend: str | None,
+def conv_op(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, scale2: Tensor | None,
+    shift2: Tensor | None, residual: Tensor | None, bank: Tensor | None, activation: str, stride: int, padding: int,
+    groups: int, backend: str | None,
 ) -> Tensor:
     shape = check_conv(x, weight, stride, padding, groups)
-    check_epilogue(x, weight, shape, scale, shift, bank, residual, activation)
+    check_epilogue(x, shape, residual, activation, bank)
     backend = choose(x, weight, scale, residual, bank, activation, stride, padding, groups, backend)
-    if not on_gpu(x, residual):
-        y = conv_reference(x, weight, scale, shift, residual, bank, activation, stride, padding, groups)
-        return empty_output(x, shape, residual).copy_(y)
-    return launch_conv(x, weight, scale, shift, residual, bank, activation, stride, padding, groups, backend)
+    arguments = (x, weight, scale, shift, scale2, shift2, residual, bank, activation, stride, padding, groups)
+    if on_gpu(x, residual):
+        return launch_conv(*arguments, backend)
+    return empty_output(x, shape, residual).copy_(conv_reference(*arguments))
 
 
 @triton_op("adn::conv_", mutates_args=("out",))
-def _conv_(
-    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
-    bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int, groups: int,
-    backend: str | None,
+def conv_inplace_op(
+    out: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, accumulate: bool, active: Tensor | None,
+    activation: str, stride: int, padding: int, groups: int, backend: str | None,
 ) -> None:
     shape = check_conv(x, weight, stride, padding, groups)
-    check_epilogue(x, weight, shape, scale, shift, bank, None, activation, out, active)
+    check_epilogue(x, shape, None, activation, None, out, active, weight=weight, shift=shift)
     residual = out if accumulate else None
-    backend = choose(x, weight, scale, residual, bank, activation, stride, padding, groups, backend, in_place=True,
+    backend = choose(x, weight, None, residual, None, activation, stride, padding, groups, backend, in_place=True,
                      bypassed=active is not None)
-    if not on_gpu(x, out):
-        y = conv_reference(x, weight, scale, shift, residual, bank, activation, stride, padding, groups)
-        write_active(out, y, active)
+    arguments = (x, weight, None, shift, None, None, residual, None, activation, stride, padding, groups)
+    if on_gpu(x, out):
+        launch_conv(*arguments, backend, out, active)
     else:
-        launch_conv_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding, groups,
-                     backend)
-
-
-register_backward(_conv, lambda x, stride, padding, groups, backend: (stride, padding, groups))
-
-
-def cudnn_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None,
-    activation: str = "identity", stride: int = 1, padding: int = 0, groups: int = 1,
-) -> Tensor:
-    """`act(conv2d(x, weight, bias) + residual)` by cuDNN: in one kernel with ReLU, else add and convolution apart.
-
-    Moves x, the weight, the residual and y once (with `identity` y three times if there is a residual); limited by the
-    tensor cores at 3x3.
-
-    Args:
-        x: (N, K, H, W), NHWC or NCHW, no slices. Cast by `torch.autocast`, see `conv`.
-        weight: (C, K / groups, kh, kw), a norm folded in (`fold`); in x's layout and dtype it is not copied.
-        bias: (C,), cast like the weight.
-        residual: (N, C, OH, OW), of x's dtype and layout.
-        activation: "identity" or "relu".
-
-    Returns:
-        (N, C, OH, OW) of x's dtype and layout. The backward recomputes the convolution and is plain PyTorch.
-
-    Raises:
-        ValueError: for anything cuDNN does not fuse or would copy first; the message says what.
-    """
-    x, weight = in_autocast(x, weight)
-    if bias is not None:
-        x, bias = in_autocast(x, bias)
-    return _cudnn_conv(x, weight, bias, residual, activation, stride, padding, groups)
+        write_active(out, conv_reference(*arguments), active)
 
 
 def conv(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *,
-    residual: Tensor | None = None, activation: str = "identity", stride: int = 1, padding: int = 0, groups: int = 1,
-    bank: Tensor | None = None, backend: str | None = None,
+    x: Tensor, weight: Tensor, scale: Vectors = None, shift: Vectors = None, *, residual: Tensor | None = None,
+    activation: str = "identity", stride: int = 1, padding: int = 0, groups: int = 1, bank: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """`act(conv2d(x, weight, ...) * scale + shift + residual)` by the fastest backend, see the head of this module.
 
-    Bytes and limits are those of `cudnn_conv`, `conv1x1`, `conv3x3` and `depthwise`; the unfused form moves the output
-    once more for each of scale and shift, residual, activation, twice if it reads and writes it.
+    Rounded once, sums float32. Bytes and limits of the kernels are in the heads of `gemm.py` and `depthwise.py`; cuDNN
+    moves as much with ReLU, and without it the output three times if there is a residual; the unfused form moves the
+    output once more for each of scale and shift, residual, activation, twice if it reads and writes it.
 
     Args:
-        x: (N, K, H, W). Under `torch.autocast` it is cast to its type, as is the input of torch's convolutions.
-        weight: (C, K / groups, kh, kw), cast to x's dtype if it has another; fastest in x's layout, depthwise as
-            `tap_major` lays it out.
-        scale: float32 (C,), or (2, C) with `bank`; None for folded weights, the only ones cuDNN takes.
-        shift: as scale; or of x's dtype, as `fold` returns it.
-        residual: (N, C, OH, OW).
-        bank: int32, one value or N; picks the row of scale and shift on the device.
+        x: (N, K, H, W), any strides; NHWC is read in 16-byte pieces. fp32 (TF32 as `torch.backends.cudnn.conv` says),
+            fp16, bf16; on other devices and in float64 the reference computes. Under `torch.autocast` it is cast to its
+            type, as is the input of torch's convolutions.
+        weight: (C, K / groups, kh, kw), cast to x's dtype, a pass over it, if it has another; fastest as `lay_out` lays
+            it out.
+        scale: (C,), any floating dtype: an eval-mode norm, see `fold_norm`; None for folded weights, the only ones
+            cuDNN takes.
+        shift: as scale, or a bias; fastest for cuDNN in x's dtype, as `fold` returns it.
+        residual: (N, C, OH, OW), any strides and floating dtype.
+        bank: int32, one value or one per sample, read on the device: 0 the first bank, else the second. Then scale and
+            shift are pairs (first, second), each of them or both.
         backend: "cudnn", "triton" or "unfused" instead of the measured choice.
 
     Returns:
         (N, C, OH, OW) in the layout of x; its dtype that of `x + residual`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or `backend` does not compute this.
+        ValueError: shapes, dtypes or devices do not fit, or `backend` does not compute this; the message says what.
+        RuntimeError: a gradient would be needed.
     """
     x, weight = in_autocast(x, weight)
-    return _conv(x, weight, scale, shift, residual, bank, activation, stride, padding, groups, backend)
+    first, second = banks(x, weight.shape[0] if weight.ndim else 0, bank, scale=scale, shift=shift)
+    if bank is not None and first == [None, None]:
+        raise ValueError("`bank` is given but neither scale nor shift to choose from")
+    check_inference("conv", x, weight, *first, *second, residual)
+    return conv_op(x, weight, *first, *second, residual, bank, activation, stride, padding, groups, backend)
 
 
 def conv_(
-    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *,
-    accumulate: bool = False, activation: str = "identity", stride: int = 1, padding: int = 0, groups: int = 1,
-    bank: Tensor | None = None, active: Tensor | None = None, backend: str | None = None,
+    out: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None = None, *, accumulate: bool = False,
+    activation: str = "identity", stride: int = 1, padding: int = 0, groups: int = 1, active: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """`conv` written to `out`; with `accumulate`, `out` is the residual as well. No backward.
+    """`conv` of a folded weight written to `out`; with `accumulate`, `out` is the residual as well.
 
     Args:
         out: (N, C, OH, OW), any strides and floating dtype; shares no memory with x.
-        active: int32, one value or one per sample: where 0, `out` keeps its bits. The Triton kernels leave the work
-            out; the unfused form computes it and drops it.
+        active: int32, one value or one per sample: where 0, `out` keeps its bits. Programs of the Triton kernels exit
+            before they read anything else, also where a tile spans many samples; the unfused form computes and drops.
 
     Returns:
         out.
@@ -370,7 +348,8 @@ def conv_(
         ValueError: as `conv`, and if x shares memory with `out`.
         RuntimeError: a gradient would be needed.
     """
-    check_inference("conv_", out, x, weight, scale, shift)
     x, weight = in_autocast(x, weight)
-    _conv_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding, groups, backend)
+    (shift,), _ = banks(x, weight.shape[0] if weight.ndim else 0, None, shift=shift)
+    check_inference("conv_", out, x, weight, shift)
+    conv_inplace_op(out, x, weight, shift, accumulate, active, activation, stride, padding, groups, backend)
     return out

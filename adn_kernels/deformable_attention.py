@@ -30,11 +30,6 @@ from .launch import cdiv, launch, next_power_of_2, no_second_derivative, on_gpu,
 
 MAX_LEVELS = 8  # of kernels; more take plain PyTorch
 
-# Candidates of `python -m adn_kernels.tune`.
-TUNE = {kernel: [{"SAMPLES": samples, "ROWS": rows, "num_warps": warps}
-                 for samples in (4, 8, 16) for rows in (2, 4, 8, 16) for warps in (2, 4, 8)]
-        for kernel in ("deformable_attention", "deformable_attention_backward")}
-
 
 @triton.jit
 def _level_of(sample, heights, widths, LEVELS: tl.constexpr, POINTS: tl.constexpr):

@@ -1,4 +1,9 @@
-"""Depthwise convolution of 3x3, 5x5 or 7x7 that ends with norm, residual and activation."""
+"""Depthwise convolution of 3x3, 5x5 or 7x7 that ends with norm, residual and activation.
+
+Bound by HBM bandwidth: reads x (and residual) and writes y once each; a program of BLOCK_A x BLOCK_B pixels fetches
+`(BLOCK_A + k - 1) (BLOCK_B + k - 1) / (BLOCK_A BLOCK_B)` times its part of x from L2 (stride 1), and its threads
+`k (BLOCK_B + k - 1) / BLOCK_B` times from L1: for 16 x 7 pixels 1.4 and 3.9 times at 3x3, 2.6 and 13 at 7x7.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +12,21 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
 
-from .epilogue import (
-    PER_SAMPLE,
-    check_epilogue,
-    check_inference,
-    conv_reference,
-    empty_output,
-    epilogue_value,
-    flags_kind,
-    in_autocast,
-    register_backward,
-    write_active,
-)
-from .gemm import check_conv, in_units, out_shape, vector_unit
-from .launch import SPLITS, cdiv, launch, next_power_of_2, on_gpu, tuned
+from .bank import flag_stride
+from .epilogue import epilogue_value
+from .launch import SPLITS, cdiv, launch, next_power_of_2, tuned
+from .view import in_units, vector_unit
 
 KERNEL_SIZES = (3, 5, 7)
 
 
 @triton.jit
 def depthwise_kernel(
-    x,  # (N, C, A_IN, B_IN), strides below; A and B are H and W, or W and H, see `_launch`
+    x,  # (N, C, A_IN, B_IN), strides below; A and B are H and W, or W and H, see `launch_depthwise`
     weight,  # (C, 1, KERNEL, KERNEL)
-    scale, shift,  # float32 (C,), or (2, C) with `bank`; or None
+    scale, shift,  # (C,) of the first or only bank, or None
+    scale2, shift2,  # (C,) of the second bank
     residual,  # (N, C, A_OUT, B_OUT) or None; may be `out`
     out,  # (N, C, A_OUT, B_OUT)
     bank, active,  # int32 (1,) or (N,), or None
@@ -108,8 +103,8 @@ def depthwise_kernel(
         if residual is not None:
             at = (a.to(tl.int64) * residual_a + (b + p).to(tl.int64) * residual_b) * ALIGN
             residual_at += n * residual_n * ALIGN + wide_channel * residual_c + at[:, None]
-        results += (epilogue_value(acc[p], scale, shift, bank, residual_at, n, channel, C, channel_mask, mask,
-                                   ACTIVATION, 0 if bank is None else 1),)
+        results += (epilogue_value(acc[p], scale, shift, scale2, shift2, bank, residual_at, n, channel, channel_mask,
+                                   mask, ACTIVATION, 0 if bank is None else 1),)
     for p in tl.static_range(BLOCK_B):
         mask = ((a < A_OUT) & (b + p < B_OUT))[:, None] & channel_mask[None, :]
         at = (a.to(tl.int64) * out_a + (b + p).to(tl.int64) * out_b) * ALIGN
@@ -140,12 +135,12 @@ def _config(
     return {"BLOCK_A": block_a, "BLOCK_B": block_b, "BLOCK_C": block_c, "num_warps": 4}
 
 
-def _launch(
-    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
+def launch_depthwise(
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, scale2: Tensor | None,
+    shift2: Tensor | None, residual: Tensor | None, bank: Tensor | None, active: Tensor | None, activation: str,
+    stride: int, padding: int,
 ) -> None:
-    if not out.numel():
-        return
+    """Writes `out` of a weight (C, 1, k, k), k of `KERNEL_SIZES`; stride of 1 or 2."""
     channels_last = x.stride(1) == 1
 
     def axes(sizes: Sequence[int]) -> Sequence[int]:
@@ -172,144 +167,10 @@ def _launch(
     programs = (n * cdiv(a_out, config["BLOCK_A"]) * cdiv(b_out, config["BLOCK_B"])
                 * cdiv(channels, config["BLOCK_C"]))
     launch(
-        depthwise_kernel, (programs,), x, weight, scale, shift, residual, out, bank, active,
-        int(flags_kind(bank) == PER_SAMPLE), int(flags_kind(active) == PER_SAMPLE),
+        depthwise_kernel, (programs,),
+        x, weight, scale, shift, scale2, shift2, residual, out, bank, active,
+        flag_stride(bank), flag_stride(active),
         channels // align, a_in, b_in, a_out, b_out,
         *of_x, weight_c, *weight_taps, *(of_residual[0] if of_residual else (None,) * 4), *of_out, size,
         ACTIVATION=activation, KERNEL=size, STRIDE=stride, PADDING=padding, ALIGN=align, **config,
     )
-
-
-def launch_depthwise(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    bank: Tensor | None, activation: str, stride: int, padding: int,
-) -> Tensor:
-    y = empty_output(x, out_shape(x, weight, stride, padding), residual)
-    _launch(y, x, weight, scale, shift, residual, bank, None, activation, stride, padding)
-    return y
-
-
-def launch_depthwise_(
-    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
-    bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
-) -> None:
-    residual = out if accumulate else None
-    _launch(out, x, weight, scale, shift, residual, bank, active, activation, stride, padding)
-
-
-def _check(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, bank: Tensor | None,
-    residual: Tensor | None, activation: str, stride: int, padding: int, out: Tensor | None = None,
-    active: Tensor | None = None,
-) -> None:
-    shape = check_conv(x, weight, stride, padding, None, KERNEL_SIZES)
-    if stride > 2:
-        raise ValueError(f"stride={stride}; pass 1 or 2")
-    check_epilogue(x, weight, shape, scale, shift, bank, residual, activation, out, active)
-
-
-def depthwise_reference(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    bank: Tensor | None, activation: str, stride: int, padding: int,
-) -> Tensor:
-    """`act(conv2d(x, weight, groups=C) * scale + shift + residual)` in float32; float64 stays."""
-    return conv_reference(x, weight, scale, shift, residual, bank, activation, stride, padding, x.shape[1])
-
-
-@triton_op("adn::depthwise", mutates_args=())
-def _depthwise(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-    bank: Tensor | None, activation: str, stride: int, padding: int,
-) -> Tensor:
-    _check(x, weight, scale, shift, bank, residual, activation, stride, padding)
-    if not on_gpu(x, residual):
-        y = depthwise_reference(x, weight, scale, shift, residual, bank, activation, stride, padding)
-        return empty_output(x, y.shape, residual).copy_(y)
-    return launch_depthwise(x, weight, scale, shift, residual, bank, activation, stride, padding)
-
-
-@triton_op("adn::depthwise_", mutates_args=("out",))
-def _depthwise_(
-    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, accumulate: bool,
-    bank: Tensor | None, active: Tensor | None, activation: str, stride: int, padding: int,
-) -> None:
-    _check(x, weight, scale, shift, bank, None, activation, stride, padding, out, active)
-    if not on_gpu(x, out):
-        residual = out if accumulate else None
-        y = depthwise_reference(x, weight, scale, shift, residual, bank, activation, stride, padding)
-        write_active(out, y, active)
-    else:
-        launch_depthwise_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride, padding)
-
-
-register_backward(_depthwise, lambda x, stride, padding: (stride, padding, x.shape[1]))
-
-
-def tap_major(weight: Tensor) -> Tensor:
-    """The same (C, 1, k, k) weight with channels adjacent in memory, which NHWC reads 16 bytes at a time.
-
-    A copy, to be made once; any other strides are right as well, and slower.
-    """
-    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-
-
-def depthwise(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *,
-    residual: Tensor | None = None, activation: str = "identity", stride: int = 1, padding: int | None = None,
-    bank: Tensor | None = None,
-) -> Tensor:
-    """`act(conv2d(x, weight, groups=C) * scale + shift + residual)` in one pass.
-
-    Bound by HBM bandwidth: reads x (and residual) and writes y once each; a program of BLOCK_A x BLOCK_B pixels fetches
-    `(BLOCK_A + k - 1) (BLOCK_B + k - 1) / (BLOCK_A BLOCK_B)` times its part of x from L2 (stride 1), and its threads
-    `k (BLOCK_B + k - 1) / BLOCK_B` times from L1: for 16 x 7 pixels 1.4 and 3.9 times at 3x3, 2.6 and 13 at 7x7. Sums
-    are float32.
-
-    Args:
-        x: (N, C, H, W), any strides; NHWC and NCHW are read along their adjacent elements. Cast by `torch.autocast`.
-        weight: (C, 1, k, k), k of 3, 5, 7; fastest as `tap_major` lays it out; cast to x's dtype if it has another.
-        scale, shift: float32 (C,), or (2, C) with `bank`, see `fold_norm`.
-        residual: (N, C, OH, OW), any float dtype.
-        stride: 1 or 2. padding: k // 2 unless given.
-        bank: int32, one value or N; picks the row of scale and shift on the device.
-
-    Returns:
-        (N, C, OH, OW) in x's layout, of the dtype of x + residual.
-
-    Raises:
-        ValueError: for shapes, dtypes, devices other than these.
-    """
-    x, weight = in_autocast(x, weight)
-    return _depthwise(x, weight, scale, shift, residual, bank, activation, stride, _same(weight, padding))
-
-
-def depthwise_(
-    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *,
-    accumulate: bool = False, activation: str = "identity", stride: int = 1, padding: int | None = None,
-    bank: Tensor | None = None, active: Tensor | None = None,
-) -> Tensor:
-    """`depthwise` written to `out` (N, C, OH, OW), any strides and float dtype; not differentiable.
-
-    Args:
-        accumulate: add what `out` holds, before the activation.
-        active: int32, one value or N; where 0, out stays as it is and x is not read.
-
-    Returns:
-        out.
-
-    Raises:
-        ValueError: as `depthwise`, and if out shares memory with x.
-        RuntimeError: if autograd would have to follow.
-    """
-    check_inference("depthwise_", out, x, weight, scale, shift)
-    x, weight = in_autocast(x, weight)
-    _depthwise_(out, x, weight, scale, shift, accumulate, bank, active, activation, stride,
-                _same(weight, padding))
-    return out
-
-
-def _same(weight: Tensor, padding: int | None) -> int:
-    """The padding that keeps the size, unless one is given."""
-    if padding is None and weight.ndim:  # the op refuses one of no axes
-        return weight.shape[-1] // 2
-    return padding or 0

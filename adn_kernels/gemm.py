@@ -1,19 +1,23 @@
-"""What the convolutions that are matrix products (`conv1x1`, `conv3x3`) share: operands, tiles, configurations.
+"""The convolutions that are matrix products, 1x1 and 3x3, and linear layers: one kernel, ending with an epilogue.
 
-The product has one row per output pixel (M = N * OH * OW of them) and one column per output channel.
+The product has one row per output pixel (M = N * OH * OW of them) and one column per output channel, and is summed over
+the taps of the window and the input channels. Moved are x, the weight, the residual and the output, once each (x once
+per tap, but for the first from L1 and L2). 1x1 is limited by bandwidth up to about 180 operations per byte on an H200
+(256 channels and less), by the tensor cores beyond, as 3x3 is, and for few pixels by the latency of one pass along the
+channels.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .launch import cdiv
+from .bank import flags_kind
+from .epilogue import epilogue_value
+from .launch import cdiv, dot_precision, launch, tuned
+from .view import Strides, in_units, pixel_strides, vector_unit
 
 PROGRAMS = 132  # multiprocessors of an H100 or H200: fewer programs than that leave some of them idle
 # Rows and columns of a tile, largest first; small ones occupy the GPU where there are few pixels (batch 1).
@@ -21,105 +25,125 @@ TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
 # Rows of tiles that are worked on together: their pixels stay in L2 until all columns have used them.
 GROUP = 8
 
-Strides = tuple[int | None, ...]  # of axes N (or C of a weight), channels, H, W
+
+@triton.jit
+def _tile_of(program, M, C, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of the tile of a program; see `GROUP`."""
+    rows = tl.cdiv(M, BM)
+    in_group = GROUP * tl.cdiv(C, BN)
+    first = program // in_group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    within = program % in_group
+    return first + within % height, within // height
 
 
-def out_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
-    """The shape of a convolution's output; unchecked, see `check_conv`."""
-    n, _, h, w = x.shape
-    channels, _, kh, kw = weight.shape
-    return n, channels, (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
+@triton.jit
+def _pixel_offset(m, OHW, OW, stride_n, stride_h, stride_w, UNIT: tl.constexpr):
+    """Where pixel m (int32) of (N, OH, OW) lies, int64; strides are those of `pixel_strides`."""
+    if stride_n is None:
+        return m.to(tl.int64) * stride_w * UNIT
+    else:
+        n = m // OHW
+        h = m % OHW // OW
+        w = m % OHW % OW
+        return (n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * UNIT
 
 
-def check_conv(
-    x: Tensor, weight: Tensor, stride: int, padding: int, groups: int | None = 1, sizes: Sequence[int] | None = None
-) -> tuple[int, int, int, int]:
-    """The shape of a convolution's output; raises ValueError if there is none. Guards no symbolic size.
+@triton.jit
+def gemm_kernel(
+    x,  # (N, K, H, W), strides below; those of a 1x1 convolution step over the pixels that it does not read
+    weight,  # (C, K, TAPS, TAPS)
+    scale, shift,  # (C,) of the first or only bank, or None
+    scale2, shift2,  # (C,) of the second bank
+    residual,  # (N, C, OH, OW) or None; may be `out`
+    out,  # (N, C, OH, OW)
+    bank, active,  # int32 (1,) or (N,), or None
+    M,  # N * OH * OW
+    K, C, H, W,
+    OHW, OW,  # OH * OW, OW
+    x_n, x_k, x_h, x_w,
+    weight_c, weight_k, weight_h, weight_w,
+    residual_n, residual_c, residual_h, residual_w,
+    out_n, out_c, out_h, out_w,
+    TAPS: tl.constexpr,  # of a row and of a column of the window: 1 or 3
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BANK: tl.constexpr,  # NONE, SCALAR, PER_SAMPLE of bank.py
+    ACTIVE: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products: "tf32", "ieee"
+    UNIT: tl.constexpr,  # of `vector_unit`: K, C and all strides but those of channels are divided by it
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One program computes BM pixels x BN channels."""
+    K *= UNIT
+    C *= UNIT
+    tile_m, tile_n = _tile_of(tl.program_id(0), M, C, BM, BN, GROUP)
+    m = tile_m * BM + tl.arange(0, BM)
+    row_mask = m < M
+    # Rows past the end repeat the last pixel, so that all of them belong to a sample.
+    m = tl.minimum(m, M - 1)
+    n = m // OHW
+    if ACTIVE == 1:
+        if tl.load(active) == 0:
+            return
+    elif ACTIVE == 2:
+        row_mask = row_mask & (tl.load(active + n) != 0)
+        if tl.max(row_mask.to(tl.int32), 0) == 0:
+            return
 
-    Args:
-        x: (N, K, H, W). weight: (C, K / groups, kh, kw), of x's dtype.
-        groups: None for a depthwise convolution: as many as channels, of x and of the output.
-        sizes: what kh and kw, equal, may be; None for anything.
-    """
-    if x.ndim != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; pass (N, K, H, W)")
-    depth = x.shape[1]
-    count = depth if groups is None else groups
-    if (weight.ndim != 4 or count < 1 or weight.shape[1] * count != depth or weight.shape[0] % count
-            or (groups is None and weight.shape[0] != depth)
-            or (sizes is not None and (weight.shape[2] not in sizes or weight.shape[3] != weight.shape[2]))):
-        channels = depth if groups is None else "C" if groups == 1 else f"C divisible by {groups}"
-        each = 1 if groups is None else depth if groups == 1 else f"{depth} / {groups}"
-        window = "kh, kw" if sizes is None else " or ".join(f"{size}, {size}" for size in sizes)
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; pass ({channels}, {each}, {window}) "
-                         f"for x of shape {tuple(x.shape)}")
-    check_same_kind(x, weight)
-    if stride < 1 or padding < 0:
-        raise ValueError(f"stride={stride}, padding={padding}; pass a stride of 1 or more, a padding of 0 or more")
-    shape = out_shape(x, weight, stride, padding)
-    if any(isinstance(size, int) and size < 1 for size in shape[2:]):
-        raise ValueError(f"x of shape {tuple(x.shape)} with padding {padding} is smaller than the "
-                         f"{weight.shape[2]}x{weight.shape[3]} weight")
-    return shape
+    channel = tile_n * BN + tl.arange(0, BN)
+    channel_mask = channel < C
+    k = tl.arange(0, BK)
+    if TAPS == 1:
+        x_pixel = _pixel_offset(m, OHW, OW, x_n, x_h, x_w, UNIT)
+    else:
+        # The input pixel under the first tap; it may lie in the padding.
+        h = m % OHW // OW * STRIDE - PADDING
+        w = m % OHW % OW * STRIDE - PADDING
+        x_pixel = (n.to(tl.int64) * x_n + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w) * UNIT
+    # Int64 also along channels, which are far apart in NCHW.
+    x_at = x + x_pixel[:, None] + k.to(tl.int64)[None, :] * x_k
+    weight_at = weight + (channel.to(tl.int64) * weight_c * UNIT)[None, :] + k[:, None] * weight_k
+    blocks = tl.cdiv(K, BK)
+    acc = tl.zeros([BM, BN], tl.float32)
+    # One loop over taps and channels: its loads are pipelined across taps.
+    for i in range(0, TAPS * TAPS * blocks):
+        if TAPS == 1:
+            k0 = i * BK
+            inside = row_mask
+            x_step = k0.to(tl.int64) * x_k
+            weight_step = k0 * weight_k
+        else:
+            tap = i // blocks
+            kh = tap // TAPS
+            kw = tap % TAPS
+            k0 = (i % blocks) * BK
+            inside = row_mask & (h + kh >= 0) & (h + kh < H) & (w + kw >= 0) & (w + kw < W)
+            x_step = (kh.to(tl.int64) * x_h + kw.to(tl.int64) * x_w) * UNIT + k0.to(tl.int64) * x_k
+            weight_step = (kh * weight_h + kw * weight_w) * UNIT + k0 * weight_k
+        # Past the end both operands are 0: 0 times whatever lies there could be NaN.
+        k_mask = k0 + k < K
+        a = tl.load(x_at + x_step, mask=inside[:, None] & k_mask[None, :], other=0.0)
+        b = tl.load(weight_at + weight_step, mask=channel_mask[None, :] & k_mask[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    out_pixel = _pixel_offset(m, OHW, OW, out_n, out_h, out_w, UNIT)
+    out_at = out + out_pixel[:, None] + channel.to(tl.int64)[None, :] * out_c
+    residual_at = residual
+    if residual is not None:
+        residual_pixel = _pixel_offset(m, OHW, OW, residual_n, residual_h, residual_w, UNIT)
+        residual_at += residual_pixel[:, None] + channel.to(tl.int64)[None, :] * residual_c
+    mask = row_mask[:, None] & channel_mask[None, :]
+    y = epilogue_value(
+        acc, scale, shift, scale2, shift2, bank, residual_at, n, channel, channel_mask, mask, ACTIVATION, BANK)
+    tl.store(out_at, y.to(out.dtype.element_ty), mask=mask)
 
 
-def check_same_kind(x: Tensor, weight: Tensor) -> None:
-    """Raises ValueError unless both have one floating dtype and one device."""
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; pass float32, float16 or bfloat16")
-    if weight.dtype != x.dtype:
-        raise ValueError(f"weight is {weight.dtype}, x is {x.dtype}; pass both in one dtype")
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device}, x on {x.device}; pass both on one device")
-
-
-def check_pixels(pixels: int) -> None:
-    """Raises ValueError for more output pixels than the kernels can number (elements may be more)."""
-    if isinstance(pixels, int) and pixels > 2**31 - 2**10:
-        raise ValueError(f"the output has {pixels} pixels; pass fewer than 2^31 at a time")
-
-
-def pixel_strides(h: int, w: int, strides: Strides) -> Strides:
-    """Strides (N, C, H, W) of an image of h x w pixels for `pixel_offset`.
-
-    Those of N and H are None if all pixels are equally far apart, as in NHWC: then that of W is their distance.
-    """
-    sn, sc, sh, sw = strides
-    # The stride of an axis of one element says nothing.
-    step = sw if w != 1 else sh if h != 1 else sn
-    if (w == 1 or h == 1 or sh == w * step) and sn == h * w * step:
-        return None, sc, None, step
-    return strides
-
-
-def vector_unit(channels: int, depth: int, *operands: tuple[Tensor, Strides]) -> int:
-    """8 if channels can be read and written in blocks of 8, else 1.
-
-    Kernels get sizes and strides divided by it (`in_units`) and multiply again: so the compiler knows of the common
-    divisor also where it is 8, as with 24 channels. Of arguments by themselves it only knows whether 16 divides them.
-
-    Args:
-        operands: x, weight, output, residual, each with its strides; that of its (input) channels is the second.
-    """
-    if channels % 8 or depth % 8:
-        return 1
-    for tensor, (first, channel, *rest) in operands:
-        if channel != 1 or tensor.storage_offset() % 8:
-            return 1
-        for stride in (first, *rest):
-            if not (stride is None or statically_known_true(stride % 8 == 0)):
-                return 1
-    return 8
-
-
-def in_units(strides: Strides, unit: int) -> Strides:
-    """All but that of channels divided."""
-    if unit == 1:
-        return strides
-    return tuple([stride if stride is None or axis == 1 else stride // unit for axis, stride in enumerate(strides)])
-
-
-def gemm_config(pixels: int, channels: int, depth: int, dtype: torch.dtype, unit: int) -> dict[str, int]:
+def _config(pixels: int, channels: int, depth: int, dtype: torch.dtype, unit: int) -> dict[str, int]:
     """The default: fits every shape without spilling registers, in tiles small enough to occupy the GPU.
 
     Args:
@@ -147,24 +171,47 @@ def gemm_config(pixels: int, channels: int, depth: int, dtype: torch.dtype, unit
     return {"BM": bm, "BN": bn, "BK": bk, "num_warps": warps, "num_stages": 4 if small else 3}
 
 
-@triton.jit
-def tile_of(program, M, C, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column of the tile of a program; see `GROUP`."""
-    rows = tl.cdiv(M, BM)
-    in_group = GROUP * tl.cdiv(C, BN)
-    first = program // in_group * GROUP
-    height = tl.minimum(rows - first, GROUP)
-    within = program % in_group
-    return first + within % height, within // height
+def launch_gemm(
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, scale2: Tensor | None,
+    shift2: Tensor | None, residual: Tensor | None, bank: Tensor | None, active: Tensor | None, activation: str,
+    stride: int = 1, padding: int = 0,
+) -> None:
+    """Writes `out`: of images (N, K, H, W) and a weight (C, K, k, k), k of 1 (without padding) or 3; or of tokens
+    (N, L, K) and a weight (C, K)."""
+    tokens = weight.ndim == 2
 
+    def strides_of(t: Tensor) -> Strides:
+        """As of (N, channels, H, W). A view of that shape would say the same; making it takes longer than all this."""
+        if not tokens:
+            return t.stride()
+        n, length, channel = t.stride()
+        return n, channel, n, length
 
-@triton.jit
-def pixel_offset(m, OHW, OW, stride_n, stride_h, stride_w, UNIT: tl.constexpr):
-    """Where pixel m (int32) of (N, OH, OW) lies, int64; strides are those of `pixel_strides`."""
-    if stride_n is None:
-        return m.to(tl.int64) * stride_w * UNIT
+    n, oh, ow = (out.shape[0], 1, out.shape[1]) if tokens else (out.shape[0], *out.shape[2:])
+    h, w = (1, x.shape[1]) if tokens else x.shape[2:]
+    channels, depth = weight.shape[:2]
+    taps = 1 if tokens else weight.shape[-1]
+    pixels = n * oh * ow
+    if isinstance(pixels, int) and pixels > 2**31 - 2**10:
+        raise ValueError(f"the output has {pixels} pixels; pass fewer than 2^31 at a time")
+    of_x, of_weight = strides_of(x), (*weight.stride(), 0, 0)[:4]
+    if taps == 1:
+        of_x = pixel_strides(oh, ow, (*of_x[:2], stride * of_x[2], stride * of_x[3]))
+        read, of_weight = of_x, (*of_weight[:2], 0, 0)
     else:
-        n = m // OHW
-        h = m % OHW // OW
-        w = m % OHW % OW
-        return (n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * UNIT
+        read = pixel_strides(h, w, of_x)
+    of_out = pixel_strides(oh, ow, strides_of(out))
+    of_residual = (None,) * 4 if residual is None else pixel_strides(oh, ow, strides_of(residual))
+    unit = vector_unit(channels, depth, (x, read), (weight, of_weight), (out, of_out),
+                       *(() if residual is None else ((residual, of_residual),)))
+    config = tuned("gemm", x.device, _config(pixels, channels, depth, x.dtype, unit), pixels=pixels, channels=channels,
+                   depth=depth, taps=taps, stride=stride, unit=unit, dtype=str(x.dtype))
+    launch(
+        gemm_kernel, (cdiv(pixels, config["BM"]) * cdiv(channels, config["BN"]),),
+        x, weight, scale, shift, scale2, shift2, residual, out, bank, active,
+        pixels, depth // unit, channels // unit, h, w, oh * ow, ow,
+        *in_units(of_x, unit), *in_units(of_weight, unit), *in_units(of_residual, unit), *in_units(of_out, unit),
+        TAPS=taps, STRIDE=stride, PADDING=padding, ACTIVATION=activation, BANK=flags_kind(bank),
+        ACTIVE=flags_kind(active), PRECISION=dot_precision(x, "matmul" if tokens else "conv"), UNIT=unit, GROUP=GROUP,
+        **config,
+    )

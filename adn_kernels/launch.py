@@ -1,4 +1,4 @@
-"""What every launcher shares: how a kernel is launched, where its configuration comes from, what inputs may look like.
+"""What every launcher shares: how a kernel is launched, where its configuration comes from, what no op may be given.
 
 A *launcher* is the part of an op that runs on a GPU: it allocates outputs and calls `launch`. Its sizes may be symbolic
 (an op traced for a dynamic batch), so it takes no decision on them that a compiler would have to guard.
@@ -6,7 +6,6 @@ A *launcher* is the part of an op that runs on a GPU: it allocates outputs and c
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -18,7 +17,7 @@ import torch
 import triton
 from torch.library import wrap_triton
 
-from .private import is_alias, suggest_memory_format
+from .private import is_alias
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -77,14 +76,14 @@ def no_second_derivative(backward: Any) -> None:
     backward.register_autograd(refuse)
 
 
-# While `adn_kernels.tune` measures: called with (kernel, default, key), returns the configuration to be used.
+# While `bench/tune.py` measures: called with (kernel, default, key), returns the configuration to be used.
 override: Callable[[str, dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
 
 
 def tuned(kernel: str, device: torch.device, default: dict[str, int], **key: Any) -> dict[str, int]:
     """The configuration measured best for `key` on this architecture, or `default`.
 
-    Tables are files of `adn_kernels/tables`, one per architecture, written by `python -m adn_kernels.tune`. Nothing is
+    Tables are files of `adn_kernels/tables`, one per architecture, written by `python bench/tune.py`. Nothing is
     timed here. A key with a symbolic size has no entry.
 
     Args:
@@ -167,107 +166,7 @@ def _interleaved(a: torch.Tensor, b: torch.Tensor) -> bool:
     return first + length <= second and second + other <= period
 
 
-def check_flags(flags: torch.Tensor | None, name: str, samples: int, device: torch.device) -> None:
-    """Raises ValueError unless `flags` (`bank`, `active`) is None or int32 of one element or one per sample."""
-    if flags is None:
-        return
-    if flags.dtype != torch.int32:
-        raise ValueError(f"{name} is {flags.dtype}; pass int32")
-    if flags.device != device:
-        raise ValueError(f"{name} is on {flags.device}, x on {device}; pass both on one device")
-    if flags.ndim > 1 or (flags.ndim == 1 and flags.shape[0] not in (1, samples)):
-        raise ValueError(f"{name} has shape {tuple(flags.shape)}; pass one value, or one per sample ({samples})")
-    if not flags.is_contiguous():
-        raise ValueError(f"{name} has strides {flags.stride()}; pass {name}.contiguous()")
-
-
-def banks(
-    x: torch.Tensor, channels: int, bank: torch.Tensor | None, **parameters: Any
-) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """The first and the second bank of each parameter of a norm, checked.
-
-    Args:
-        parameters: by name; without `bank` the live bank's tensor (channels,) of any floating type, or None; with it a
-            pair (first, second) of those, of one type, or None. Without `bank` all of the second are None.
-    """
-    pairs = []
-    for name, value in parameters.items():
-        if bank is None:
-            if isinstance(value, tuple | list):
-                raise ValueError(f"{name} is a pair but no `bank` is given to choose by; pass the live bank's tensor")
-            pair = (value, None)
-        else:
-            pair = (None, None) if value is None else value
-            if not isinstance(pair, tuple | list) or len(pair) != 2 or (pair[0] is None) != (pair[1] is None):
-                raise ValueError(f"`bank` is given: pass {name} as a pair (first, second), or None")
-        for i, vector in enumerate(pair):
-            if vector is None:
-                continue
-            label = name if bank is None else f"{name}[{i}]"
-            if not isinstance(vector, torch.Tensor):
-                raise ValueError(f"{label} is a {type(vector).__name__}; pass a tensor of shape ({channels},), or None")
-            if tuple(vector.shape) != (channels,) or not vector.is_floating_point() or not vector.is_contiguous():
-                raise ValueError(f"{label} is {vector.dtype} of shape {tuple(vector.shape)} and strides "
-                                 f"{vector.stride()}; pass contiguous floats of shape ({channels},)")
-            if vector.device != x.device:
-                raise ValueError(f"{label} is on {vector.device}, x on {x.device}; pass both on one device")
-        if pair[1] is not None and pair[0].dtype != pair[1].dtype:
-            raise ValueError(f"the banks of {name} are {pair[0].dtype} and {pair[1].dtype}; pass both in one type")
-        pairs.append(pair)
-    return [first for first, _ in pairs], [second for _, second in pairs]
-
-
 def check_eps(eps: float) -> None:
     """Raises ValueError unless it can be added to a variance."""
     if not eps >= 0:
         raise ValueError(f"eps={eps}; pass a number that is not negative")
-
-
-def memory_format(x: torch.Tensor) -> torch.memory_format:
-    """The layout of a 4-D tensor, as torch reads it off the strides: also of slices, which are not contiguous."""
-    first, last = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
-    if first != last:  # the usual case, told in a tenth of the time
-        return torch.channels_last if last else torch.contiguous_format
-    return suggest_memory_format(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a 4-D tensor (N, C, H, W) lies in memory, for kernels that know two layouts.
-
-    `channels_last`: N*H*W rows of C adjacent channels, `stride` apart (more than C in a slice of channels).
-    Otherwise: N samples of C*H*W adjacent elements, `stride` apart.
-    """
-
-    channels_last: bool
-    stride: int
-
-
-def layout_of(x: torch.Tensor, name: str = "x") -> Layout:
-    """Raises ValueError, saying what to do, for a tensor that is neither NHWC nor NCHW (a slice of channels is)."""
-    if x.ndim != 4:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; pass (N, C, H, W), or a view of it with H = W = 1")
-    if x.numel() == 0:  # its strides say nothing
-        return Layout(memory_format(x) == torch.channels_last, 0)
-    last, first = stride_in(x, channels_last=True), stride_in(x, channels_last=False)
-    # Which layout, where both fit, is torch's to say.
-    if last is not None and (first is None or memory_format(x) == torch.channels_last):
-        return Layout(True, last)
-    if first is not None:
-        return Layout(False, first)
-    raise ValueError(f"{name} of shape {tuple(x.shape)} has strides {x.stride()}, which are neither those of NCHW nor "
-                     f"of NHWC: pass {name}.contiguous() or .contiguous(memory_format=torch.channels_last)")
-
-
-def stride_in(x: torch.Tensor, channels_last: bool) -> int | None:
-    """`Layout.stride` of a 4-D tensor read in this layout, or None if it does not lie so."""
-    n, c, h, w = x.shape
-    sn, sc, sh, sw = x.stride()
-    # The stride of an axis of one element says nothing.
-    if not channels_last:
-        fits = (w == 1 or sw == 1) and (h == 1 or sh == w) and (c == 1 or sc == h * w)
-        return (sn if n != 1 else c * h * w) if fits else None
-    row = sw if w != 1 else sh if h != 1 else sn if n != 1 else c
-    fits = ((c == 1 or sc == 1) and (h == 1 or w == 1 or sh == w * sw)
-            and (n == 1 or (w == 1 and h == 1) or sn == h * w * row))
-    return row if fits else None

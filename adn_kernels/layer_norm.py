@@ -6,18 +6,16 @@
 Bytes: forward reads x (and residual) once and writes y (and total) once; backward reads the normalised tensor and the
 gradients that arrive once and writes one gradient. Everything is bound by HBM bandwidth; at batch 1 by the launch.
 
-A tensor (N, ..., D) is seen as N samples of rows of D channels, with a stride for each of the three. Either channels
-are adjacent (the usual layout of tokens) or rows are (NCHW seen as (N, H, W, C), tokens of a flattened feature map):
-both are read in place, neighbouring threads on neighbouring memory. y has adjacent channels either way, as the linear
-layer that follows wants it, and its gradient comes so; the sum and the gradient of x lie as x does. A program works on
-a tile of rows with all their channels in registers: mean, then variance are two passes over registers and one over
-memory.
+A tensor (N, ..., D) is seen as N samples of rows of D channels (the pixels of `view.py`). Either channels are adjacent
+(the usual layout of tokens) or rows are (NCHW seen as (N, H, W, C), tokens of a flattened feature map): both are read
+in place, neighbouring threads on neighbouring memory. y has adjacent channels either way, as the linear layer that
+follows wants it, and its gradient comes so; the sum and the gradient of x lie as x does. A program works on a tile of
+rows with all their channels in registers: mean, then variance are two passes over registers and one over memory.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +24,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from .bank import Vectors, banks, check_flags, of_bank, per_bank, picked
+from .column_sum import launch_column_sum
 from .epilogue import check_inference, write_active
 from .launch import (
     SPLITS,
-    banks,
     cdiv,
     check_eps,
-    check_flags,
     check_no_alias,
     launch,
     next_power_of_2,
@@ -40,15 +38,9 @@ from .launch import (
     on_gpu,
     tuned,
 )
+from .view import View, joined, view_of_tokens
 
 MAX_CHANNELS = 4096  # a row has to fit into the registers of one program
-
-# Candidates of `python -m adn_kernels.tune`: how many rows fit in registers depends on the number of channels.
-TUNE = {
-    "layer_norm": [{"ROWS": rows, "num_warps": warps} for rows in (1, 2, 4, 8, 16, 32) for warps in (2, 4, 8, 16)],
-    "layer_norm_backward": [{"ROWS": rows, "num_warps": warps, "num_stages": stages}
-                            for rows in (1, 2, 4, 8, 16, 32) for warps in (4, 8, 16) for stages in (1, 2)],
-}
 
 
 @triton.jit
@@ -60,16 +52,6 @@ def _at(x, unit, first, row, channel, unit_stride, row_stride, channel_stride, F
         row = row.to(tl.int64)
         channel = channel.to(tl.int64)
     return x + ((row * row_stride)[:, None] + (channel * channel_stride)[None, :])
-
-
-@triton.jit
-def _of_bank(first, second, use_second, channel, mask):
-    """Weight or bias [CHANNELS] float32 of one of two banks."""
-    if use_second:
-        vector = tl.load(second + channel, mask=mask, other=0.0).to(tl.float32)
-    else:
-        vector = tl.load(first + channel, mask=mask, other=0.0).to(tl.float32)
-    return vector
 
 
 @triton.jit
@@ -85,12 +67,12 @@ def _normalised(v, mask, D, eps):
 def layer_norm_kernel(
     x,  # (units, rows, D)
     residual,  # like x, or None
-    total,  # like x, receives x + residual; None without residual; may be residual itself
+    total,  # like x, receives x + residual; None without residual
     y,  # like x
     weight, bias,  # (D,), of the first or only bank; each may be None
     weight2, bias2,  # (D,), of the second bank
     bank,  # int32, one for `units_per_bank` units, or None
-    active,  # int32, one for `units_per_flag` units, or None; 0: total and y keep their bits
+    active,  # int32, one for `units_per_flag` units, or None; 0: y keeps its bits
     rows, tiles,  # of one unit; a tile has ROWS rows
     D, units_per_bank, units_per_flag,
     x_unit, x_row, x_channel,  # strides
@@ -121,17 +103,13 @@ def layer_norm_kernel(
         # What was stored is normalised, for it is all that backward has.
         v = rounded.to(tl.float32)
     z, _ = _normalised(v, mask, D, eps)
+    is_second = False
     if bank is not None:
-        use_second = tl.load(bank + unit // units_per_bank) != 0
-        if weight is not None:
-            z = z * _of_bank(weight, weight2, use_second, channel, channel_mask)[None, :]
-        if bias is not None:
-            z = z + _of_bank(bias, bias2, use_second, channel, channel_mask)[None, :]
-    else:
-        if weight is not None:
-            z = z * tl.load(weight + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
-        if bias is not None:
-            z = z + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+        is_second = tl.load(bank + unit // units_per_bank) != 0
+    if weight is not None:
+        z = z * of_bank(weight, weight2, is_second, channel, channel_mask)[None, :]
+    if bias is not None:
+        z = z + of_bank(bias, bias2, is_second, channel, channel_mask)[None, :]
     at = _at(y, unit, first, row, channel, y_unit, y_row, y_channel, FAR)
     tl.store(at, z.to(y.dtype.element_ty), mask=mask)
 
@@ -167,11 +145,11 @@ def layer_norm_backward_kernel(
     row = tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
     channel_mask = channel < D
+    is_second = False
+    if bank is not None:
+        is_second = tl.load(bank + part) != 0
     if weight is not None:
-        if bank is not None:
-            w = _of_bank(weight, weight2, tl.load(bank + part) != 0, channel, channel_mask)
-        else:
-            w = tl.load(weight + channel, mask=channel_mask, other=0.0).to(tl.float32)
+        w = of_bank(weight, weight2, is_second, channel, channel_mask)
     # Where no two warps share a channel, adding up the rows of a tile at once is cheap and saves registers.
     if SUM_ROWS:
         sum_w = tl.zeros([CHANNELS], tl.float32)
@@ -214,97 +192,17 @@ def layer_norm_backward_kernel(
         tl.store(dbias + at, sum_b if SUM_ROWS else tl.sum(sum_b, 0), mask=channel_mask)
 
 
-@triton.jit
-def layer_norm_sum_kernel(
-    partial,  # float32 (parts, splits, D)
-    bank,  # int32 (parts,), or None
-    first, second,  # (D,): sums over the parts of each bank; `second` None without `bank`
-    count,  # parts * splits
-    splits, D,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,  # of one program
-):
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    channel_mask = channel < D
-    sum_first = tl.zeros([ROWS, CHANNELS], tl.float32)
-    sum_second = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for start in range(0, count, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < count)[:, None] & channel_mask[None, :]
-        v = tl.load(partial + row[:, None].to(tl.int64) * D + channel[None, :], mask=mask, other=0.0)
-        if bank is not None:
-            of_second = (tl.load(bank + row // splits, mask=row < count, other=0) != 0)[:, None]
-            sum_first += tl.where(of_second, 0.0, v)
-            sum_second += tl.where(of_second, v, 0.0)
-        else:
-            sum_first += v
-    tl.store(first + channel, tl.sum(sum_first, 0).to(first.dtype.element_ty), mask=channel_mask)
-    if second is not None:
-        tl.store(second + channel, tl.sum(sum_second, 0).to(second.dtype.element_ty), mask=channel_mask)
-
-
-class Rows(NamedTuple):
-    """A tensor (N, ..., D) as N samples of rows of D channels: how many rows, and the three strides."""
-
-    rows: int
-    sample: int
-    row: int
-    channel: int
-
-
-def rows_of(x: Tensor, name: str) -> Rows:
-    """Raises ValueError, saying what to do, for strides that are not those of samples, rows and channels."""
-    *sizes, channels = x.shape
-    *strides, channel = x.stride()
-    count, row = 1, None
-    for size, stride in zip(sizes[:0:-1], strides[:0:-1]):
-        if size == 1:
-            continue
-        if row is None:
-            row = stride
-        elif stride != row * count:
-            row = 0  # not to be expressed by one stride; 0 is refused below
-            break
-        count *= size
-    sample = strides[0] if sizes and sizes[0] != 1 else None
-    if row is None:
-        row = channels if sample is None else sample
-    # The stride of an axis of one element says nothing.
-    if sample is None:
-        sample = count * row
-    if channels == 1:
-        channel = 1
-    if (row == 0 and count != 1) or (channel != 1 and row != 1):
-        raise ValueError(f"{name} of shape {tuple(x.shape)} has strides {x.stride()}; its rows must be evenly spaced, "
-                         f"and channels (the last axis) or rows adjacent in memory: pass {name}.contiguous()")
-    return Rows(count, sample, row, channel)
-
-
-def _units(samples: int, parts: int, *tensors: Rows | None) -> tuple[int, int, list[tuple[int, int, int] | tuple]]:
-    """Samples joined to units, as few as there are parts if memory allows it.
-
-    Returns:
-        Units; rows in one; for each tensor the strides of unit, row and channel (None for None).
-    """
-    joined = all(t is None or t.sample == t.rows * t.row for t in tensors)
-    units = parts if joined else samples
-    each = samples // units
-    return units, each * tensors[0].rows, [
-        (None,) * 3 if t is None else (each * t.sample, t.row, t.channel) for t in tensors
-    ]
-
-
-def _far(config: dict[str, int], channels: int, *tensors: Rows | None) -> bool:
+def _far(config: dict[str, int], channels: int, *tensors: View | None) -> bool:
     """Whether offsets within a tile can pass 2^31; of symbolic strides nobody knows."""
-    return not all(t is None or (isinstance(t.row, int) and isinstance(t.channel, int)
-                                 and config["ROWS"] * t.row + channels * t.channel < 2**31) for t in tensors)
+    return not all(t is None or (isinstance(t.pixel, int) and isinstance(t.channel, int)
+                                 and config["ROWS"] * t.pixel + channels * t.channel < 2**31) for t in tensors)
 
 
 def _size(flags: Tensor | None) -> int:
     return 1 if flags is None else flags.numel()
 
 
-def _config(kernel: str, x: Tensor, layout: Rows, **key: int) -> dict[str, int]:
+def _config(kernel: str, x: Tensor, layout: View, **key: int) -> dict[str, int]:
     channels = next_power_of_2(x.shape[-1])
     adjacent, backward = layout.channel == 1, kernel == "layer_norm_backward"
     wide = adjacent or (isinstance(layout.channel, int) and layout.channel % 16 == 0)  # loads of 16 bytes
@@ -328,27 +226,6 @@ def _config(kernel: str, x: Tensor, layout: Rows, **key: int) -> dict[str, int]:
                  channels_adjacent=int(adjacent), **key)
 
 
-def _launch_forward(
-    y: Tensor, total: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    weight2: Tensor | None, bias2: Tensor | None, bank: Tensor | None, active: Tensor | None, eps: float,
-) -> None:
-    if x.numel() == 0:
-        return
-    samples = x.shape[0] if x.ndim > 1 else 1
-    layout = rows_of(x, "x")
-    layouts = [layout] + [None if t is None else rows_of(t, name) for name, t in (
-        ("residual", residual), ("total", total), ("y", y))]
-    parts = samples if _size(active) != 1 else _size(bank)
-    units, rows, strides = _units(samples, parts, *layouts)
-    config = _config("layer_norm", x, layout, residual=int(residual is not None))
-    tiles = cdiv(rows, config["ROWS"])
-    launch(
-        layer_norm_kernel, (units * tiles,), x, residual, total, y, weight, bias, weight2, bias2, bank, active, rows,
-        tiles, x.shape[-1], units // _size(bank), units // _size(active), *(s for three in strides for s in three), eps,
-        CHANNELS=next_power_of_2(x.shape[-1]), FAR=_far(config, x.shape[-1], *layouts), **config,
-    )
-
-
 def _empty_output(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for y: dense, with adjacent channels; where those of x are, its strides in x's order."""
     return torch.empty_like(x, dtype=dtype) if x.stride(-1) == 1 else x.new_empty(x.shape, dtype=dtype)
@@ -356,22 +233,29 @@ def _empty_output(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def launch_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, weight2: Tensor | None, bias2: Tensor | None,
-    residual: Tensor | None, bank: Tensor | None, eps: float,
+    residual: Tensor | None, bank: Tensor | None, eps: float, out: Tensor | None = None, active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op `adn::layer_norm` on a GPU: y, and the sum, empty without a residual."""
+    """The op on a GPU: y, and the sum, empty without a residual. Writes y to `out` if given."""
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = _empty_output(x, dtype)
+    y = _empty_output(x, dtype) if out is None else out
     total = None if residual is None else torch.empty_like(x, dtype=dtype)
-    _launch_forward(y, total, x, residual, weight, bias, weight2, bias2, bank, None, eps)
-    return y, x.new_empty(0) if total is None else total
-
-
-def launch_layer_norm_(
-    out: Tensor, stream: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, weight2: Tensor | None,
-    bias2: Tensor | None, bank: Tensor | None, active: Tensor | None, eps: float,
-) -> None:
-    """The op `adn::layer_norm_` on a GPU."""
-    _launch_forward(out, stream, x, stream, weight, bias, weight2, bias2, bank, active, eps)
+    results = y, x.new_empty(0) if total is None else total
+    if x.numel() == 0:
+        return results
+    samples, channels = x.shape[0] if x.ndim > 1 else 1, x.shape[-1]
+    view = view_of_tokens(x, "x")
+    views = [view] + [None if t is None else view_of_tokens(t, name) for name, t in (
+        ("residual", residual), ("total", total), ("y", y))]
+    parts = samples if _size(active) != 1 else _size(bank)
+    units, rows, strides = joined(samples, parts, *views)
+    config = _config("layer_norm", x, view, residual=int(residual is not None))
+    tiles = cdiv(rows, config["ROWS"])
+    launch(
+        layer_norm_kernel, (units * tiles,), x, residual, total, y, weight, bias, weight2, bias2, bank, active, rows,
+        tiles, channels, units // _size(bank), units // _size(active), *(s for three in strides for s in three), eps,
+        CHANNELS=next_power_of_2(channels), FAR=_far(config, channels, *views), **config,
+    )
+    return results
 
 
 def launch_layer_norm_backward(
@@ -392,10 +276,10 @@ def launch_layer_norm_backward(
         return results
     (dy, dy_rows), (dtotal, dtotal_rows) = _readable(dy, "dy"), _readable(dtotal, "dtotal")
     samples, channels = dx.shape[0] if dx.ndim > 1 else 1, dx.shape[-1]
-    layout = rows_of(total, "total")
+    layout = view_of_tokens(total, "total")
     parts = _size(bank)
-    layouts = (dy_rows, dtotal_rows, layout, rows_of(dx, "dx"))
-    units, rows, strides = _units(samples, parts, *layouts)
+    layouts = (dy_rows, dtotal_rows, layout, view_of_tokens(dx, "dx"))
+    units, rows, strides = joined(samples, parts, *layouts)
     config = _config("layer_norm_backward", dx, layout, residual=int(dtotal is not None))
     tiles = cdiv(rows, config["ROWS"])
     splits = cdiv(SPLITS, parts)
@@ -412,29 +296,26 @@ def launch_layer_norm_backward(
     )
     for partial, first, second in ((sums[0], dweight, dweight2), (sums[1], dbias, dbias2)):
         if partial is not None:
-            launch(layer_norm_sum_kernel, (cdiv(channels, 16),), partial, bank, first, second, parts * splits, splits,
-                   channels, ROWS=64, CHANNELS=16, num_warps=4)
+            launch_column_sum(partial, first, second, bank, splits)
     return results
 
 
-def _readable(gradient: Tensor | None, name: str) -> tuple[Tensor | None, Rows | None]:
+def _readable(gradient: Tensor | None, name: str) -> tuple[Tensor | None, View | None]:
     """A gradient that arrives and its strides; copied if it is expanded or otherwise of no order the kernel reads."""
     if gradient is None:
         return None, None
     try:
-        return gradient, rows_of(gradient, name)
+        return gradient, view_of_tokens(gradient, name)
     except ValueError:
         gradient = gradient.contiguous()
-        return gradient, rows_of(gradient, name)
+        return gradient, view_of_tokens(gradient, name)
 
 
 def _affine(first: Tensor, second: Tensor | None, bank: Tensor | None, x: Tensor) -> Tensor:
     """Weight or bias as it broadcasts against x (N, ..., D)."""
     if bank is None or x.numel() == 0:  # of an empty batch `bank` may be empty too
         return first.to(x.dtype)
-    both = torch.stack([first.to(x.dtype), second.to(x.dtype)])
-    # Not both[bank]: indexing by a 0-d tensor synchronises.
-    rows = both.index_select(0, (bank != 0).long().reshape(-1))
+    rows = picked(first, second, bank, x.dtype)
     if x.ndim == 1:
         return rows[0]
     each = x.shape[0] // rows.shape[0]
@@ -491,9 +372,8 @@ def _sum_of_banks(
     if terms.numel() == 0:
         return torch.zeros_like(like), torch.zeros_like(like2)
     terms = terms.reshape(bank.numel(), math.prod(terms.shape[:-1]) // bank.numel(), terms.shape[-1]).sum(1)
-    second = (bank != 0).reshape(-1, 1)
-    # Chosen, not multiplied by 0: a NaN in one bank's part stays out of the other's gradient.
-    return (torch.where(second, 0, terms).sum(0).to(like.dtype), torch.where(second, terms, 0).sum(0).to(like2.dtype))
+    first, second = per_bank(terms, bank)
+    return first.to(like.dtype), second.to(like2.dtype)
 
 
 @triton_op("adn::layer_norm", mutates_args=())
@@ -506,22 +386,16 @@ def layer_norm_op(
     return launch_layer_norm(x, weight, bias, weight2, bias2, residual, bank, eps)
 
 
-@triton_op("adn::layer_norm_", mutates_args=("out", "stream"))
+@triton_op("adn::layer_norm_", mutates_args=("out",))
 def layer_norm_inplace_op(
-    out: Tensor, stream: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, weight2: Tensor | None,
-    bias2: Tensor | None, bank: Tensor | None, active: Tensor | None, eps: float,
+    out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, active: Tensor | None, eps: float
 ) -> None:
-    check_no_alias(out, x=x, stream=stream)
-    if stream is not None:
-        check_no_alias(stream, x=x)
-    if on_gpu(x, stream, out):
-        launch_layer_norm_(out, stream, x, weight, bias, weight2, bias2, bank, active, eps)
-        return
-    total = x if stream is None else (x + stream).to(stream.dtype)
-    y, _ = layer_norm_reference(total, weight, bias, weight2, bias2, None, bank, eps)
-    if stream is not None:
-        write_active(stream, total, active)
-    write_active(out, y, active)
+    check_no_alias(out, x=x)
+    arguments = x, weight, bias, None, None, None, None, eps
+    if on_gpu(x, out):
+        launch_layer_norm(*arguments, out, active)
+    else:
+        write_active(out, layer_norm_reference(*arguments)[0], active)
 
 
 @triton_op("adn::layer_norm_backward", mutates_args=())
@@ -569,11 +443,9 @@ def _backward(ctx, dy, dtotal):
 
 layer_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
-Affine = Tensor | tuple[Tensor | None, Tensor | None] | None
-
 
 def _check(
-    x: Tensor, weight: Affine, bias: Affine, eps: float, bank: Tensor | None, active: Tensor | None = None,
+    x: Tensor, weight: Vectors, bias: Vectors, eps: float, bank: Tensor | None, active: Tensor | None = None,
     **others: Tensor | None,
 ) -> list[Tensor | None]:
     """Raises ValueError for anything the op cannot take; returns weight, bias, weight2, bias2."""
@@ -588,8 +460,8 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, x {tuple(x.shape)}; pass the same")
         if not tensor.is_floating_point() or tensor.device != x.device:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; pass floats on {x.device}, where x is")
-        rows_of(tensor, name)
-    rows_of(x, "x")
+        view_of_tokens(tensor, name)
+    view_of_tokens(x, "x")
     samples = x.shape[0] if x.ndim > 1 else 1
     if bank is not None:
         parts = bank.numel()
@@ -603,7 +475,7 @@ def _check(
 
 
 def layer_norm(
-    x: Tensor, weight: Affine, bias: Affine, *, residual: Tensor | None = None, eps: float = 1e-6,
+    x: Tensor, weight: Vectors, bias: Vectors, *, residual: Tensor | None = None, eps: float = 1e-6,
     bank: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm of x, or of x + residual, over the last axis (Ba et al., 2016, arXiv 1607.06450).
@@ -637,27 +509,27 @@ def layer_norm(
 
 
 def layer_norm_(
-    out: Tensor, x: Tensor, weight: Affine, bias: Affine, *, stream: Tensor | None = None, eps: float = 1e-6,
-    bank: Tensor | None = None, active: Tensor | None = None,
+    out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-6,
+    active: Tensor | None = None,
 ) -> Tensor:
-    """In place, for inference: out <- layer norm of x, or stream <- stream + x and out <- layer norm of stream.
+    """`layer_norm` of x written to `out`, for inference.
 
-    Bytes: x + out, with stream that twice more; of an inactive sample none. Bound by HBM bandwidth; at batch 1, and
-    with few active samples, by the launch.
+    Bytes: x + out; of an inactive sample none. Bound by HBM bandwidth; at batch 1, and with few active samples, by the
+    launch.
 
     Args:
-        out, stream: like x, of any float dtypes and strides of their own; no memory shared with x or each other.
-        active: int32 on the device, one value or one per sample (first axis); where 0, out and stream keep their bits.
+        out: like x, of any float dtype and strides of its own; no memory shared with x.
+        active: int32 on the device, one value or one per sample (first axis); where 0, out keeps its bits.
         Others: as for `layer_norm`.
 
     Returns:
         out.
 
     Raises:
-        ValueError: as `layer_norm`; shared memory, also within `out` or `stream`.
+        ValueError: as `layer_norm`; shared memory, also within `out`.
         RuntimeError: autograd would have to follow.
     """
-    parameters = _check(x, weight, bias, eps, bank, active, out=out, stream=stream)
-    check_inference("layer_norm_", out, x, stream, *parameters)
-    layer_norm_inplace_op(out, stream, x, *parameters, bank, active, eps)
+    weight, bias, *_ = _check(x, weight, bias, eps, None, active, out=out)
+    check_inference("layer_norm_", out, x, weight, bias)
+    layer_norm_inplace_op(out, x, weight, bias, active, eps)
     return out

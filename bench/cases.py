@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import ROOT  # noqa: F401  (puts the checkout on sys.path)
-from shapes import Conv
 from torch import Tensor
 
 from adn_kernels.activation import act_reference
-from adn_kernels.conv import fold
 
 Function = Callable[..., Any]
 
@@ -127,61 +125,3 @@ def epilogue_inputs(channels: int, norm: bool) -> tuple[Tensor | None, ...]:
     if not norm:
         return None, shift, None, None
     return scale, shift, torch.zeros(channels), torch.full((channels,), 1 - EPS)
-
-
-def conv_cases(
-    op: str, function: Function, inplace: Function, layer: Conv, batch: int, dtype: torch.dtype,
-    prepare: Function = lambda weight: weight, cudnn: Function | None = None, folded: bool = False,
-) -> Iterator[Case]:
-    """The cases of a fused convolution: forward, and in place with no sample active.
-
-    Args:
-        function, inplace: the op and its in-place form, with everything set that follows from no layer.
-        prepare: brings a weight to the memory layout that the op wants, once.
-        cudnn: cuDNN's fused convolution as an opponent, where the activation is one it has.
-        folded: whether the op gets a weight that the norm is folded into, as for inference, and only a shift.
-    """
-    padding, side = layer.kernel // 2, layer.out_side
-    sizes, out_sizes = (batch, layer.inputs, layer.side, layer.side), (batch, layer.channels, side, side)
-    # Of a 1x1 convolution with stride 2 the pixels between are not read.
-    read = batch * layer.inputs * (layer.side if layer.kernel >= layer.stride else side) ** 2
-    written = torch.Size(out_sizes).numel()
-    cost = Cost(dtype.itemsize * (read + layer.weights + written * (2 if layer.residual else 1)),
-                2 * layer.weights * batch * side ** 2)
-    what = (op, layer.network, layer.name, layer.count, batch, shape_text(*sizes), dtype)
-    settings = {"activation": layer.activation, "stride": layer.stride}
-
-    def inputs():
-        x = image(batch, layer.inputs, layer.side, dtype)
-        weight = filters(layer.channels, layer.inputs // layer.groups, layer.kernel, dtype)
-        scale, shift, mean, var = epilogue_inputs(layer.channels, layer.norm)
-        deployed, bias = (weight, shift.to(dtype)) if scale is None else fold(weight, scale, shift)
-        residual = image(*out_sizes[:3], dtype) if layer.residual else None
-        return x, weight, prepare(weight), deployed, bias, scale, shift, mean, var, residual
-
-    def ours(x, _weight, weight, deployed, bias, scale, shift, _mean, _var, residual):
-        if folded:
-            return function(x, deployed, None, bias, residual=residual, **settings)
-        return function(x, weight, scale, shift, residual=residual, **settings)
-
-    def eager(x, weight, _weight, _deployed, bias, scale, shift, mean, var, residual):
-        return conv_norm_act(x, weight, scale, bias if scale is None else shift, mean, var, residual, layer.activation,
-                             layer.stride, padding, layer.groups)
-
-    def with_cudnn(x, _weight, _prepared, deployed, bias, _scale, _shift, _mean, _var, residual):
-        return cudnn(x, deployed, bias, residual=residual, padding=padding, groups=layer.groups, **settings)
-
-    contenders = {"ours": ours, "eager": eager}
-    if cudnn is not None and layer.activation in ("identity", "relu"):
-        contenders["cudnn"] = with_cudnn
-    yield Case(*what, inputs, contenders, {FORWARD: cost})
-
-    def bypassed_inputs():
-        *args, residual = inputs()
-        return image(*out_sizes[:3], dtype) if residual is None else residual, *args, none_active(batch)
-
-    def bypassed(out, x, _weight, weight, _deployed, _bias, scale, shift, _mean, _var, active):
-        return inplace(out, x, weight, scale, shift, accumulate=layer.residual, active=active, **settings)
-
-    yield Case(*what, bypassed_inputs, {"ours": bypassed}, {NONE_ACTIVE: Cost(4 * batch)},
-               reference=lambda out, *_: out)

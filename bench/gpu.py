@@ -12,7 +12,7 @@ Result files are written as results come, and carry device, versions, commit and
 of its time is for that) goes on with what is missing in `kernels_<device>.csv`, `models_<device>.csv` and
 `detectors_<device>.csv`; `kernels_<device>.txt` says which targets are met. `gpu_<device>.csv` says how the steps ended
 and which tests failed, `gpu_<device>.log` holds all output. Tuned configurations have a command of their own,
-`python -m adn_kernels.tune --quick`.
+`python bench/tune.py --quick`.
 """
 
 from __future__ import annotations

@@ -25,12 +25,12 @@ import torch
 from cases import Case
 from common import append_rows, columns, header, write_rows
 from kernels import OPS
-from shapes import Block, Conv, Deformable, Feature, Layer, LayerNorm, Linear, Logits, Norm
+from shapes import Block, Conv, Deformable, Layer, LayerNorm, Linear, Norm
 from timing import failure, make_inputs, set_up
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adn_kernels.gemm import out_shape
+from adn_kernels.conv import out_shape
 
 TINY: tuple[Layer, ...] = (
     Norm("tiny", "norm", 1, 16, 2, "relu", False), LayerNorm("tiny", "layer norm", 1, 4, 16, False),
@@ -38,7 +38,6 @@ TINY: tuple[Layer, ...] = (
     Conv("tiny", "depthwise", 1, 16, 16, 2, 3, groups=16, activation="relu"),
     Linear("tiny", "linear", 1, 4, 16, 16, "gelu"), Block("tiny", "bottleneck", 1, "bottleneck", 16, 16, 16, 2, 1,
                                                          "identity", "relu"),
-    Logits("tiny", "logits", 1, 1, 16), Feature("tiny", "feature", 1, 16, 2),
     Deformable("tiny", "deformable attention", 1, 4, 2, 8, 2, (2, 1)),
 )
 FIELDS = ("op", "layer", "direction", "ops", "call_us", "checks_us", "dispatch_us", "body_us", "aten_us")
@@ -64,7 +63,7 @@ def without_kernels() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("adn_kernels."):
                 for function, stub in (("on_gpu", lambda *tensors: True), ("launch", lambda *args, **options: None),
-                                       ("launch_cudnn_conv", lambda x, weight, bias, *rest: x.new_empty(
+                                       ("launch_conv_cudnn", lambda x, weight, bias, *rest: x.new_empty(
                                            out_shape(x, weight, *rest[2:4])))):
                     if hasattr(module, function):
                         stack.enter_context(mock.patch.object(module, function, stub))

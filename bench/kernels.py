@@ -1,7 +1,7 @@
 """Times every op of `adn_kernels` on the layers of five networks, against eager PyTorch (cuDNN, channels last),
 `torch.compile` of the same expression, and for blocks max-autotune.
 
-    python bench/kernels.py --csv bench/results/kernels_h200.csv [--seconds 240] [--ops conv1x1 blocks]
+    python bench/kernels.py --csv bench/results/kernels_h200.csv [--seconds 240] [--ops conv blocks]
     python bench/kernels.py --summary bench/results/kernels_h200.csv    # which targets are met, by how much
     python bench/kernels.py --dry-run                                   # without a GPU: everything but the timing
     python bench/kernels.py --small                                     # small layers, for sanitizers
@@ -41,8 +41,7 @@ from timing import Dry, Gpu, Measurement, allowed, check, failure, make_inputs, 
 
 sys.path[:0] = [str(Path(__file__).parent / "ops"), str(ROOT / "tests" / "kernels")]
 
-OPS = ("batch_norm", "conv1x1", "blocks", "depthwise", "layer_norm", "conv3x3", "batch_norm_eval", "conv",
-       "distillation_kl", "deformable_attention")
+OPS = ("batch_norm", "conv", "blocks", "layer_norm", "batch_norm_eval", "linear", "deformable_attention")
 FIELDS = ("op", "network", "layer", "count", "batch", "shape", "dtype", "direction", "clock", "contender", "p20_us",
           "p50_us", "p80_us", "bytes", "flops", "gb_s", "tflop_s", "bound", "fraction", "ratio", "error", "status")
 UNMEASURED, CRASHED = "not measured: ", "failed: the process "  # how a status begins

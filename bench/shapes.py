@@ -121,28 +121,6 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Logits:
-    """What distillation compares by class: `rows` predictions per image."""
-
-    network: str
-    name: str
-    count: int
-    rows: int
-    classes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Feature:
-    """What distillation compares after pooling: a map of `side` x `side`."""
-
-    network: str
-    name: str
-    count: int
-    channels: int
-    side: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Deformable:
     """Deformable attention of `queries` per image: `points` of each head, of `dim` channels, on each level of
     `sides`."""
@@ -157,7 +135,7 @@ class Deformable:
     sides: tuple[int, ...]
 
 
-Layer = Conv | Norm | LayerNorm | Linear | Block | Logits | Feature | Deformable
+Layer = Conv | Norm | LayerNorm | Linear | Block | Deformable
 
 
 @functools.cache
@@ -205,14 +183,10 @@ def _convolutional(network: str, model_name: str) -> Iterator[Layer]:
             network, name, 1, conv.in_channels, conv.out_channels, shape[-1], conv.kernel_size[0], conv.stride[0],
             conv.groups, "identity" if "downsample" in name else activation,
             residual=norm is getattr(block, "bn3", None) and getattr(block, "has_skip", True))
-    yield Logits(network, "logits", 1, 1, 1000)
     for name, module, shape in calls:
         if type(module).__name__ == "Bottleneck":
             yield Block(network, name, 1, "bottleneck", shape[1], module.conv1.out_channels, module.conv3.out_channels,
                         shape[-1], module.conv2.stride[0], "identity" if module.downsample is None else "conv", "relu")
-            if module.downsample is not None:  # the first of a stage
-                yield Feature(network, name.partition(".")[0], 1, module.conv3.out_channels,
-                              shape[-1] // module.conv2.stride[0])
         elif type(module).__name__ == "InvertedResidual":
             yield Block(network, name, 1, "inverted_residual", shape[1], module.conv_pw.out_channels,
                         module.conv_pwl.out_channels, shape[-1], module.conv_dw.stride[0],
@@ -255,8 +229,6 @@ def _rtdetr_r50() -> Iterator[Layer]:
         yield Block(network, f"{name}.1", blocks - 1, "bottleneck", 4 * width, width, 4 * width, side, 1, "identity",
                     "relu")
 
-        yield Feature(network, name, 1, 4 * width, side)
-
     silu = {"activation": "silu"}
     for i, (inputs, side) in enumerate(((512, 80), (1024, 40), (2048, 20))):
         yield conv(f"encoder.input_proj.{i}", inputs, 256, side)
@@ -298,7 +270,6 @@ def _rtdetr_r50() -> Iterator[Layer]:
     yield linear("decoder.query_pos_head.1", queries, 512, 256)
     for name, rows, count in (("enc", memory, 1), ("dec", queries, 6)):
         yield linear(f"decoder.{name}_score_head", rows, 256, 80, count)
-        yield Logits(network, f"decoder.{name}_score_head", count, rows, 80)
         yield linear(f"decoder.{name}_bbox_head.0", rows, 256, 256, 2 * count, activation="relu")
         yield linear(f"decoder.{name}_bbox_head.2", rows, 256, 4, count)
 
@@ -340,9 +311,6 @@ def _yolov12_l() -> Iterator[Layer]:
         yield from c3k(f"{layer}.m.0", width, side, 2)
         yield conv(f"{layer}.cv2", 3 * width, channels, side)
 
-    for layer, channels, side in ((6, 512, 40), (8, 512, 20), (14, 256, 80), (17, 512, 40), (20, 512, 20)):
-        yield Feature(network, str(layer), 1, channels, side)
-    yield Logits(network, "21.cv3", 1, 80 * 80 + 40 * 40 + 20 * 20, 80)
     yield conv("0", 3, 64, 640, 3, stride=2)
     yield conv("1", 64, 128, 320, 3, stride=2, groups=2)
     yield from c3k2(2, 128, 64, 256, 160)
@@ -380,7 +348,7 @@ NETWORKS = {
 
 
 def main() -> None:
-    for kind in (Conv, Norm, LayerNorm, Linear, Block, Logits, Feature, Deformable):
+    for kind in (Conv, Norm, LayerNorm, Linear, Block, Deformable):
         rows = [[field.name for field in dataclasses.fields(kind)]]
         rows += [list(dataclasses.asdict(layer).values()) for layer in of(kind)]
         print(f"\n{kind.__name__}: {len(rows) - 1}\n{columns(rows)}")

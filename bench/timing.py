@@ -200,6 +200,11 @@ class Gpu:
                 for name, us in walls.items():
                     yield Measurement(direction, name, "wall", us, errors[name])
 
+    def times(self, calls: Sequence[Call]) -> tuple[float, ...]:
+        """Quantiles of the microseconds of one of some calls."""
+        with torch.cuda.stream(self.stream):
+            return self._times({"": self._capture(calls)})[""]
+
     def replay(self, case: Case, contender: str, direction: str) -> tuple[Call, int]:
         """For a benchmark runner: what replays the graph of one contender and waits, and how many calls that is."""
         with torch.cuda.stream(self.stream), torch.set_grad_enabled(bool(case.grads)):

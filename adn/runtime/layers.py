@@ -84,11 +84,12 @@ class ConvNormAct(Layer):
     def refresh(self) -> None:
         conv, norm, second = self.source
         if second is not None:
-            for name, vectors in zip(("scales", "shifts"), zip(*(folded_norm(n, conv.bias) for n in (norm, second)))):
-                self._keep(name, torch.stack(vectors))
+            for i, either in enumerate((norm, second)):
+                for name, vector in zip(("scale", "shift"), folded_norm(either, conv.bias)):
+                    self._keep(f"{name}{i}", vector)
             return
         weight, bias = ops.fold(conv.weight, *folded_norm(norm, conv.bias))
-        self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
+        self._keep("weight", ops.lay_out(weight, conv.groups))
         self._keep("bias", bias)
         self.packed = None
 
@@ -106,15 +107,17 @@ class ConvNormAct(Layer):
                 y, rest = private.conv_pointwise(x, self.packed, self.bias, self.place, residual, activation)
                 return y if rest == "identity" else act_reference(y, rest)
         conv = self.source[0]
-        if bank is not None and not is_square(conv):
-            z = F.conv2d(x, conv.weight, None, *self.place)
-            unit = [(torch.full_like(shift, value),) * 2 for shift, value in zip(self.shifts, (0, 1))]
-            return ops.batch_norm_eval(z, tuple(self.scales), tuple(self.shifts), *unit, residual=residual,
-                                       activation=activation, eps=0.0, bank=bank)
         if bank is None and not (x.is_cuda and is_square(conv)):
             y = F.conv2d(x, self.weight, self.bias, *self.place)
             return act_reference(y if residual is None else y + residual, activation)
-        affine = (self.weight, None, self.bias) if bank is None else (conv.weight, self.scales, self.shifts)
+        if bank is None:
+            affine = self.weight, None, self.bias
+        else:
+            affine = conv.weight, (self.scale0, self.scale1), (self.shift0, self.shift1)
+            if not is_square(conv):
+                zero, one = torch.zeros_like(self.scale0), torch.ones_like(self.scale0)
+                return ops.batch_norm_eval(F.conv2d(x, conv.weight, None, *self.place), *affine[1:], (zero, zero),
+                                           (one, one), residual=residual, activation=activation, eps=0.0, bank=bank)
         return ops.conv(x, *affine, residual=residual, activation=activation, stride=conv.stride[0],
                         padding=conv.padding[0], groups=conv.groups, bank=bank)
 
@@ -142,7 +145,7 @@ class RepConvNormAct(ConvNormAct):
                                            for c, n in ((conv, norm), self.beside))
         margin = conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]
         weight = (weight + F.pad(center, margin)).to(conv.weight.dtype)
-        self._keep("weight", weight.contiguous(memory_format=torch.channels_last))
+        self._keep("weight", ops.lay_out(weight, conv.groups))
         self._keep("bias", (bias + shift).to(conv.weight.dtype))
         self.packed = None
 

@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 
 from adn_kernels import ops
 from adn_kernels.epilogue import write_active
-from adn_kernels.launch import memory_format
 from adn_kernels.private import pytree
+from adn_kernels.view import memory_format
 
 from ..core.trace import hooked
 from .layers import ConvNormAct, conv_shape, is_plain_conv, is_square

@@ -1,4 +1,4 @@
-"""Batch norm with fixed statistics, with residual and activation; in place, and bypassed."""
+"""Batch norm with fixed statistics, with residual and activation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import FORWARD, NONE_ACTIVE, Case, Cost, image, none_active, shape_text, vectors
+from cases import FORWARD, Case, Cost, image, shape_text, vectors
 from shapes import Layer, Norm
 
 from adn_kernels.activation import act_reference
-from adn_kernels.batch_norm_eval import batch_norm_eval, batch_norm_eval_
+from adn_kernels.batch_norm_eval import batch_norm_eval
 
 
 def cases(layer: Layer, batch: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -37,17 +37,6 @@ def cases(layer: Layer, batch: int, dtype: torch.dtype) -> Iterator[Case]:
         return act_reference(z if residual is None else z + residual, layer.activation)
 
     yield Case(*what, inputs, {"ours": ours, "eager": eager}, {FORWARD: cost})
-
-    def bypassed_inputs():
-        x, *norm, residual = inputs()
-        return torch.randn_like(x) if residual is None else residual, x, *norm, none_active(batch)
-
-    def bypassed(out, x, weight, bias, running_mean, running_var, active):
-        return batch_norm_eval_(out, x, weight, bias, running_mean, running_var, accumulate=layer.residual,
-                                activation=layer.activation, active=active)
-
-    yield Case(*what, bypassed_inputs, {"ours": bypassed}, {NONE_ACTIVE: Cost(4 * batch)},
-               reference=lambda out, *_: out)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,5 @@
-"""Residual blocks as units, in eval mode: one launch per convolution and nothing between; the refinement form in place
-on the residual stream, with all, half or none of the samples active."""
+"""Residual blocks as the deploy form runs them: one launch per convolution and nothing between; the refinement form in
+place on the residual stream, with all, half or none of the samples active."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from cases import FORWARD, NONE_ACTIVE, Case, Cost, conv_norm_act, epilogue_inpu
 from shapes import Block, Layer
 from torch import Tensor
 
-from adn_kernels.blocks import ConvParams, bottleneck, bottleneck_, inverted_residual, inverted_residual_
-from adn_kernels.depthwise import tap_major
+from adn_kernels.conv import conv, conv_, fold, lay_out
 
 # kernel, inputs, channels, groups, stride
 Filter = tuple[int, int, int, int, int]
@@ -31,33 +30,43 @@ def cases(layer: Layer, batch: int, dtype: torch.dtype) -> Iterator[Case]:
     what = ("blocks", layer.network, layer.name, layer.count, batch, shape_text(*sizes), dtype)
 
     def inputs(branch: float = 1.0) -> list[Tensor]:
-        """x, then of each convolution weight, scale, shift, mean, var; `branch` scales what is added to the stream."""
+        """x, then of each convolution weight, scale, shift, mean, var, and at the end of each the deployed weight and
+        bias; `branch` scales what is added to the stream."""
         found = [image(batch, k, layer.side, dtype)]
         for kernel, inputs, channels, groups, _ in convs:
             found += [filters(channels, inputs // groups, kernel, dtype), *epilogue_inputs(channels, True)]
         found[12] *= branch
         found[13] *= branch
-        # A depthwise weight in the layout that the kernel wants; copied once, as the weights of a network are.
-        found.append(tap_major(found[6]) if not bottlenecked else found[6])
+        for i, (*_, groups, _) in enumerate(convs):
+            weight, bias = fold(*found[5 * i + 1:5 * i + 4])
+            found += [lay_out(weight, groups), bias]
         return found
 
-    def parameters(p: Sequence[Tensor]) -> list[ConvParams]:
-        chosen = [ConvParams(*p[5 * i:5 * i + 3]) for i in range(len(convs))]
-        chosen[1] = chosen[1]._replace(weight=p[-1])
-        return chosen
+    def deployed(p: Sequence[Tensor], i: int) -> tuple[Tensor, dict[str, Any]]:
+        """Weight and settings of a convolution of the deploy form."""
+        kernel, _, _, groups, _ = convs[i]
+        weight, bias = p[5 * len(convs) + 2 * i:][:2]
+        last = "identity" if i == 3 else layer.activation if bottlenecked or i < 2 else "identity"
+        return weight, {"shift": bias, "activation": last, "padding": kernel // 2, "groups": groups}
 
     def ours(x: Tensor, *p: Tensor) -> Tensor:
-        if bottlenecked:
-            first, second, third, *shortcut = parameters(p)
-            return bottleneck(x, first, second, third, downsample=shortcut[0] if shortcut else None,
-                              stride=layer.stride, activation=layer.activation)
-        return inverted_residual(x, *parameters(p), stride=layer.stride, activation=layer.activation,
-                                 residual=layer.shortcut == "identity")
+        def fused(i: int, z: Tensor, residual: Tensor | None = None) -> Tensor:
+            weight, settings = deployed(p, i)
+            return conv(z, weight, residual=residual, stride=convs[i][-1], **settings)
+
+        shortcut = {"identity": lambda: x, "conv": lambda: fused(3, x), "none": lambda: None}[layer.shortcut]()
+        return fused(2, fused(1, fused(0, x)), shortcut)
 
     def inplace(x: Tensor, *p: Any) -> Tensor:
+        """As `adn.runtime.per_image` runs a refinement block."""
         *p, active = p
-        update = bottleneck_ if bottlenecked else inverted_residual_
-        return update(x, *parameters(p), activation=layer.activation, active=active)
+        y = x
+        for i, (_, _, channels, _, _) in enumerate(convs):
+            out = x if i == 2 else torch.empty((batch, channels, layer.side, layer.side), dtype=dtype, device=x.device,
+                                               memory_format=torch.channels_last)
+            weight, settings = deployed(p, i)
+            y = conv_(out, y, weight, accumulate=i == 2, active=active, **settings)
+        return y
 
     def eager(x: Tensor, *p: Tensor) -> Tensor:
         def conv(i: int, z: Tensor, residual: Tensor | None, activation: str) -> Tensor:

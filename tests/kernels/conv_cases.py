@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from harness import Guards
 
 from adn_kernels.activation import ACTIVATIONS
+from adn_kernels.conv import out_shape
 from adn_kernels.gemm import TILES
 
 ACT = {"identity": lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "gelu": F.gelu,
@@ -30,17 +31,20 @@ MIXTURES = [None, [0], [1], [0, 0, 0, 0, 0, 0], [1, 0, 0, 1, 0, 1], [0, 0, 1, 0,
 
 @dataclasses.dataclass
 class Conv:
-    """Arguments of a fused convolution; None where left out."""
+    """Arguments of a fused convolution; None where left out. The second bank's vectors are there with `bank`."""
 
     x: torch.Tensor
     weight: torch.Tensor
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    scale2: torch.Tensor | None = None
+    shift2: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     bank: torch.Tensor | None = None
     activation: str = "identity"
     stride: int = 1
     padding: int = 0
+    groups: int = 1
 
     def placed(self, guards: Guards) -> Conv:
         """On the device under test, between guard bands."""
@@ -50,35 +54,57 @@ class Conv:
         return self._map(lambda t: t.double() if t is not None and t.is_floating_point() else t)
 
     def _map(self, f) -> Conv:
-        names = ("x", "weight", "scale", "shift", "residual", "bank")
+        names = ("x", "weight", *VECTORS, "residual", "bank")
         return dataclasses.replace(self, **{name: f(getattr(self, name)) for name in names})
 
     def torch(self) -> torch.Tensor:
         """What separate layers of PyTorch compute, each rounding to the type of x."""
         kind = self.x.dtype
-        z = F.conv2d(self.x, self.weight, None, self.stride, self.padding)
+        z = F.conv2d(self.x, self.weight, None, self.stride, self.padding, 1, self.groups)
         if self.scale is not None:
-            z = (z * self._picked(self.scale)).to(kind)
+            z = (z * self._picked(self.scale, self.scale2)).to(kind)
         if self.shift is not None:
-            z = (z + self._picked(self.shift)).to(kind)
+            z = (z + self._picked(self.shift, self.shift2)).to(kind)
         if self.residual is not None:
             z = z + self.residual
         return ACT[self.activation](z)
 
-    def _picked(self, vector: torch.Tensor) -> torch.Tensor:
+    def _picked(self, first: torch.Tensor, second: torch.Tensor | None) -> torch.Tensor:
         if self.bank is None:
-            return vector[:, None, None]
-        rows = [vector[int(b != 0)] for b in self.bank.reshape(-1)]
-        return torch.stack(rows)[:, :, None, None]
+            return first[:, None, None]
+        return torch.stack([second if b else first for b in self.bank.reshape(-1)])[:, :, None, None]
 
     @property
-    def epilogue(self) -> tuple:
-        return self.scale, self.shift, self.residual, self.bank, self.activation
+    def shape(self) -> tuple[int, ...]:
+        """Of the output."""
+        return out_shape(self.x, self.weight, self.stride, self.padding)
+
+    @property
+    def vectors(self) -> tuple[torch.Tensor | None, ...]:
+        """As launchers take them."""
+        return tuple(getattr(self, name) for name in VECTORS)
+
+    @property
+    def pairs(self) -> tuple:
+        """Scale and shift as ops take them."""
+        if self.bank is None:
+            return self.scale, self.shift
+        pairs = (self.scale, self.scale2), (self.shift, self.shift2)
+        return tuple(None if first is None else (first, second) for first, second in pairs)
+
+    @property
+    def arguments(self) -> tuple:
+        """As the op and the launcher take them, but for the backend."""
+        return (self.x, self.weight, *self.vectors, self.residual, self.bank, self.activation, self.stride,
+                self.padding, self.groups)
+
+
+VECTORS = ("scale", "shift", "scale2", "shift2")
 
 
 def conv_case(
     n: int, k: int, h: int, w: int, c: int, size: int, *, dtype: torch.dtype = torch.float32, affine: bool = True,
-    bank: list[int] | int | None = None, residual: bool | torch.dtype = False, seed: int = 0, **kwargs,
+    bank: list[int] | int | None = None, residual: bool | torch.dtype = False, seed: int = 0, groups: int = 1, **kwargs,
 ) -> Conv:
     """Random values, NCHW; `bank` makes scale and shift of both banks."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,15 +112,16 @@ def conv_case(
     def random(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(kind)
 
-    case = Conv(random(n, k, h, w), (random(c, k, size, size) / (k * size * size) ** 0.5).to(dtype), **kwargs)
+    depth = k // groups
+    case = Conv(random(n, k, h, w), (random(c, depth, size, size) / (depth * size * size) ** 0.5).to(dtype),
+                groups=groups, **kwargs)
     if affine:
-        rows = (c,) if bank is None else (2, c)
-        case.scale, case.shift = random(*rows, kind=torch.float32), random(*rows, kind=torch.float32)
+        for name in VECTORS[:2 if bank is None else 4]:
+            setattr(case, name, random(c, kind=torch.float32))
     if bank is not None:
         case.bank = torch.tensor(bank, dtype=torch.int32)
     if residual:
-        oh, ow = ((side + 2 * case.padding - size) // case.stride + 1 for side in (h, w))
-        case.residual = random(n, c, oh, ow, kind=dtype if residual is True else residual)
+        case.residual = random(*case.shape, kind=dtype if residual is True else residual)
     return case
 
 
@@ -107,4 +134,4 @@ def configured(module: ModuleType, config: dict | None) -> contextlib.AbstractCo
     """Within, launchers use this configuration instead of their default."""
     if config is None:
         return contextlib.nullcontext()
-    return mock.patch.object(module, "gemm_config", return_value=config)
+    return mock.patch.object(module, "_config", return_value=config)

@@ -29,7 +29,7 @@ from op_checks import check_compile, check_export, check_fake_gpu
 from torch.testing import assert_close
 
 from adn_kernels.activation import ACTIVATIONS, act_reference
-from adn_kernels.batch_norm_eval import batch_norm_eval, batch_norm_eval_
+from adn_kernels.batch_norm_eval import batch_norm_eval
 
 module = importlib.import_module("adn_kernels.batch_norm_eval")  # the package has a function of that name
 EPS = 1e-3
@@ -323,72 +323,6 @@ def test_statistics_far_from_zero() -> None:
     check_forward(module, tuple(args), "identity")
 
 
-def check_bypass(
-    module: ModuleType, shape: tuple[int, ...], layout: str, active: int | tuple[int, ...], accumulate: bool,
-    bank: int | tuple[int, ...] | None = None, out_layout: str | None = None,
-) -> None:
-    """Inactive samples hold NaN in x and values in out that have to survive; active ones are computed."""
-    torch.manual_seed(0)
-    args = operands(shape, layout, bank=bank)
-    out = random(shape, out_layout or layout)
-    args = (*args[:5], out.clone() if accumulate else None, *args[6:])
-    on = torch.tensor(active).reshape(-1).expand(shape[0]) != 0
-    eager, exact = in_torch(args, "silu"), in_torch(args, "silu", double=True)
-    args[0][~on] = float("nan")
-    out[~on, :, -1, -1] = float("nan")
-    with Guards() as guards:
-        placed = [guards.place(t) for t in args]
-        target = guards.place(out)
-        if accumulate:
-            placed[5] = target
-        module.launch_batch_norm_eval(*placed, "silu", EPS, out=target, active=guards.place(int32(active)))
-        guards.check()
-    target = target.cpu()
-    assert torch.equal(target[~on].view(torch.int32), out[~on].view(torch.int32))
-    assert_accurate("active samples", target[on], eager[on], exact[on])
-
-
-@pytest.mark.launcher
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("active", [0, 1, (1, 0, 1), (0, 0, 5)], ids=str)
-def test_bypass(active: int | tuple[int, ...], layout: str, accumulate: bool) -> None:
-    check_bypass(module, (3, 19, 3, 5), layout, active, accumulate)
-
-
-@pytest.mark.launcher
-@pytest.mark.parametrize("bank", BANKS[1:], ids=str)
-@pytest.mark.parametrize("active", [1, (1, 0, 1)], ids=str)
-@pytest.mark.parametrize("shape", [(3, 8, 1, 1), (3, 5, 7, 9)], ids=str)
-def test_bypass_with_banks(shape: tuple[int, ...], active: int | tuple[int, ...], bank: int | tuple[int, ...]) -> None:
-    check_bypass(module, shape, "nhwc", active, True, bank)
-
-
-@pytest.mark.launcher
-def test_in_place_into_another_layout_and_type() -> None:
-    check_bypass(module, (3, 19, 3, 5), "nhwc", (1, 0, 1), True, out_layout="slice of nchw")
-    torch.manual_seed(0)
-    args = operands((2, 9, 3, 5), dtype=torch.float16)
-    out = torch.zeros(2, 9, 3, 5, device=DEVICE)
-    module.launch_batch_norm_eval(*[None if t is None else t.to(DEVICE) for t in args], "relu", EPS, out=out)
-    assert_close(out.cpu(), in_torch(args, "relu", double=True).float(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.launcher
-def test_in_place_within_a_buffer() -> None:
-    """`out` and x are different channels of one buffer."""
-    torch.manual_seed(0)
-    args = operands((2, 16, 3, 5), "slice of nhwc")
-    buffer = torch.randn(2, 48, 3, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    buffer[:, :16] = args[0].to(DEVICE)
-    rest = buffer[:, 32:].clone()
-    placed = [None if t is None else t.to(DEVICE) for t in args[1:]]
-    module.launch_batch_norm_eval(buffer[:, :16], *placed, "relu", EPS, out=buffer[:, 16:32])
-    assert_accurate("y", buffer[:, 16:32], in_torch(args, "relu"), in_torch(args, "relu", double=True))
-    assert torch.equal(buffer[:, :16].cpu(), args[0])
-    assert torch.equal(buffer[:, 32:], rest)
-
-
 @pytest.mark.launcher
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_deterministic(layout: str) -> None:
@@ -455,16 +389,12 @@ def test_bytes_moved_backward(layout: str, affine: bool, monkeypatch: pytest.Mon
 @pytest.mark.launcher
 @interpreted
 def test_reads_only_what_it_needs() -> None:
-    """Frozen, identity: dx takes dy alone; a bypassed sample takes its flag."""
+    """Frozen, identity: dx takes dy alone."""
     args = operands((4, 32, 4, 4), "nhwc", residual=torch.float32)
     dy = random((4, 32, 4, 4), "nhwc")
     with traffic() as counts:
         module.launch_batch_norm_eval_backward(dy, *args, "identity", EPS, (True,) + (False,) * 5)
     assert bytes_of(counts["read"], args[0], args[5]) == 0
-    out, active = random((4, 32, 4, 4), "nhwc"), int32((0, 0, 1, 0))
-    with traffic() as counts:
-        module.launch_batch_norm_eval(*args[:5], out, *args[6:], "relu", EPS, out=out, active=active)
-    assert bytes_of(counts["written"]) == bytes_of(counts["read"], args[0]) == out.numel()  # a quarter, 4 bytes each
 
 
 @pytest.mark.launcher
@@ -494,7 +424,7 @@ def test_more_than_2_to_the_31_elements(layout: str) -> None:
 
 
 MISTAKES = {
-    "swapped bank": ("if tl.load(bank) == 0:", "if tl.load(bank) != 0:"),
+    "swapped bank": ("is_second = tl.load(bank) != 0", "is_second = tl.load(bank) == 0"),
     "bank of the first sample": ("bank += n * bank_stride", "bank += 0 * bank_stride"),
     # By one, not by more: beyond the guards lies the memory of others.
     "one pixel too many": ("p0 + p < P)", "p0 + p < P + 1)"),
@@ -503,11 +433,9 @@ MISTAKES = {
     "residual of the first sample": ("residual += n * residual_sample", "residual += 0 * residual_sample"),
     "unrelated gradient of the residual": ("tl.store(at, g.to(dresidual", "tl.store(at, (g * scale).to(dresidual"),
     "no derivative of the activation": ("g *= act_grad(z, ACTIVATION)", "g *= 1.0"),
-    "gradient of the other bank": ("second += tl.where(flag == 0, 0.0, v)", "second += v"),
+    "gradient of the other bank": ("partial, total, total2, bank, splits", "partial, total2, total, bank, splits"),
     "sum without rstd": ("tl.sum(weight_sum, 0) * rstd", "tl.sum(weight_sum, 0)"),
     "first tile again": ("        p0 += BP\n", "        p0 += 0\n"),
-    "flag of the first sample": ("active + n * active_stride", "active"),
-    "never bypassed": ("if flag == 0:", "if flag == 3:"),
 }
 
 
@@ -518,7 +446,6 @@ def check_all(module: ModuleType) -> None:
         args = operands((3, 5, 29, 37), layout, residual=torch.float32, bank=(0, 1, 1))
         check_forward(module, args, "silu")
         check_backward(module, args, "silu", dy_layout=layout)
-        check_bypass(module, (3, 19, 3, 5), layout, (1, 0, 1), True)
 
 
 @pytest.mark.launcher
@@ -682,23 +609,6 @@ def test_two_steps_in_a_row() -> None:
     assert (args[3].requires_grad, args[4].requires_grad) == (False, False)
 
 
-@pytest.mark.parametrize("active", [None, 0, 1, (1, 0, 1)], ids=str)
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_in_place(accumulate: bool, active: int | tuple[int, ...] | None) -> None:
-    torch.manual_seed(0)
-    args = operands((3, 5, 2, 2), bank=(0, 1, 1))
-    out = torch.randn(3, 5, 2, 2)
-    expected = in_torch((*args[:5], out.clone() if accumulate else None, *args[6:]), "relu")
-    on = torch.tensor(1 if active is None else active).reshape(-1, 1, 1, 1) != 0
-    expected = torch.where(on, expected, out)
-    positional, keywords = banked(args)
-    del keywords["residual"]
-    result = batch_norm_eval_(out, *positional, accumulate=accumulate, activation="relu", active=int32(active),
-                              **keywords)
-    assert result is out
-    assert_close(out, expected)
-
-
 def test_empty_batch() -> None:
     args = operands((0, 5, 2, 2))
     x = args[0].requires_grad_()
@@ -721,8 +631,6 @@ def test_opcheck(bank: int | tuple[int, ...] | None, layout: str) -> None:
     torch.library.opcheck(module.batch_norm_eval_backward_op, (
         torch.randn(3, 4, 3, 2), None, *plain[1:5], None, *plain[6:], "identity", EPS,
         [True, False, False, True, False, False], torch.float16, layout == "nhwc"))
-    torch.library.opcheck(module.batch_norm_eval_inplace_op, (
-        torch.randn(3, 4, 3, 2), *plain[:5], True, *plain[6:], "silu", EPS, int32((1, 0, 1))))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
@@ -750,17 +658,6 @@ def test_compile_with_banks_per_sample() -> None:
     check_compile(function, make)
 
 
-def test_compile_in_place() -> None:
-    def make(batch: int) -> list:
-        torch.manual_seed(0)
-        return [torch.randn(batch, 6, 4, 3), *operands((batch, 6, 4, 3))[:5], torch.arange(batch).int() % 2]
-
-    def function(out, x, weight, bias, mean, var, active):
-        return batch_norm_eval_(out.clone(), x, weight, bias, mean, var, accumulate=True, active=active)
-
-    check_compile(function, make)
-
-
 def test_export() -> None:
     def function(x, weight, bias, mean, var, residual):
         return batch_norm_eval(x, weight, bias, mean, var, residual=residual, activation="relu")
@@ -779,14 +676,6 @@ def test_gpu_branch_traces(bank: int | tuple[int, ...] | None, layout: str) -> N
     shape = (4, 6, 4, 3)
     args = (*operands(shape, layout, torch.float16, torch.float16, bank), random(shape, layout, torch.float16))
     check_fake_gpu(function, args, dynamic=(0, 5, 11, *([6] if isinstance(bank, tuple) else [])))
-
-
-def test_gpu_branch_in_place_traces() -> None:
-    def function(out, x, weight, bias, mean, var, active):
-        return batch_norm_eval_(out, x, weight, bias, mean, var, accumulate=True, active=active)
-
-    x, *vectors = operands((4, 6, 4, 3), "nhwc")[:5]
-    check_fake_gpu(function, (torch.randn_like(x), x, *vectors, int32((1, 0, 1, 1))), dynamic=(0, 1, 6))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -824,30 +713,12 @@ def test_bad_bank(bank: torch.Tensor, message: str) -> None:
         batch_norm_eval(torch.zeros(2, 4, 3, 3), *pairs, bank=bank)
 
 
-def test_bad_input_in_place() -> None:
-    x, vectors = torch.zeros(2, 4, 3, 3), [torch.ones(4)] * 4
-    buffer = torch.zeros(2, 12, 3, 3).contiguous(memory_format=torch.channels_last)
-    batch_norm_eval_(buffer[:, :4], buffer[:, 4:8], *vectors)
-    with pytest.raises(ValueError, match="x shares memory with the output"):
-        batch_norm_eval_(buffer[:, :4], buffer[:, 3:7], *vectors)
-    with pytest.raises(ValueError, match="the output is expanded"):
-        batch_norm_eval_(torch.zeros(1, 4, 3, 3).expand(2, 4, 3, 3), x, *vectors)
-    with pytest.raises(ValueError, match="x shares memory with the output"):
-        batch_norm_eval_(x, x, *vectors)
-    with pytest.raises(ValueError, match=r"out is .* of shape \(2, 4, 3, 2\)"):
-        batch_norm_eval_(torch.zeros(2, 4, 3, 2), x, *vectors)
-    with pytest.raises(ValueError, match=r"active is torch\.bool; pass int32"):
-        batch_norm_eval_(torch.zeros_like(x), x, *vectors, active=torch.ones(2, dtype=torch.bool))
-    with pytest.raises(RuntimeError, match="writes in place and has no backward"):
-        batch_norm_eval_(torch.zeros_like(x), x.requires_grad_(), *vectors)
-
-
 # ResNet-50 at batch 64: the first stage, NHWC; the third, NCHW.
 
 
 def _launch(
     dtype: torch.dtype, activation: str, *, backward: bool = False, shape: tuple[int, ...] = (64, 256, 56, 56),
-    nhwc: bool = True, bank: int | None = None, affine: bool = True, bypass: bool = False,
+    nhwc: bool = True, bank: int | None = None, affine: bool = True,
 ) -> tuple[int, int]:
     memory = torch.channels_last if nhwc else torch.contiguous_format
     x, residual, other = (torch.empty(shape, dtype=dtype, device="cuda", memory_format=memory) for _ in range(3))
@@ -859,18 +730,14 @@ def _launch(
         needs = (True, True, affine, affine, affine and bank is not None, affine and bank is not None)
         module.launch_batch_norm_eval_backward(other, *args, needs)
         return 5 * size, 0
-    if bypass:
-        active = torch.empty(shape[0], dtype=torch.int32, device="cuda")
-        module.launch_batch_norm_eval(*args[:5], other, *args[6:], out=other, active=active)
-    else:
-        module.launch_batch_norm_eval(*args)
+    module.launch_batch_norm_eval(*args)
     return 3 * size, 0
 
 
 AOT = {
     "forward": _launch,
     "forward_nchw": functools.partial(_launch, nhwc=False),
-    "forward_per_sample": functools.partial(_launch, bank=64, bypass=True),
+    "forward_per_sample": functools.partial(_launch, bank=64),
     "backward": functools.partial(_launch, backward=True),
     "backward_frozen": functools.partial(_launch, backward=True, affine=False),
     "backward_frozen_nchw": functools.partial(_launch, backward=True, affine=False, nhwc=False),
@@ -879,5 +746,5 @@ AOT = {
 AOT_EXPECT = {
     "batch_norm_eval_kernel": {"wide_loads", "wide_stores"},
     "batch_norm_eval_backward_kernel": {"wide_loads", "wide_stores"},
-    "batch_norm_eval_sum_kernel": set(),
+    "column_sum_kernel": {"wide_loads"},
 }

@@ -1,9 +1,10 @@
-"""The dispatcher of convolutions: what it picks, that every backend computes the same; cuDNN's fused convolution."""
+"""The fused convolution: what it picks, that every backend computes the same, what it refuses."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,42 +13,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aot import fake_cuda, record
-from harness import DEVICE, DTYPES, Guards, assert_accurate, assert_caught, layouts, plant
+from conv_cases import MIXTURES, bits, conv_case
+from conv_cases import Conv as Case
+from harness import DTYPES, Guards, assert_accurate, assert_caught, layouts, plant
 from op_checks import check_compile, check_export, check_fake_gpu
 from torch import Tensor
 from torch.testing import assert_close
 
 import adn_kernels.conv as module
-from adn_kernels.activation import ACTIVATIONS, act_reference
-from adn_kernels.conv import choose, conv, conv_, cudnn_conv, fold
-from adn_kernels.depthwise import tap_major
-from adn_kernels.epilogue import empty_output
+from adn_kernels.activation import ACTIVATIONS
+from adn_kernels.conv import choose, conv, conv_, fold, lay_out
+from adn_kernels.epilogue import empty_output, fold_norm
 
 
 @pytest.fixture
 def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "tuned", lambda kernel, device, default, **key: default)
-
-
-@dataclass
-class Case:
-    """Arguments of a convolution, on the CPU."""
-
-    x: Tensor
-    weight: Tensor
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    residual: Tensor | None = None
-    bank: Tensor | None = None
-    activation: str = "relu"
-    stride: int = 1
-    padding: int = 0
-    groups: int = 1
-
-    def forward(self) -> tuple:
-        """As the op and the launcher take them, but for the backend."""
-        return (self.x, self.weight, self.scale, self.shift, self.residual, self.bank, self.activation, self.stride,
-                self.padding, self.groups)
 
 
 # kernel, input channels, channels, groups
@@ -60,38 +41,20 @@ KINDS = {
 def make(
     kind: str = "3x3", *, n: int = 2, hw: tuple[int, int] = (5, 6), stride: int = 1, layout: int = 1,
     dtype: torch.dtype = torch.float32, activation: str = "relu", residual: bool = False, folded: bool = False,
-    bank: list[int] | None = None, seed: int = 0,
+    bank: list[int] | None = None,
 ) -> Case:
-    torch.manual_seed(seed)
     k, inputs, channels, groups = KINDS[kind]
-    x = layouts(torch.randn(n, inputs, *hw).to(dtype))[layout]
-    size = (inputs // groups * k * k) ** -0.5
-    weight = (torch.randn(channels, inputs // groups, k, k) * size).to(dtype)
-    vectors = (channels,) if bank is None else (2, channels)
-    case = Case(x, weight, None if folded else torch.rand(vectors) + 0.5, torch.randn(vectors), None, None, activation,
-                stride, k // 2, groups)
+    case = conv_case(n, inputs, *hw, channels, k, dtype=dtype, bank=bank, residual=residual, groups=groups,
+                     activation=activation, stride=stride, padding=k // 2)
+    case.x = layouts(case.x)[layout]
     if residual:
-        case.residual = layouts(torch.randn(shape(case)).to(dtype))[layout]
-    if bank is not None:
-        case.bank = torch.tensor(bank, dtype=torch.int32)
-    return case
+        case.residual = layouts(case.residual)[layout]
+    return replace(case, scale=None, scale2=None) if folded else case
 
 
-def shape(case: Case) -> tuple[int, ...]:
-    return tuple(F.conv2d(case.x, case.weight, None, case.stride, case.padding, 1, case.groups).shape)
-
-
-def plain(case: Case, dtype: torch.dtype | None = None, device: str = "cpu") -> Tensor:
-    """The case in plain PyTorch, in `dtype` or in that of x."""
-    kind = {"dtype": dtype or case.x.dtype, "device": device}
-    z = F.conv2d(case.x.to(**kind), case.weight.to(**kind), None, case.stride, case.padding, 1, case.groups)
-    for i, vector in enumerate((case.scale, case.shift)):
-        if vector is not None:
-            if case.bank is not None:
-                vector = vector[(case.bank != 0).long()]
-            vector = vector.to(**kind).reshape(-1, z.shape[1], 1, 1)
-            z = z * vector if i == 0 else z + vector
-    return act_reference(z if case.residual is None else z + case.residual.to(**kind), case.activation)
+def by_op(case: Case, **kwargs: Any) -> Tensor:
+    return conv(case.x, case.weight, *case.pairs, residual=case.residual, activation=case.activation, bank=case.bank,
+                stride=case.stride, padding=case.padding, groups=case.groups, **kwargs)
 
 
 def chosen(case: Case, backend: str | None = None, **kwargs: Any) -> str:
@@ -104,9 +67,10 @@ def chosen(case: Case, backend: str | None = None, **kwargs: Any) -> str:
 
 def check_launch(case: Case, backend: str, of: ModuleType = module) -> None:
     with Guards() as guards:
-        y = of.launch_conv(*(guards.place(a) if isinstance(a, Tensor) else a for a in case.forward()), backend)
+        placed = case.placed(guards)
+        y = of.launch_conv(*placed.arguments, backend)
     guards.check()
-    assert_accurate(f"conv by {backend}", y, plain(case, device=DEVICE), plain(case, torch.float64))
+    assert_accurate(f"conv by {backend}", y, placed.torch(), case.double().torch())
     assert y.stride() == empty_output(case.x, y.shape, None).stride()
 
 
@@ -116,19 +80,19 @@ def check_inplace(
     """Active samples as computed; inactive ones keep their bits, and their NaN stays where it is."""
     on = torch.ones(case.x.shape[0], dtype=torch.bool) if active is None else torch.tensor(active) != 0
     flags = None if active is None else torch.tensor(active, dtype=torch.int32)
-    out = torch.randn_like(empty_output(case.x, shape(case), None))
+    out = torch.randn_like(empty_output(case.x, case.shape, None))
     want = replace(case, residual=out if accumulate else None)
-    eager, exact = plain(want, device=DEVICE), plain(want, torch.float64)
+    eager, exact = want.placed(Guards()).torch(), want.double().torch()
     case.x[~on] = float("nan")
     out[~on, ::2] = float("nan")
     with Guards() as guards:
-        x, weight, scale, shift, _, bank, *rest = case.forward()
-        placed, *tensors = (guards.place(a) for a in (out, x, weight, scale, shift))
-        of.launch_conv_(placed, *tensors, accumulate, guards.place(bank), guards.place(flags), *rest, backend)
+        given, placed = case.placed(guards), guards.place(out)
+        given.residual = placed if accumulate else None
+        y = of.launch_conv(*given.arguments, backend, placed, guards.place(flags))
     guards.check()
-    y = placed.cpu()
-    as_int = torch.int32 if out.dtype == torch.float32 else torch.int16
-    assert y[~on].view(as_int).equal(out[~on].view(as_int)), "an inactive sample was written"
+    assert y is placed
+    y = y.cpu()
+    assert bits(y[~on]).equal(bits(out[~on])), "an inactive sample was written"
     assert_accurate(f"conv_ by {backend}", y[on], eager.cpu()[on], exact[on])
 
 
@@ -171,11 +135,11 @@ def test_bypass(kind: str, backend: str, active: list[int] | None, accumulate: b
 @pytest.mark.launcher
 @pytest.mark.parametrize(("change", "inplace"), [
     (("shift.to(x.dtype) if is_bias else None", "None"), False),
-    (("launch_conv1x1(*common)", "launch_conv1x1(*common[:4], None, *common[5:])"), False),
-    (("common = (x, weight, scale,", "common = (x, weight, None,"), False),
-    (("x, weight, scale, shift, accumulate, bank, active, activation, stride)\n    kind",
-      "x, weight, scale, shift, accumulate, bank, None, activation, stride)\n    kind"), True),
-    (("write_active(out, y, active)\n    common", "write_active(out, y, None)\n    common"), True),
+    (("kernel(y, x, weight, *vectors, residual,", "kernel(y, x, weight, *vectors, None,"), False),
+    (("vectors = scale, shift,", "vectors = None, shift,"), False),
+    (("bank, active, activation, stride, padding)\n    return y",
+      "bank, None, activation, stride, padding)\n    return y"), True),
+    (("write_active(out, y, active)\n        return", "write_active(out, y, None)\n        return"), True),
 ], ids=["bias", "residual", "scale", "active", "active unfused"])
 def test_mistakes_are_noticed(change: tuple[str, str], inplace: bool, tmp_path: Path) -> None:
     def check(of: ModuleType) -> None:
@@ -253,13 +217,13 @@ def test_measured_choice_is_for_all_work(monkeypatch: pytest.MonkeyPatch) -> Non
 ])
 def test_request_that_cannot_be_met(case: Case, backend: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        torch.ops.adn.conv(*case.forward(), backend)
+        by_op(case, backend=backend)
 
 
 def test_in_place_is_not_for_cudnn() -> None:
     case = make(folded=True)
     with pytest.raises(ValueError, match="no given output"):
-        conv_(torch.zeros(shape(case)), case.x, case.weight, activation="relu", padding=1, backend="cudnn")
+        conv_(torch.zeros(case.shape), case.x, case.weight, activation="relu", padding=1, backend="cudnn")
 
 
 # cuDNN
@@ -300,68 +264,84 @@ def test_what_cudnn_is_asked(activation: str, residual: bool, layout: int, monke
 
     for name, function in (("cudnn_convolution_relu", aten), ("cudnn_convolution_add_relu", aten_add)):
         monkeypatch.setattr(torch.ops.aten, name, stand_in(name, function))
-    y = module.launch_cudnn_conv(case.x, case.weight, case.shift, case.residual, activation, 2, 1, 1)
-    assert_close(y, plain(case))
+    y = module.launch_conv_cudnn(case.x, case.weight, case.shift, case.residual, activation, 2, 1, 1)
+    assert_close(y, case.torch())
     assert y.stride() == empty_output(case.x, y.shape, None).stride()
     fused = ["cudnn_convolution_add_relu" if residual else "cudnn_convolution_relu"]
     assert calls == (fused if activation == "relu" else [])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+# The op, on the CPU
+
+
+@pytest.mark.parametrize("backend", [None, *module.BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", [0, 1])
-def test_cudnn_reference(kind: str, layout: int, dtype: torch.dtype) -> None:
-    case = make(kind, layout=layout, residual=True, folded=True, dtype=dtype)
-    case.shift = case.shift.to(dtype)
-    y = cudnn_conv(case.x, case.weight, case.shift, residual=case.residual, activation="relu", padding=case.padding,
-                   groups=case.groups)
-    assert_accurate("cudnn_conv", y, plain(case), plain(case, torch.float64))
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"activation": "silu"}, "only relu"),
-    ({"bias": torch.zeros(12)}, r"pass \(20,\)"),
-    ({"residual": torch.zeros(2, 20, 5, 6)}, "residual has strides"),
-    ({"residual": torch.zeros(2, 20, 5, 6).to(torch.float64, memory_format=torch.channels_last)}, "residual is"),
-    ({"x": layouts(torch.zeros(2, 12, 5, 6))[3]}, "x has strides"),
-    ({"groups": 5}, r"pass \(C divisible by 5, 12 / 5, kh, kw\)"),
-    ({"x": torch.zeros(2, 12, 5)}, r"pass \(N, K, H, W\)"),
-    ({"stride": 0}, "a stride of 1 or more"),
-    ({"x": torch.zeros(2, 12, 1, 1), "padding": 0}, "smaller than the 3x3 weight"),
-])
-def test_bad_input(changes: dict[str, Any], message: str) -> None:
-    case = make(folded=True)
-    arguments = {"x": case.x, "weight": case.weight, "bias": case.shift, "padding": 1, **changes}
-    with pytest.raises(ValueError, match=message):
-        cudnn_conv(arguments.pop("x"), arguments.pop("weight"), arguments.pop("bias"), **arguments)
-
-
-def test_half_bias_is_wanted() -> None:
-    case = make(dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"bias is torch.float32, x is torch.float16; pass both in one dtype"):
-        torch.ops.adn.cudnn_conv(case.x, case.weight, case.shift, None, "relu", 1, 1, 1)
-    y = cudnn_conv(case.x, case.weight.float(), case.shift, padding=1, activation="relu")  # cast
-    assert_close(y, torch.ops.adn.cudnn_conv(case.x, case.weight, case.shift.half(), None, "relu", 1, 1, 1))
-
-
-# The ops, on the CPU
-
-
-@pytest.mark.parametrize("backend", [None, "triton", "unfused", "cudnn"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_reference(kind: str, backend: str | None) -> None:
-    for layout in (0, 1):
-        case = make(kind, layout=layout, residual=True, folded=True, stride=2)
-        if backend == "triton" and kind in ("grouped", "7x7"):
+def test_reference(kind: str, dtype: torch.dtype, backend: str | None) -> None:
+    for layout, activation in itertools.product((0, 1), ("relu", "gelu")):
+        case = make(kind, layout=layout, residual=True, folded=True, stride=2, dtype=dtype, activation=activation)
+        if (backend == "triton" and kind in ("grouped", "7x7")) or (backend == "cudnn" and activation == "gelu"):
             continue
-        y = torch.ops.adn.conv(*case.forward(), backend)
-        assert_accurate("conv", y, plain(case), plain(case, torch.float64))
+        y = by_op(case, backend=backend)
+        assert_accurate("conv", y, case.torch(), case.double().torch())
+        assert y.is_contiguous(memory_format=torch.channels_last if layout else torch.contiguous_format)
         if backend != "cudnn":
             out = case.residual.clone()
-            x, weight, scale, shift, _, bank, *rest = case.forward()
-            active = torch.tensor([1, 0], dtype=torch.int32)
-            torch.ops.adn.conv_(out, x, weight, scale, shift, True, bank, active, *rest, backend)
+            assert conv_(out, case.x, case.weight, case.shift, accumulate=True, activation=activation, stride=2,
+                         padding=case.padding, groups=case.groups, active=torch.tensor([1, 0], dtype=torch.int32),
+                         backend=backend) is out
             assert_close(out, torch.stack([y[0], case.residual[1]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual", [False, True, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1, 3])
+def test_op_equals_torch(size: int, residual: bool | torch.dtype, dtype: torch.dtype) -> None:
+    for layout, stride, padding, bank in itertools.product(range(4), (1, 2), (0, size // 2), (None, 1, [0, 1, 0])):
+        case = conv_case(3, 6, 5, 4, 7, size, dtype=dtype, stride=stride, padding=padding, bank=bank, residual=residual,
+                         activation="gelu")
+        case = replace(case, x=layouts(case.x)[layout])
+        y = by_op(case, backend="triton")
+        assert_accurate("conv", y, case.torch(), case.double().torch())
+        assert y.is_contiguous(memory_format=torch.channels_last if layout % 2 else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bank", [None, [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_epilogue(kind: str, folded: bool, bank: list[int] | None, activation: str) -> None:
+    case = make(kind, activation=activation, bank=bank, residual=True, folded=folded)
+    assert_accurate("conv", by_op(case), case.torch(), case.double().torch())
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("active", MIXTURES, ids=str)
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "depthwise", "grouped"])
+def test_in_place_op(kind: str, active: list[int] | None, accumulate: bool) -> None:
+    case = make(kind, n=6, activation="silu", folded=True)
+    flags = None if active is None else torch.tensor(active, dtype=torch.int32)
+    on = torch.ones(6, dtype=torch.bool) if active is None else (flags != 0).expand(6)
+    before = torch.randn(case.shape)
+    before[~on, 0] = float("nan")
+    out = before.clone()
+    result = conv_(out, case.x, case.weight, case.shift, accumulate=accumulate, activation="silu",
+                   padding=case.padding, groups=case.groups, active=flags)
+    assert result is out
+    assert torch.equal(bits(out[~on]), bits(before[~on]))
+    assert_close(out[on], replace(case, residual=before if accumulate else None).torch()[on])
+
+
+def test_folded_norm() -> None:
+    torch.manual_seed(0)
+    layer, norm = torch.nn.Conv2d(5, 9, 1), torch.nn.BatchNorm2d(9)
+    for tensor in (norm.weight, norm.running_mean, norm.running_var, norm.bias):
+        tensor.data.uniform_(0.5, 1.5)
+    norm.eval()
+    x = torch.randn(2, 5, 4, 4)
+    with torch.no_grad():
+        scale, shift = fold_norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, layer.bias)
+        assert_close(conv(x, layer.weight, scale, shift, activation="relu6"), F.relu6(norm(layer(x))))
 
 
 def test_fold() -> None:
@@ -370,59 +350,50 @@ def test_fold() -> None:
         for weight in (case.weight, case.weight.to(memory_format=torch.channels_last)):
             folded, shift = fold(weight, case.scale, case.shift)
             assert folded.stride() == weight.stride()
-            assert_close(plain(replace(case, weight=folded, scale=None, shift=shift)), plain(case))
+            assert_close(replace(case, weight=folded, scale=None, shift=shift).torch(), case.torch())
     folded, shift = fold(case.weight.half(), case.scale, case.shift)
     assert folded.dtype == shift.dtype == torch.float16
     assert_close(folded.float(), case.weight * case.scale[:, None, None, None], rtol=1e-3, atol=1e-3)
-    weight = tap_major(make("depthwise").weight)
+    weight = lay_out(make("depthwise").weight, 12)
     assert fold(weight, torch.ones(12), torch.ones(12))[0].stride() == weight.stride()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bank", [None, [0, 1]], ids=str)
-def test_gradients(kind: str, bank: list[int] | None) -> None:
-    """Against autograd of plain PyTorch in float64."""
-    case = make(kind, dtype=torch.float64, activation="silu", residual=True, bank=bank)
-    actual, wanted = differentiable(case), differentiable(case)
-    y, want = torch.ops.adn.conv(*actual.forward(), None), plain(wanted, torch.float64)
-    dy = torch.randn(want.shape, dtype=torch.float64)
-    y.backward(dy)
-    want.backward(dy)
-    for part in PARTS:
-        assert_close(getattr(actual, part).grad, getattr(wanted, part).grad, rtol=1e-6, atol=1e-6, msg=part)
+@pytest.mark.parametrize(("kind", "strides"), [
+    ("depthwise", (1, 12, 60, 12)), ("1x1", (12, 1, 1, 1)), ("3x3", (108, 1, 36, 12)), ("grouped", (27, 1, 9, 3)),
+])
+def test_lay_out(kind: str, strides: tuple[int, ...]) -> None:
+    """Channels adjacent: of the output in a depthwise weight, of the input in any other. All else is as it was."""
+    case = make(kind)
+    weight = lay_out(case.weight, case.groups)
+    assert weight.equal(case.weight)
+    assert weight.stride() == strides
+    for backend in ("unfused", *(() if kind == "grouped" else ("triton",))):
+        assert_close(by_op(replace(case, weight=weight), backend=backend), case.torch())
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu"])
-def test_cudnn_gradients(activation: str) -> None:
-    case = make(dtype=torch.float64, activation=activation, residual=True, folded=True)
-    case.shift = case.shift.double()
-    actual, wanted = differentiable(case), differentiable(case)
-    y = cudnn_conv(actual.x, actual.weight, actual.shift, residual=actual.residual, activation=activation, padding=1)
-    want = plain(wanted, torch.float64)
-    dy = torch.randn(want.shape, dtype=torch.float64)
-    y.backward(dy)
-    want.backward(dy)
-    for part in ("x", "weight", "shift", "residual"):
-        assert_close(getattr(actual, part).grad, getattr(wanted, part).grad, rtol=1e-6, atol=1e-6, msg=part)
-
-
-PARTS = ("x", "weight", "scale", "shift", "residual")
-
-
-def differentiable(case: Case) -> Case:
-    parts = {name: getattr(case, name) for name in PARTS}
-    return replace(case, **{name: v if v is None else v.detach().clone().requires_grad_()
-                            for name, v in parts.items()})
+@pytest.mark.parametrize("name", ["x", "weight", "scale", "residual"])
+def test_refuses_gradients(name: str) -> None:
+    case = make(residual=True)
+    getattr(case, name).requires_grad_()
+    message = r"is for inference and has no backward: call it under torch.no_grad\(\)"
+    with pytest.raises(RuntimeError, match=f"conv {message}"):
+        by_op(case)
+    with torch.no_grad():
+        by_op(case)
+    if name in ("x", "weight"):
+        with pytest.raises(RuntimeError, match=f"conv_ {message}"):
+            conv_(torch.zeros(case.shape), case.x, case.weight, padding=1)
 
 
 def test_opcheck() -> None:
-    case = differentiable(make(residual=True, folded=True))
-    torch.library.opcheck(torch.ops.adn.conv, (*case.forward(), None))
-    torch.library.opcheck(torch.ops.adn.cudnn_conv,
-                          (case.x, case.weight, case.shift, case.residual, "relu", 1, 1, 1))
-    x, weight, scale, shift, residual, *rest = (a.detach() if isinstance(a, Tensor) else a for a in case.forward())
+    for case in (make(residual=True, folded=True), make("depthwise", bank=[0, 1]), make("1x1", activation="silu")):
+        torch.library.opcheck(torch.ops.adn.conv, (*case.arguments, None))
+    case = make(residual=True, folded=True)
+    # What runs it is cuDNN; here its shapes are checked.
+    torch.library.opcheck(torch.ops.adn.conv_cudnn, (case.x, case.weight, case.shift, None, "identity", 1, 1, 1))
     torch.library.opcheck(torch.ops.adn.conv_, (
-        residual, x, weight, scale, shift, True, rest[0], torch.tensor([0, 1], dtype=torch.int32), *rest[1:], None))
+        case.residual, case.x, case.weight, case.shift, True, torch.tensor([0, 1], dtype=torch.int32), "relu", 1, 1, 1,
+        None))
 
 
 def functional(kind: str, backend: str | None, activation: str) -> Callable:
@@ -435,23 +406,24 @@ def functional(kind: str, backend: str | None, activation: str) -> Callable:
     return forward
 
 
+def with_banks(kind: str, backend: str | None, activation: str) -> Callable:
+    k, _, _, groups = KINDS[kind]
+
+    def forward(x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
+        bank = torch.ones((), dtype=torch.int32, device=x.device)
+        return conv(x, weight, (shift, 2 * shift), (shift, 3 * shift), residual=residual, bank=bank,
+                    activation=activation, padding=k // 2, groups=groups, backend=backend)
+
+    return forward
+
+
 def inplace(kind: str, backend: str | None, activation: str) -> Callable:
     k, _, _, groups = KINDS[kind]
     common = {"activation": activation, "padding": k // 2, "groups": groups, "backend": backend}
 
     def forward(x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
-        with torch.no_grad():
-            active = torch.ones((), dtype=torch.int32, device=x.device)
-            return conv_(residual + 1, x, weight, None, shift, accumulate=True, active=active, **common)
-
-    return forward
-
-
-def direct(kind: str, backend: str | None, activation: str) -> Callable:
-    k, _, _, groups = KINDS[kind]
-
-    def forward(x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
-        return cudnn_conv(x, weight, shift, residual=residual, activation=activation, padding=k // 2, groups=groups)
+        active = torch.ones((), dtype=torch.int32, device=x.device)
+        return conv_(residual + 1, x, weight, shift, accumulate=True, active=active, **common)
 
     return forward
 
@@ -459,43 +431,82 @@ def direct(kind: str, backend: str | None, activation: str) -> Callable:
 @pytest.mark.parametrize("layout", [0, 1])
 @pytest.mark.parametrize(("form", "kind", "backend", "activation"), [
     (functional, "1x1", None, "silu"), (functional, "3x3", "triton", "relu"), (functional, "3x3", "cudnn", "relu"),
-    (functional, "depthwise", None, "relu6"), (functional, "grouped", None, "relu"), (inplace, "3x3", None, "relu"),
-    (inplace, "grouped", None, "relu"), (direct, "3x3", None, "relu"), (direct, "1x1", None, "identity"),
+    (functional, "depthwise", None, "relu6"), (functional, "grouped", None, "relu"), (with_banks, "1x1", None, "silu"),
+    (with_banks, "depthwise", None, "silu"), (inplace, "3x3", None, "relu"), (inplace, "1x1", None, "relu"),
+    (inplace, "depthwise", None, "relu"), (inplace, "grouped", None, "relu"),
 ])
 def test_compile_and_export(form: Callable, kind: str, backend: str | None, activation: str, layout: int) -> None:
     function = form(kind, backend, activation)
 
     def make_args(n: int) -> list[Tensor]:
-        case = differentiable(make(kind, n=n, layout=layout, residual=True, folded=True))
+        case = make(kind, n=n, layout=layout, residual=True, folded=True)
         return [case.x, case.weight, case.shift, case.residual]
 
     check_compile(function, make_args)
     check_export(function, make_args, dynamic=(0, 3))
-    with torch.no_grad():
-        check_fake_gpu(function, make_args(5), dynamic=(0, 3))
-
-
-def test_bank_not_live_gets_no_gradient() -> None:
-    case = make()
-    banks = [(case.scale.clone().requires_grad_(), case.shift.clone().requires_grad_()) for _ in range(2)]
-    conv(case.x, case.weight, *banks[1], padding=1).sum().backward()
-    assert banks[0][0].grad is None
-    assert banks[1][0].grad is not None
-
-
-def test_inplace_refuses() -> None:
-    case = differentiable(make())
-    with pytest.raises(RuntimeError, match="no backward"):
-        conv_(torch.zeros(shape(case)), case.x, case.weight, padding=1)
-    x = torch.zeros(2, 12, 5, 6)
-    with pytest.raises(ValueError, match="x shares memory"):
-        conv_(x, x, torch.zeros(12, 12, 3, 3), padding=1)
+    check_fake_gpu(function, make_args(5), dynamic=(0, 3))
 
 
 def test_empty_batch() -> None:
-    for backend in ("triton", "unfused", "cudnn"):
+    for backend in module.BACKENDS:
         case = make(n=0, folded=True)
-        assert torch.ops.adn.conv(*case.forward(), backend).shape == (0, 20, 5, 6)
+        assert by_op(case, backend=backend).shape == (0, 20, 5, 6)
+    x, weight, *_ = case.arguments
+    assert torch.ops.adn.conv_cudnn(x, weight, None, None, "relu", 1, 1, 1).shape == (0, 20, 5, 6)
+    assert conv_(torch.empty(0, 20, 5, 6), case.x, case.weight, padding=1).shape == (0, 20, 5, 6)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "depthwise"])
+def test_empty_is_not_launched(kind: str) -> None:
+    assert module.launch_conv(*make(kind, n=0).placed(Guards()).arguments, "triton").shape[0] == 0
+
+
+X, W, OUT = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(2, 5, 4, 4)
+S, FLAGS = torch.randn(5), torch.zeros(2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: conv(X[0], W), r"x has shape \(3, 4, 4\); pass \(N, K, H, W\)"),
+    (lambda: conv(X, W[:, :2]), r"weight has shape \(5, 2, 3, 3\); pass \(C, 3, kh, kw\)"),
+    (lambda: conv(X, W, groups=5), r"pass \(C divisible by 5, 3 / 5, kh, kw\)"),
+    (lambda: conv(X, torch.tensor(1.0)), r"weight has shape \(\); pass \(C, 3, kh, kw\)"),
+    (lambda: module.conv_op(X, W.double(), *[None] * 6, "relu", 1, 1, 1, None),
+     "weight is torch.float64, x is torch.float32; pass both in one dtype"),
+    (lambda: conv(X, W, stride=0), "stride=0, padding=0; pass a stride of 1 or more"),
+    (lambda: conv(X, W, padding=-1), "stride=1, padding=-1; pass a stride of 1 or more, a padding of 0 or more"),
+    (lambda: conv(X[:, :, :2], W), r"x of shape \(2, 3, 2, 4\) with padding 0 is smaller than the 3x3 weight"),
+    (lambda: conv(X, W, S[:4]), r"scale is .* of shape \(4,\) .* pass contiguous floats of shape \(5,\)"),
+    (lambda: conv(X, W, S, bank=FLAGS), r"`bank` is given: pass scale as a pair \(first, second\), or None"),
+    (lambda: conv(X, W, (S, S)), "scale is a pair but no `bank` is given"),
+    (lambda: conv(X, W, bank=FLAGS), "`bank` is given but neither scale nor shift"),
+    (lambda: conv(X, W, None, (S, S.half()), bank=FLAGS), "the banks of shift are"),
+    (lambda: conv(X, W, S.int()), "pass contiguous floats"),
+    (lambda: conv(X, W, activation="tanh"), "activation='tanh'; pass one of"),
+    (lambda: conv(X, W, residual=X, padding=1),
+     r"residual has shape \(2, 3, 4, 4\); the output has \(2, 5, 4, 4\)"),
+    (lambda: conv(X, W, (S, S), bank=FLAGS.long()), "bank is torch.int64; pass int32"),
+    (lambda: conv(X, W, (S, S), bank=torch.zeros(3).int()), r"bank has shape \(3,\); pass one value, or"),
+    (lambda: conv(X, W, (S, S), bank=torch.zeros(4).int()[::2]), r"bank has strides \(2,\)"),
+    (lambda: conv_(OUT, X, W, padding=1, active=torch.zeros(2)), "active is torch.float32; pass int32"),
+    (lambda: conv_(OUT[:, :4], X, W, padding=1), r"out has shape \(2, 4, 4, 4\); the output has \(2, 5, 4, 4\)"),
+    (lambda: conv_(X, X, torch.randn(3, 3, 1, 1)), "x shares memory with the output"),
+    (lambda: conv_(torch.zeros(2, 3, 4, 4), X, W[:3], (S[:3], S[:3]), padding=1), "shift is a pair"),
+])
+def test_bad_input(call: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"activation": "silu"}, "only relu"),
+    ({"residual": torch.zeros(2, 20, 5, 6)}, "residual has strides"),
+    ({"residual": torch.zeros(2, 20, 5, 6).to(torch.float64, memory_format=torch.channels_last)}, "residual is"),
+    ({"x": layouts(torch.zeros(2, 12, 5, 6))[3]}, "x has strides"),
+])
+def test_what_cudnn_does_not_compute(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        by_op(replace(make(folded=True), **changes), backend="cudnn")
 
 
 # Ahead of time the kernels are compiled by the tests of their own ops.
@@ -508,6 +519,6 @@ def test_launches(kind: str, launches: int) -> None:
     case = make(kind)
     with fake_cuda():
         placed = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda") if isinstance(a, Tensor) else a
-                  for a in case.forward()]
-        recorded = record(lambda: module._conv._init_fn(*placed, None))
+                  for a in case.arguments]
+        recorded = record(lambda: module.conv_op._init_fn(*placed, None))
     assert len(recorded) == launches

@@ -1,7 +1,7 @@
 """Runs the tests of launchers in Triton's interpreter, each file in a process of its own.
 
 The interpreter is chosen by an environment variable when kernels are defined, so it cannot share a process with tests
-that compile them. To run one file by hand: `TRITON_INTERPRET=1 pytest tests/kernels/test_conv1x1.py`.
+that compile them. To run one file by hand: `TRITON_INTERPRET=1 pytest tests/kernels/test_gemm.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What launchers share: layouts, shared memory, banks and flags, precision of products."""
+"""What launchers share: shared memory, sizes, precision of products, tables."""
 
 from __future__ import annotations
 
@@ -7,65 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 import triton
-from harness import layouts
-from torch._prims_common import suggest_memory_format
-from torch.testing import assert_close
 
 from adn_kernels import launch
-from adn_kernels.launch import (
-    Layout,
-    banks,
-    cdiv,
-    check_eps,
-    check_flags,
-    check_no_alias,
-    dot_precision,
-    layout_of,
-    memory_format,
-    next_power_of_2,
-    on_gpu,
-    tuned,
-)
-
-
-def read(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """x as a kernel that knows `layout` reads it."""
-    n, c, h, w = x.shape
-    if layout.channels_last:
-        rows = x.as_strided((n * h * w, c), (layout.stride, 1))
-        return rows.reshape(n, h, w, c).permute(0, 3, 1, 2)
-    return x.as_strided((n, c * h * w), (layout.stride, 1)).reshape(n, c, h, w)
-
-
-@pytest.mark.parametrize("sizes", [
-    (2, 3, 4, 5), (1, 1, 1, 1), (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (2, 3, 1, 5), (2, 3, 4, 1), (1, 3, 1, 1),
-    (1, 1, 1, 5), (5, 1, 1, 1),
-], ids=str)
-def test_layout(sizes: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    for i, x in enumerate(layouts(torch.randn(sizes))):
-        assert memory_format(x) == suggest_memory_format(x)
-        layout = layout_of(x)
-        assert_close(read(x, layout), x, rtol=0, atol=0)
-        if min(sizes) > 1:
-            assert layout.channels_last == (i % 2 == 1)
-
-
-@pytest.mark.parametrize("x", [
-    torch.zeros(2, 3, 8, 8)[:, :, 1:5], torch.zeros(2, 3, 8, 8)[..., ::2], torch.zeros(2, 8, 4, 4)[:, ::2],
-    torch.zeros(2, 3, 4, 5).transpose(2, 3), torch.zeros(1, 3, 4, 1).expand(1, 3, 4, 4),
-    torch.zeros(2, 3, 4, 5).permute(1, 0, 2, 3),
-], ids=["rows", "every second", "channels", "transposed", "expanded", "permuted"])
-def test_no_layout(x: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"neither those of NCHW nor of NHWC: pass it.contiguous\(\)"):
-        layout_of(x, "it")
-
-
-def test_layout_of_other_things() -> None:
-    layout_of(torch.zeros(0, 3, 4, 5))
-    layout_of(torch.zeros(2, 3, 0, 5))
-    with pytest.raises(ValueError, match=r"pass \(N, C, H, W\)"):
-        layout_of(torch.zeros(2, 3, 4))
+from adn_kernels.launch import cdiv, check_eps, check_no_alias, dot_precision, next_power_of_2, on_gpu, tuned
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -95,55 +39,6 @@ def test_apart() -> None:
     check_no_alias(buffer[::2], x=buffer[1::2])
     with pytest.raises(ValueError, match="the output is expanded"):
         check_no_alias(torch.zeros(1, 4).expand(3, 4))
-
-
-@pytest.mark.parametrize(("flags", "message"), [
-    (torch.zeros(3), "bank is torch.float32; pass int32"),
-    (torch.zeros(3, dtype=torch.int64), "pass int32"),
-    (torch.zeros(2, dtype=torch.int32), r"one per sample \(3\)"),
-    (torch.zeros(3, 1, dtype=torch.int32), r"one per sample \(3\)"),
-    (torch.zeros(6, dtype=torch.int32)[::2], r"pass bank.contiguous\(\)"),
-    (torch.zeros(3, dtype=torch.int32, device="meta"), "bank is on meta, x on cpu"),
-])
-def test_bad_flags(flags: torch.Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_flags(flags, "bank", 3, torch.device("cpu"))
-
-
-def test_good_flags() -> None:
-    for shape in ((), (1,), (3,)):
-        check_flags(torch.zeros(shape, dtype=torch.int32), "bank", 3, torch.device("cpu"))
-    check_flags(None, "bank", 3, torch.device("cpu"))
-
-
-BANK = torch.zeros((), dtype=torch.int32)
-
-
-def test_banks() -> None:
-    x, a, b = torch.zeros(2, 3), torch.zeros(3), torch.zeros(3)
-    assert banks(x, 3, None, weight=a, bias=None) == ([a, None], [None, None])
-    first, second = banks(x, 3, BANK, weight=(a, b), bias=None, mean=(None, None))
-    assert first[0] is a
-    assert second[0] is b
-    assert first[1:] == second[1:] == [None, None]
-
-
-@pytest.mark.parametrize(("bank", "weight", "message"), [
-    (None, (torch.zeros(3),) * 2, "weight is a pair but no `bank` is given"),
-    (None, 1.0, r"weight is a float; pass a tensor of shape \(3,\)"),
-    (None, torch.zeros(4), r"pass contiguous floats of shape \(3,\)"),
-    (None, torch.zeros(3, dtype=torch.int32), "pass contiguous floats"),
-    (None, torch.zeros(6)[::2], "pass contiguous floats"),
-    (None, torch.zeros(3, device="meta"), "weight is on meta, x on cpu"),
-    (BANK, torch.zeros(3), r"pass weight as a pair \(first, second\)"),
-    (BANK, (torch.zeros(3),), "as a pair"),
-    (BANK, (torch.zeros(3), None), "as a pair"),
-    (BANK, (torch.zeros(3), torch.zeros(2)), r"weight\[1\] is torch.float32 of shape \(2,\)"),
-    (BANK, (torch.zeros(3), torch.zeros(3).half()), "pass both in one type"),
-])
-def test_bad_banks(bank: torch.Tensor | None, weight: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        banks(torch.zeros(2, 3), 3, bank, weight=weight)
 
 
 @pytest.mark.parametrize("eps", [-1e-5, float("nan")])

@@ -390,67 +390,54 @@ def test_empty(shape: tuple) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("parts", [1, 2], ids=["one_bank", "banks"])
 @pytest.mark.parametrize("active", [None, [0], [1], [1, 0, 0, 1], [0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("make", [tokens, pixels])
-@pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
-def test_in_place(make: Callable, stream: bool, active: list[int] | None, parts: int) -> None:
-    check_in_place(ln, make, stream, active, [1, 0][:parts])
+def test_in_place(make: Callable, active: list[int] | None) -> None:
+    check_in_place(ln, make, active)
 
 
-def check_in_place(
-    module: ModuleType, make: Callable, stream: bool, active: list[int] | None, bank: list[int]
-) -> None:
+def check_in_place(module: ModuleType, make: Callable, active: list[int] | None) -> None:
     """Active samples are those of `launch_layer_norm`; the others keep every bit, and their NaN to themselves."""
     shape = (4, 9, 19) if make is tokens else (4, 19, 3, 3)
-    x, old, params = make(shape), make(shape, 7), parameters(19, "wb", torch.float32)
+    x, params = make(shape), parameters(19, "wb", torch.float32)
     flags = torch.tensor(active if active is not None else [1], dtype=torch.bool).expand(4)
     for i in (~flags).nonzero():
-        x[i], old[i, 0] = math.nan, math.nan
+        x[i] = math.nan
     with Guards() as guards:
-        placed = [guards.place(t) for t in (x, *params, int32(bank), int32(active))]
-        held = guards.place(old) if stream else None
+        placed = [guards.place(t) for t in (x, *params[:2], int32(active))]
         out = guards.place(make(shape, 9))
         before = out.clone()
-        module.launch_layer_norm_(out, held, placed[0], *placed[1:5], placed[5], placed[6], EPS)
+        y, _ = module.launch_layer_norm(*placed[:3], None, None, None, None, EPS, out, placed[3])
     guards.check()
-    want, total = plain(x, params, old if stream else None, bank)
-    exact, _ = plain(*double(x), double(*params), *double(old if stream else None), bank)
+    assert y is out
+    want, exact = plain(x, params, None, None)[0], plain(*double(x), double(*params), None, None)[0]
     assert_accurate("active", out[flags], want[flags], exact[flags])
     assert torch.equal(out[~flags].view(torch.int32), before[~flags].view(torch.int32))
-    if stream:
-        assert torch.equal(held[flags].cpu(), total[flags])
-        assert torch.equal(held[~flags].cpu().contiguous().view(torch.int32),
-                           old[~flags].contiguous().view(torch.int32))
 
 
 @pytest.mark.launcher
-def test_in_place_mixed_types() -> None:
-    x, old, params = tokens((2, 5, 8), 0, torch.float16), tokens((2, 5, 8), 7), parameters(8, "wb", torch.float32)
+def test_in_place_into_another_type() -> None:
+    x, params = tokens((2, 5, 8), 0, torch.float16), parameters(8, "wb", torch.float32)
     with Guards() as guards:
-        out = guards.place(torch.zeros(2, 5, 8, dtype=torch.float16))
-        held = guards.place(old)
-        placed = [guards.place(t) for t in (x, *params[:2])]
-        ln.launch_layer_norm_(out, held, *placed, None, None, None, None, EPS)
+        out = guards.place(torch.zeros(2, 5, 8))
+        ln.launch_layer_norm(*(guards.place(t) for t in (x, *params[:2])), None, None, None, None, EPS, out)
     guards.check()
-    want, total = plain(x, params, old, None)
-    assert torch.equal(held.cpu(), total)
-    assert_accurate("out", out, want.half(), plain(*double(x), double(*params), *double(old), None)[0])
+    exact, _ = plain(*double(x), double(*params), None, None)
+    assert_accurate("out", out, plain(x.float(), params, None, None)[0], exact)
 
 
 @pytest.mark.launcher
 def test_in_place_within_a_buffer() -> None:
-    """`out`, stream and x are different channels of one buffer."""
+    """`out` and x are different channels of one buffer."""
     params = parameters(8, "wb", torch.float32)
     buffer = tokens((2, 5, 32)).to(DEVICE)
     before = buffer.clone()
-    out, stream, x = buffer[..., :8], buffer[..., 8:16], buffer[..., 24:]
-    ln.launch_layer_norm_(out, stream, x, *(p.to(DEVICE) for p in params[:2]), None, None, None, None, EPS)
-    old, given = before[..., 8:16].cpu(), before[..., 24:].cpu()
-    want, total = plain(given, params, old, None)
-    assert_accurate("out", out, want, plain(*double(given), double(*params), *double(old), None)[0])
-    assert torch.equal(stream.cpu(), total)
-    assert torch.equal(buffer[..., 16:], before[..., 16:])
+    out, x = buffer[..., :8], buffer[..., 24:]
+    ln.launch_layer_norm(x, *(p.to(DEVICE) for p in params[:2]), None, None, None, None, EPS, out)
+    given = before[..., 24:].cpu()
+    exact, _ = plain(*double(given), double(*params), None, None)
+    assert_accurate("out", out, plain(given, params, None, None)[0], exact)
+    assert torch.equal(buffer[..., 8:], before[..., 8:])
 
 
 @pytest.mark.launcher
@@ -540,14 +527,14 @@ def planted_pixels(module: ModuleType) -> None:
 
 
 def planted_in_place(module: ModuleType) -> None:
-    check_in_place(module, tokens, True, [1, 0, 0, 1], [1])
+    check_in_place(module, tokens, [1, 0, 0, 1])
 
 
 @pytest.mark.launcher
 @pytest.mark.parametrize(("check", "right", "wrong"), [
-    (planted_forward, "use_second = tl.load(bank + unit // units_per_bank) != 0",
-     "use_second = tl.load(bank + unit // units_per_bank) == 0"),
-    (planted_forward, "use_second = tl.load(bank + unit // units_per_bank) != 0", "use_second = tl.load(bank) != 0"),
+    (planted_forward, "is_second = tl.load(bank + unit // units_per_bank) != 0",
+     "is_second = tl.load(bank + unit // units_per_bank) == 0"),
+    (planted_forward, "is_second = tl.load(bank + unit // units_per_bank) != 0", "is_second = tl.load(bank) != 0"),
     (planted_forward, "centred = tl.where(mask, v - (tl.sum(v, 1) / D)[:, None], 0.0)",
      "centred = v - (tl.sum(v, 1) / D)[:, None]"),
     (planted_forward, "mask = (first + row < rows)[:, None] & channel_mask[None, :]\n    at = _at(x",
@@ -558,7 +545,7 @@ def planted_in_place(module: ModuleType) -> None:
     (planted_in_place, "active + unit // units_per_flag", "active"),
     (planted_backward, "tl.where(tile < units_per_part * tiles, rows, 0)",
      "tl.where(tile < units_per_part * tiles - 1, rows, 0)"),
-    (planted_backward, "tl.where(of_second, 0.0, v)", "v"),
+    (planted_backward, "partial, first, second, bank, splits", "partial, second, first, bank, splits"),
     (planted_backward, "- z * (tl.sum(g * z, 1) / D)[:, None]", ""),
     (planted_backward, "unit = part * units_per_part + tile // tiles", "unit = tile // tiles"),
     (planted_backward, "g += tl.load(at, mask=mask, other=0.0).to(tl.float32)", "g = g"),
@@ -673,16 +660,13 @@ def test_other_bank_gets_no_gradient() -> None:
 @pytest.mark.parametrize("make", [tokens, pixels])
 def test_in_place_op(make: Callable) -> None:
     shape = (4, 7, 12) if make is tokens else (4, 12, 3, 3)
-    x, stream, params = make(shape), make(shape, 1), parameters(12, "wb", torch.float32)
-    out, held = torch.zeros_like(x), stream.clone()
-    assert layer_norm_(out, x, params[0], params[1], stream=held, active=int32([1, 0, 1, 0])) is out
-    want, total = layer_norm(x, params[0], params[1], residual=stream)
+    x, params = make(shape), parameters(12, "wb", torch.float32)
+    out, want = torch.zeros_like(x), layer_norm(x, params[0], params[1])
+    assert layer_norm_(out, x, params[0], params[1], active=int32([1, 0, 1, 0])) is out
     assert torch.equal(out[::2], want[::2])
-    assert torch.equal(held[::2], total[::2])
     assert not out[1::2].any()
-    assert torch.equal(held[1::2], stream[1::2])
     layer_norm_(out, x, params[0], params[1])
-    assert torch.equal(out, layer_norm(x, params[0], params[1]))
+    assert torch.equal(out, want)
     buffer = torch.zeros(*x.shape[:-1], 24)
     buffer[..., :12] = x
     layer_norm_(buffer[..., 12:], buffer[..., :12], params[0], params[1])
@@ -725,7 +709,7 @@ def test_opcheck(make: Callable, residual: bool, bank: list[int] | None) -> None
     torch.library.opcheck(ln.layer_norm_backward_op, (
         dy, r, x, weight, bias, weight2, bias2, bank_values, eps, x.dtype, torch.float64, True))
     torch.library.opcheck(ln.layer_norm_inplace_op, (
-        torch.zeros_like(x), r, x, weight, bias, weight2, bias2, bank_values, int32([1, 0, 0, 1]), eps))
+        torch.zeros_like(x), x, weight, bias, int32([1, 0, 0, 1]), eps))
 
 
 def one_bank(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -742,9 +726,8 @@ def two_banks(
     return layer_norm(x, (weight, weight2), (bias, bias2), residual=residual, bank=bank)
 
 
-def in_place(x: Tensor, weight: Tensor, bias: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-    stream = stream.clone()
-    return layer_norm_(torch.zeros_like(x), x, weight, bias, stream=stream), stream
+def in_place(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return layer_norm_(torch.zeros_like(x), x, weight, bias)
 
 
 def arguments(function: Callable, make: Callable, grad: bool = True) -> Callable[[int], tuple]:
@@ -755,7 +738,7 @@ def arguments(function: Callable, make: Callable, grad: bool = True) -> Callable
         args = {
             one_bank: (x, weight, bias), with_residual: (x, weight, bias, residual),
             two_banks: (x, weight, bias, weight2, bias2, residual, int32([1, 0])),
-            in_place: (x, weight, bias, residual),
+            in_place: (x, weight, bias),
         }[function]
         return tuple(t.requires_grad_() if grad and t.is_floating_point() else t for t in args)
 
@@ -822,8 +805,6 @@ BAD = {
     "active_shape": (lambda x, w: layer_norm_(x.clone(), x, w, w, active=int32([1, 0, 1])), "one per sample"),
     "out_shape": (lambda x, w: layer_norm_(x[:1].clone(), x, w, w), "out has shape"),
     "out_is_x": (lambda x, w: layer_norm_(x, x, w, w), "x shares memory with the output"),
-    "stream_is_x": (lambda x, w: layer_norm_(x.clone(), x, w, w, stream=x), "x shares memory with the output"),
-    "out_is_stream": (lambda x, w: layer_norm_(o := x.clone(), x, w, w, stream=o), "stream shares memory"),
     "out_expanded": (lambda x, w: layer_norm_(x[:1].clone().expand(2, 3, 4), x, w, w), "the output is expanded"),
 }
 
@@ -837,7 +818,7 @@ def test_bad_input(name: str) -> None:
 
 def test_in_place_refuses_autograd() -> None:
     x, weight = tokens((2, 3, 4)), torch.ones(4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="or use layer_norm"):
+    with pytest.raises(RuntimeError, match="layer_norm_ is for inference and has no backward"):
         layer_norm_(torch.empty_like(x), x, weight, None)
     with torch.no_grad():
         layer_norm_(torch.empty_like(x), x, weight, None)
@@ -848,7 +829,7 @@ def test_in_place_refuses_autograd() -> None:
 AOT_EXPECT = {
     "layer_norm_kernel": {"wide_loads", "wide_stores"},
     "layer_norm_backward_kernel": {"wide_loads", "wide_stores"},
-    "layer_norm_sum_kernel": {"wide_loads"},
+    "column_sum_kernel": {"wide_loads"},
 }
 
 
@@ -861,7 +842,7 @@ def _aot_forward(
         bank = torch.empty(shape[0], dtype=torch.int32, device="cuda") if banks else None
         if active:
             flags = torch.empty(shape[0], dtype=torch.int32, device="cuda")
-            ln.launch_layer_norm_(out, r if residual else None, x, *params, bank, flags, EPS)
+            ln.launch_layer_norm(x, *params, None, None, EPS, out, flags)
         else:
             ln.launch_layer_norm(x, *params, r if residual else None, bank, EPS)
         return (4 if residual else 2) * x.nbytes, 0
@@ -893,7 +874,7 @@ def _aot_tensor(shape: tuple[int, ...], as_pixels: bool, dtype: torch.dtype) -> 
 AOT = {
     "swin_96": _aot_forward((64, 56, 56, 96)),
     "vit_768_residual_banks": _aot_forward((64, 197, 768), residual=True, banks=True),
-    "vit_1024_in_place": _aot_forward((64, 197, 1024), residual=True, banks=True, active=True),
+    "vit_1024_in_place": _aot_forward((64, 197, 1024), active=True),
     "tokens_4096": _aot_forward((64, 197, 4096), residual=True),
     "convnext_96": _aot_forward((64, 56, 56, 96), as_pixels=True),
     "convnext_384_residual_banks": _aot_forward((64, 28, 28, 384), as_pixels=True, residual=True, banks=True),

@@ -1,11 +1,11 @@
-"""The command that writes the tables of measured configurations, with a clock that is made up."""
+"""`bench/tune.py`, which writes the tables of measured configurations, with a clock that is made up."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ import pytest
 import torch
 from aot import fake_cuda, record
 
-from adn_kernels import launch, tune
+from adn_kernels import launch
 from adn_kernels.conv import conv, conv_
 from adn_kernels.launch import tuned
-from adn_kernels.tune import Case, Override, Table
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
-import tuned_layers  # noqa: E402
+import shapes  # noqa: E402
+import tune  # noqa: E402
+from tune import Case, Override, Table  # noqa: E402
 
 CPU = torch.device("cpu")
 HEADER = {"device": "made up", "torch": "2", "triton": "3", "driver": "1", "date": "today", "command": "tune"}
@@ -194,20 +195,26 @@ def test_a_lost_device_is_an_error(folder: Path) -> None:
     assert not folder.exists()
 
 
-def test_backend_of_the_dispatcher(folder: Path) -> None:
-    """Named outright while measured, so that one which refuses the layer is never written."""
-    times = {"triton": 3.0, "cudnn": 1.0, "unfused": 2.0}
+@pytest.mark.parametrize(("cudnn", "default", "tried"), [
+    (1, "triton", {"cudnn", "triton", "unfused"}), (0, "triton", {"triton", "unfused"}), (0, "unfused", {"unfused"}),
+])
+def test_backend_of_the_dispatcher(folder: Path, cudnn: int, default: str, tried: set[str]) -> None:
+    """One that refuses the layer, for which the op would take its default, is never tried."""
+    times, asked = {"triton": 3.0, "cudnn": 1.0, "unfused": 2.0}, []
 
-    def call(backend: str | None = None) -> torch.Tensor:
-        tuned("conv", CPU, {"backend": "triton"}, n=1)
-        tuned("conv1x1", CPU, {"BM": 64}, pixels=1)
-        if backend == "cudnn":
-            raise ValueError("cuDNN fuses no silu, only relu")
+    def call() -> torch.Tensor:
+        asked.append(tuned("conv", CPU, {"backend": default}, n=1, cudnn=cudnn)["backend"])
+        tuned("gemm", CPU, {"BM": 64}, pixels=1)
         return torch.ones(1)
 
-    tune.tune([Case("conv", "layer", lambda: call)], table(folder), lambda call: times[call.keywords["backend"]])
+    def time(call: Callable[[], Any]) -> float:
+        call()
+        return times[asked[-1]]
+
+    tune.tune([Case("conv", "layer", lambda: call)], table(folder), time)
     (row,) = json.loads(next(folder.iterdir()).read_text())["rows"]
-    assert (row["kernel"], row["config"]) == ("conv", {"backend": "unfused"})
+    assert (row["kernel"], row["config"]) == ("conv", {"backend": "cudnn" if cudnn else "unfused"})
+    assert set(asked) == tried
 
 
 def test_refuses_without_a_gpu(
@@ -223,7 +230,7 @@ def test_refuses_without_a_gpu(
 
 def test_refuses_unknown_kernels(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        tune.main(["--kernels", "attention"])
+        tune.main(["--ops", "attention"])
     assert "invalid choice: 'attention'" in capsys.readouterr().err
 
 
@@ -231,14 +238,13 @@ KERNELS = {
     "batch_norm": {"batch_norm_moments", "batch_norm_apply", "batch_norm_backward_reduce", "batch_norm_backward_apply"},
     "batch_norm_eval": {"batch_norm_eval", "batch_norm_eval_backward"},
     "layer_norm": {"layer_norm", "layer_norm_backward"},
-    "conv1x1": {"conv1x1"}, "linear": {"conv1x1"}, "conv3x3": {"conv3x3"}, "depthwise": {"depthwise"},
-    "distillation_kl": {"distillation_kl", "distillation_kl_backward", "feature_pool", "feature_kl_backward"},
+    "linear": {"gemm"},
     "deformable_attention": {"deformable_attention", "deformable_attention_backward", "deformable_attention_collect"},
-    "conv": {"conv"},
+    "conv": {"gemm", "depthwise", "conv"},
 }
 
 
-@pytest.mark.parametrize("op", tune.OPS)
+@pytest.mark.parametrize("op", tune.TUNED)
 def test_cases_ask(op: str) -> None:
     """The calls fit the launchers, which ask about these kernels and about nothing that a table cannot hold."""
     found = {}
@@ -255,36 +261,21 @@ def test_cases_ask(op: str) -> None:
 
 
 def test_dispatcher_is_asked_with_and_without_cudnn() -> None:
-    """What blocks ask: folded and with norms, in place or not; none of these keys is one the tuner never writes."""
+    """What the deploy form asks: folded and with norms, in place or not; none of these keys is one the tuner never
+    writes."""
     found = {}
     with torch.no_grad(), Override() as override, fake_cuda():
         record(lambda: found.update(tune.questions(override, tune.cases(["conv"], (8,), ["resnet50"]))))
-        first = next(c for c in tune.layers(["resnet50"]) if c.kernel == 3)
-        x, weight, scale, shift, _ = tune._operands(first, 8, "cuda")
+        first = next(c for c in shapes.layers("resnet50") if isinstance(c, shapes.Conv) and c.kernel == 3)
+        case = next(importlib.import_module("bench_conv").dispatched(first, 8, torch.bfloat16))
+        x, _, weight, bias, scale, shift, *_ = tune.make_inputs(case, "cuda")
         shape = {"stride": first.stride, "padding": 1, "activation": first.activation}
         override.asked.clear()
-        two = torch.empty(2, first.channels, device="cuda")
         bank = torch.empty(8, dtype=torch.int32, device="cuda")
         record(lambda: [
-            conv(x, weight, None, shift, **shape), conv(x, weight, scale, shift, **shape),
-            conv(x, weight, two, two, bank=bank, **shape),
-            conv_(torch.empty_like(x), x, weight, scale, shift, **shape)])
+            conv(x, weight, None, bias, **shape), conv(x, weight, scale, shift, **shape),
+            conv(x, weight, (scale, scale), (shift, shift), bank=bank, **shape),
+            conv_(torch.empty_like(x), x, weight, bias, **shape)])
     of_dispatcher = {key for key, (kernel, *_) in override.asked.items() if kernel == "conv"}
     assert len(of_dispatcher) == 2
     assert of_dispatcher <= set(found)
-
-
-def test_layers() -> None:
-    """`bench/tuned_layers.py` wrote them, of the networks as they are."""
-    assert tune.LAYERS.read_text() == tuned_layers.text()
-    assert list(json.loads(tune.LAYERS.read_text())) == list(tune.NETWORKS)
-    convs = [layer for layer in tune.layers(tune.NETWORKS) if isinstance(layer, tune.Conv)]
-    assert {c.op for c in convs} == {"conv1x1", "conv3x3", "depthwise", None}
-    assert all(c.groups == 1 or c.op == "depthwise" or c.inputs > c.groups for c in convs)
-
-
-def test_is_packaged() -> None:
-    """Layers and tables are read from the installed package."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["adn_kernels"]
-    for path in (tune.LAYERS, launch.TABLES / "sm_90.json"):
-        assert any(path.relative_to(tune.LAYERS.parent).match(pattern) for pattern in declared)

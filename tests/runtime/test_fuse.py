@@ -81,6 +81,29 @@ def test_types_layouts_and_sizes(
         assert difference(actual, wanted) <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_lie_as_kernels_read_them(dtype: torch.dtype) -> None:
+    """Depthwise ones with their taps apart and channels adjacent, also when they are read again; on a CPU that changes
+    nothing."""
+    net, x = converted("mobilenetv2_050")
+    net, x = net.to(dtype), x.to(dtype)
+    fused = fuse(net)
+    layers = [m for m in fused.modules() if isinstance(m, ConvNormAct)]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.01)
+    first = forward(fused, x, "super")
+    depthwise = [m.weight for m in layers if m.place[3] > 1]
+    assert len(depthwise) >= 17
+    for weight in depthwise:
+        channels, _, k, _ = weight.shape
+        assert weight.stride() == (1, channels, k * channels, channels)
+    for layer in layers:
+        layer.weight = layer.weight.contiguous(memory_format=torch.channels_last)
+        layer.packed = None
+    assert difference(forward(fused, x, "super"), first) < 100 * torch.finfo(dtype).eps
+
+
 class Ops(TorchDispatchMode):
     """Counts what is dispatched."""
 

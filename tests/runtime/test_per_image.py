@@ -13,6 +13,7 @@ from test_convert import NAMES
 from test_fuse import IN_CI, UNSTABLE, converted, difference
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import adn
 from adn.runtime import per_image
@@ -142,6 +143,25 @@ def test_bypassed_samples_keep_their_bits(name: str) -> None:
     fused.per_image(x, flags)
     assert len(seen) == len(blocks)
     assert all(seen)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_one_trace_serves_all_flags(name: str) -> None:
+    """Which blocks run is a value in memory: written again, it changes what a net does that is not traced again, and in
+    an engine what a graph does that is not captured again (`test_engine.py`)."""
+    net, fused, x = prepared(name)
+    flags = torch.zeros(len(fused._adn.switches), N, dtype=torch.int32)
+    traced = make_fx(lambda x, flags: fused.per_image(x, flags))(x, flags)
+    called = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    ours = {target for target in called if getattr(target, "namespace", "") == "adn"}
+    assert {str(op) for op in ours} & {"adn.conv_.default", "adn.linear_.default"}
+    results = []
+    for seed in range(2):
+        depths = random_depths(net, seed=seed)
+        flags.copy_(flags_of(depths))
+        results.append(traced(x, flags))
+        assert difference(results[-1], alone(net, x, depths)) < 1e-11
+    assert not torch.equal(*results)
 
 
 @pytest.mark.parametrize(("name", "layers"), [
