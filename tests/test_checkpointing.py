@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adn
-from adn.core import switch
+from adn.core import choice
 
 NAMES = ["resnet18", "resnet50d", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv2_100",
          "convnext_atto"]
@@ -86,7 +86,7 @@ def test_a_cumulative_average_counts_once() -> None:
 
 
 def test_too_long_ago_is_an_error_and_not_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switch, "_REMEMBERED_CHANGES", 8)
+    monkeypatch.setattr(choice, "_REMEMBERED_CHANGES", 8)
     net = adn.convert(build("resnet18", num_classes=10)).train()
     net.set_grad_checkpointing(True)
     loss = net(torch.randn(2, 3, 64, 64)).sum()

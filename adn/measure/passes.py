@@ -22,7 +22,7 @@ class Meter(Protocol):
     """What is kept of a pass."""
 
     def add(self, i: int, outputs: Any, targets: Any) -> None:
-        """Count one batch at the depth of index i: what the net gave, and what the loader has beside images."""
+        """Count a batch at the depth of index i, 0 first: what the net gave, what the loader has beside images."""
 
 
 def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], depths: Sequence[Depth | None],
