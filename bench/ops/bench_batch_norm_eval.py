@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import FORWARD, Case, Cost, image, shape_text, vectors
+from cases import BACKWARD, FORWARD, Case, Cost, image, shape_text, vectors
 from shapes import Layer, Norm
 
 from adn_kernels.activation import act_reference
@@ -36,7 +36,11 @@ def cases(layer: Layer, batch: int, dtype: torch.dtype) -> Iterator[Case]:
         z = F.batch_norm(x, running_mean, running_var, weight, bias)
         return act_reference(z if residual is None else z + residual, layer.activation)
 
-    yield Case(*what, inputs, {"ours": ours, "eager": eager}, {FORWARD: cost})
+    contenders = {"ours": ours, "eager": eager}
+    yield Case(*what, inputs, contenders, {FORWARD: cost})
+    # Of a norm that is frozen in training: dy and x are read, dx is written, and so with the residual.
+    yield Case(*what, inputs, contenders, {BACKWARD: Cost((5 if layer.residual else 3) * tensor)},
+               grads=(0, 1, 2, 5) if layer.residual else (0, 1, 2))
 
 
 @pytest.mark.gpu

@@ -247,9 +247,9 @@ KERNELS = {
 @pytest.mark.parametrize("op", tune.TUNED)
 def test_cases_ask(op: str) -> None:
     """The calls fit the launchers, which ask about these kernels and about nothing that a table cannot hold."""
-    found = {}
+    found, given = {}, list(tune.cases([op], (8,)))
     with torch.no_grad(), Override() as override, fake_cuda():
-        record(lambda: found.update(tune.questions(override, tune.cases([op], (8,)))))
+        record(lambda: found.update(tune.questions(override, given)))
     assert {question.kernel for question in found.values()} == KERNELS[op]
     for identity, question in found.items():
         assert json.loads(json.dumps(question.key)) == question.key
@@ -263,9 +263,9 @@ def test_cases_ask(op: str) -> None:
 def test_dispatcher_is_asked_with_and_without_cudnn() -> None:
     """What the deploy form asks: folded and with norms, in place or not; none of these keys is one the tuner never
     writes."""
-    found = {}
+    found, given = {}, list(tune.cases(["conv"], (8,), ["resnet50"]))
     with torch.no_grad(), Override() as override, fake_cuda():
-        record(lambda: found.update(tune.questions(override, tune.cases(["conv"], (8,), ["resnet50"]))))
+        record(lambda: found.update(tune.questions(override, given)))
         first = next(c for c in shapes.layers("resnet50") if isinstance(c, shapes.Conv) and c.kernel == 3)
         case = next(importlib.import_module("bench_conv").dispatched(first, 8, torch.bfloat16))
         x, _, weight, bias, scale, shift, *_ = tune.make_inputs(case, "cuda")
