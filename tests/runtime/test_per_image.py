@@ -150,7 +150,7 @@ def test_one_trace_serves_all_flags(name: str) -> None:
     """Which blocks run is a value in memory: written again, it changes what a net does that is not traced again, and in
     an engine what a graph does that is not captured again (`test_engine.py`)."""
     net, fused, x = prepared(name)
-    flags = torch.zeros(len(fused._adn.switches), N, dtype=torch.int32)
+    flags = torch.zeros(len(fused._adn.choices), N, dtype=torch.int32)
     traced = make_fx(lambda x, flags: fused.per_image(x, flags))(x, flags)
     called = {node.target for node in traced.graph.nodes if node.op == "call_function"}
     ours = {target for target in called if getattr(target, "namespace", "") == "adn"}
