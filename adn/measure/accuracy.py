@@ -73,7 +73,7 @@ def evaluate(
         ValueError: if data and net do not have the same classes, the net cannot take images of this size, or there
             is no image at all.
     """
-    chosen = all_depths(net) if depths is None else read_depths(net, depths)
+    chosen = read_depths(net, depths)
     device = device_of(net, device)
     meter = _Accuracy(net, len(chosen), device, getattr(loader, "dataset", None))
     run_over(net, loader, chosen, meter, device, amp, progress)
@@ -110,10 +110,22 @@ class _Accuracy:
 
 def accuracy_table(rows: Sequence[Row]) -> str:
     """Rows as text in columns; multiply-adds, in millions, where they are known."""
-    counted = any(row.macs is not None for row in rows)
-    return table([("depth", *(["MMACs"] if counted else []), "top-1 (%)", "top-5 (%)", "loss"), *(
-        (str(row.depth), *([f"{row.macs / 1e6:.1f}"] if counted else []), f"{row.top1:.2f}", f"{row.top5:.2f}",
-         f"{row.loss:.4f}") for row in rows)])
+    return table_of(rows, [("MMACs", "macs", 1e6, 1), ("top-1 (%)", "top1", 1, 2), ("top-5 (%)", "top5", 1, 2),
+                           ("loss", "loss", 1, 4)])
+
+
+def table_of(rows: Sequence[Any], columns: Sequence[tuple[str, str, float, int]]) -> str:
+    """Rows of accuracy as text, in columns of (head, field, unit, decimals); "-" is what is not known, and what nobody
+    counted or timed has no column."""
+    columns = [column for column in columns
+               if column[1] not in ("macs", "latency_ms") or any(getattr(row, column[1]) is not None for row in rows)]
+
+    def cell(row: Any, field: str, unit: float, decimals: int) -> str:
+        value = getattr(row, field)
+        return "-" if value is None else f"{value / unit:.{decimals}f}"
+
+    return table([("depth", *(head for head, *_ in columns)), *(
+        (str(row.depth or "-"), *(cell(row, *how) for _, *how in columns)) for row in rows)])
 
 
 def chain(net: nn.Module) -> list[Depth]:
@@ -131,11 +143,14 @@ def choose_depths(net: nn.Module, text: str | None) -> list[Depth]:
     """Depths as a command line names them: "all", "chain" (also None), or depths with commas between them."""
     if text is None or text == "chain":
         return chain(net)
-    return all_depths(net) if text == "all" else read_depths(net, text.split(","))
+    return read_depths(net, None if text == "all" else text.split(","))
 
 
-def read_depths(net: nn.Module, depths: Iterable[DepthLike]) -> list[Depth]:
-    """Depths of this net, each once, in the order given; raises ValueError on one it does not have."""
+def read_depths(net: nn.Module, depths: Iterable[DepthLike] | None) -> list[Depth]:
+    """Depths of this net, each once, in the order given; None = every one. Raises ValueError on one it does not
+    have."""
+    if depths is None:
+        return all_depths(net)
     state = state_of(net)
     return list(dict.fromkeys(Depth.parse(depth, (state.full, state.base)) for depth in depths))
 

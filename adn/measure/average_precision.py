@@ -22,11 +22,9 @@ from tqdm import tqdm
 from ..core.depth import Depth
 from ..core.files import atomic_write
 from ..core.state import DepthLike, is_any_depth, state_of
-from ..core.state import depths as all_depths
-from ..core.tables import table
 from ..data.coco import CocoImages, Target
 from ..models.registry import source_of
-from .accuracy import read_depths
+from .accuracy import read_depths, table_of
 from .passes import device_of, no_image, run_over
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
@@ -92,15 +90,11 @@ def evaluate_detector(
         net: a detector, any-depth or of one depth, that has `num_classes` and `postprocess` of
             `adn.detect.detector.Detector`.
         loader: a DataLoader over `CocoImages`, or a `Subset` of them, with `collate`.
-        depths: which; None = every depth of the net.
-        device: where batches go (their dtype becomes the net's); None = where the net's parameters are.
-        amp: run under autocast: "bf16", "fp16" or a dtype.
-        progress: show progress bars, if in a terminal.
+        depths, device, amp, progress: as in `adn.evaluate`.
         results_dir: write COCO's results format there, `results_FFFFF-6.json` for the depth FFFFF|6 (`results.json`
             for a net of one depth).
         backend: "pycocotools", or "faster_coco_eval" for the same numbers sooner.
-        distributed: all processes of the group call this, each with its share of the images, and get the same rows;
-            the first one does the comparison. False = this process stands alone.
+        distributed: as in `adn.evaluate`; the first process does the comparison.
 
     Returns:
         One row per depth, in the order given; a single one, of depth None, for a net of one depth.
@@ -115,7 +109,7 @@ def evaluate_detector(
     require_backend(backend)
     data = _images_of(loader)
     if is_any_depth(net):
-        chosen: list[Depth | None] = [*(all_depths(net) if depths is None else read_depths(net, depths))]
+        chosen: list[Depth | None] = [*read_depths(net, depths)]
     elif depths is None:
         chosen = [None]
     else:
@@ -134,9 +128,12 @@ def evaluate_detector(
         for depth, of_depth in bar:
             results = to_results(data, of_depth)
             if results_dir is not None:
-                _write(Path(results_dir, _file_name(depth)), results)
+                _write(Path(results_dir), depth, results)
             rows.append(DetectionRow(depth, **score(data, results, of_depth, backend), images=len(of_depth)))
-    return _broadcast(rows) if distributed else rows
+    box = [rows]
+    if distributed:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Iterable[int], backend: str = "pycocotools"
@@ -189,17 +186,9 @@ def to_results(data: CocoImages, found: Found) -> list[dict[str, Any]]:
 
 def detection_table(rows: Sequence[DetectionRow]) -> str:
     """Rows as text in columns; multiply-adds (in billions) and latency where they are known."""
-    head = ["depth", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
-    counted, timed = (any(getattr(row, name) is not None for row in rows) for name in ("macs", "latency_ms"))
-    lines = [[*head, *(["GMACs"] if counted else []), *(["ms"] if timed else [])]]
-    for row in rows:
-        line = ["-" if row.depth is None else str(row.depth), *(_digits(getattr(row, name), 1) for name in _STATS)]
-        if counted:
-            line.append(_digits(None if row.macs is None else row.macs / 1e9, 3))
-        if timed:
-            line.append(_digits(row.latency_ms, 2))
-        lines.append(line)
-    return table(lines)
+    heads = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+    return table_of(rows, [*((head, name, 1, 1) for head, name in zip(heads, _STATS, strict=True)),
+                           ("GMACs", "macs", 1e9, 3), ("ms", "latency_ms", 1, 2)])
 
 
 def require_backend(name: str) -> None:
@@ -274,21 +263,8 @@ def _gather(found: list[Found]) -> list[Found]:
     return merged
 
 
-def _broadcast(rows: list[DetectionRow]) -> list[DetectionRow]:
-    box = [rows]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _file_name(depth: Depth | None) -> str:
-    return "results.json" if depth is None else f"results_{depth}.json".replace("|", "-")
-
-
-def _write(path: Path, results: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
+def _write(folder: Path, depth: Depth | None, results: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "results.json" if depth is None else f"results_{depth}.json".replace("|", "-")
+    with atomic_write(folder / name) as temporary:
         temporary.write_text(json.dumps(results), encoding="utf-8")
-
-
-def _digits(value: float | None, count: int) -> str:
-    return "-" if value is None else f"{value:.{count}f}"

@@ -27,20 +27,8 @@ class Meter(Protocol):
 
 def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], depths: Sequence[Depth | None],
              meter: Meter, device: torch.device, amp: torch.dtype | str | None, progress: bool) -> None:
-    """Read every batch once and run it at all depths, in evaluation mode and without gradients.
-
-    Depth and mode of the net are afterwards what they were. Inside DistributedDataParallel the bare net runs.
-
-    Args:
-        loader: batches (images (B, 3, H, W), targets), None for an empty one.
-        depths: None for that of a net of one depth.
-        device: where images go; their dtype becomes the net's.
-        amp: see `autocast`.
-        progress: show a progress bar, if in a terminal.
-
-    Raises:
-        ValueError: if the net cannot take images of this size.
-    """
+    """Read every batch once and run it at all depths, as `adn.evaluate` says; a depth of None is that of a net which
+    has but one."""
     run = net.module if isinstance(net, DistributedDataParallel) else net
     dtype = next(run.parameters()).dtype
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True)

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from ..core.depth import Depth
 from ..core.state import DepthLike, set_depth
-from ..core.state import depths as all_depths
 from ..core.tables import read_table, table
 from ..models.registry import task_name
 from .accuracy import Row, read_depths
@@ -175,7 +174,7 @@ def profile(
         raise ValueError(f"rounds={rounds}, warmup={warmup}; pass rounds >= 1 and warmup >= 0")
     if not len(x):
         raise ValueError("a batch of 0 images; pass at least 1")
-    chosen = all_depths(net) if depths is None else read_depths(net, depths)
+    chosen = read_depths(net, depths)
     metric = METRICS[task_name(net)].name
     if accuracy is None:
         top1: dict[Depth, float] = {}

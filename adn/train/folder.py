@@ -28,12 +28,8 @@ class RunFolder:
     """The files of a run. Every one is replaced as a whole: an OSError on the way leaves the former one.
 
     Args:
-        path: the folder, or None.
+        path: the folder; None = there is none, and methods that write do nothing.
         writes: False for all processes of a run but the first.
-
-    Attributes:
-        path: the folder, or None.
-        writes: whether anything is written; without a folder nothing is, and methods that write do nothing.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, writes: bool) -> None:
@@ -143,6 +139,15 @@ class RunFolder:
         if self.writes:
             with atomic_write(self.path / name) as temporary:
                 temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_config(out: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `RunFolder.write_config` wrote; None if it is not there, or something else."""
+    try:
+        config = json.loads(Path(out, CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def holds_run(out: Path) -> bool:

@@ -22,18 +22,31 @@ from ..tasks import CLASSIFY, DETECT, Data, Prepared, Task, task_of
 from ..weights.checkpoint import load
 from ..weights.foreign import load_weights
 from .data import TrainBatches
-from .folder import BEST, CONFIG, FINAL, refuse_overwriting
+from .folder import BEST, CONFIG, FINAL, read_config, refuse_overwriting
 from .interrupts import ignore_interrupts
 from .loop import Result, fit
 from .recipes import DEFAULT, DEFAULT_DETECTION, DETECTION_RECIPES, RECIPES, Recipe, recipe_type
 from .seeds import seed_all
 
 
+@dataclasses.dataclass(frozen=True)
 class _Run:
-    """A training run, as `config.json` keeps it."""
+    """A training run, as `config.json` keeps it: what those of all tasks have, see `Config`."""
 
     task: ClassVar[Task]
     starts: ClassVar[tuple[str, ...]]  # settings that say from what to start, of which one may be given
+
+    data: str
+    out: str
+    recipe: Settings
+    checkpoint: str | None = None
+    weights: str | None = None
+    new_head: bool = False
+    train_split: str = "train"
+    val_split: str = "val"
+    workers: int | None = None
+    device: str | None = None
+    tensorboard: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {"task": self.task.name, **dataclasses.asdict(self), "recipe": self.recipe.to_dict()}
@@ -90,20 +103,11 @@ class Config(_Run):
     task = CLASSIFY
     starts = ("checkpoint", "weights", "pretrained")
 
-    data: str
-    out: str
     recipe: Recipe = RECIPES[DEFAULT]
-    pretrained: bool = False
-    checkpoint: str | None = None
-    weights: str | None = None
-    new_head: bool = False
-    train_split: str = "train"
     val_split: str = "validation"
+    pretrained: bool = False
     download: bool = False
     num_classes: int | None = None
-    workers: int | None = None
-    device: str | None = None
-    tensorboard: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +124,8 @@ class DetectionConfig(_Run):
     task = DETECT
     starts = ("checkpoint", "weights", "backbone")
 
-    data: str
-    out: str
     recipe: Settings = DETECTION_RECIPES[DEFAULT_DETECTION]
-    checkpoint: str | None = None
-    weights: str | None = None
     backbone: str | None = None
-    new_head: bool = False
-    train_split: str = "train"
-    val_split: str = "val"
-    workers: int | None = None
-    device: str | None = None
-    tensorboard: bool = False
 
 
 CONFIGS: dict[str, type[_Run]] = {kind.task.name: kind for kind in (Config, DetectionConfig)}
@@ -139,10 +133,8 @@ CONFIGS: dict[str, type[_Run]] = {kind.task.name: kind for kind in (Config, Dete
 
 def task_of_run(out: str | os.PathLike[str]) -> str | None:
     """What the run in a folder trains, the name of a task; None if there is none."""
-    try:
-        return json.loads((Path(out) / CONFIG).read_text()).get("task", CLASSIFY.name)
-    except (OSError, ValueError, AttributeError):
-        return None
+    config = read_config(out)
+    return None if config is None else config.get("task", CLASSIFY.name)
 
 
 def train(config: Config | DetectionConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True
