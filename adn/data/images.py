@@ -216,9 +216,7 @@ def eval_transform(
     return v2.Compose([
         v2.Resize(resize, interpolation=v2.InterpolationMode(interpolation)),
         v2.CenterCrop(size),
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(mean), list(std)),
+        *_as_net_input(mean, std),
     ])
 
 
@@ -238,11 +236,14 @@ def train_transform(recipe: Any, config: dict[str, Any]) -> v2.Transform:
         steps.append(v2.TrivialAugmentWide(interpolation=interpolation))
     elif recipe.augment == "rand":
         steps.append(v2.RandAugment(magnitude=recipe.magnitude, interpolation=interpolation))
-    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-              v2.Normalize(list(config["mean"]), list(config["std"]))]
+    steps += _as_net_input(config["mean"], config["std"])
     if recipe.erase:
         steps.append(v2.RandomErasing(recipe.erase))
     return v2.Compose(steps)
+
+
+def _as_net_input(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
 def data_config(net: nn.Module, stored: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:

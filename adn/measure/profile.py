@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import operator
 import os
 import platform
 import random
@@ -207,10 +208,7 @@ def fit_budget(profile: Sequence[Point], *, ms: float, percentile: int = 50) -> 
     """
     if percentile not in (50, 99):
         raise ValueError(f"percentile={percentile}; a profile holds 50 and 99")
-
-    def spent(point: Point) -> float:
-        return point.p50_ms if percentile == 50 else point.p99_ms
-
+    spent = operator.attrgetter(f"p{percentile}_ms")
     fitting = [point for point in profile if spent(point) <= ms]
     if not fitting:
         if not profile:

@@ -133,6 +133,7 @@ def fit(
         OSError: if `out` cannot be written; what was written before is intact.
     """
     run = _Run(net, recipe, loss, accuracy, _device(net, device), out, progress and _rank() == 0)
+    config = {"recipe": recipe.to_dict()} if config is None else config
     start = time.perf_counter()
     make_writer = run.folder.tensorboard_writer() if tensorboard else None
     if resume:
@@ -311,15 +312,15 @@ class _Run:
 
     # ---------------------------------------------------------------------------------------- beginning and resuming
 
-    def begin(self, overwrite: bool, config: Mapping[str, Any] | None) -> None:
+    def begin(self, overwrite: bool, config: Mapping[str, Any]) -> None:
         self.folder.make(overwrite)
-        self._write_config(config)
+        self.folder.write_config(config)
         if 0 < self.recipe.epochs <= self.recipe.warmup_epochs:
             self.say(f"warning: all of the {self.recipe.epochs} epochs are warm-up (--warmup-epochs "
                      f"{self.recipe.warmup_epochs}), so the learning rate stays below {self.recipe.lr:g}")
         self.write_last()
 
-    def resume(self, config: Mapping[str, Any] | None) -> None:
+    def resume(self, config: Mapping[str, Any]) -> None:
         state, out = self.folder.read_state(), self.folder.path
         try:
             before = type(self.recipe).from_dict(state["recipe"])
@@ -349,7 +350,7 @@ class _Run:
             raise ValueError(f"the run in {out} has {self.epoch} epochs already; pass --epochs {self.epoch} or "
                              "more")
         self._say_where()
-        self._write_config(config)
+        self.folder.write_config(config)
         self.folder.write_log(self.history)
 
     def _say_where(self) -> None:
@@ -393,9 +394,6 @@ class _Run:
         last = self.history[-1] if self.history else {}
         self.folder.write_net(name, self.evaluated, {
             "recipe": self.recipe.to_dict(), "epoch": self.epoch, "log": last, **(extra or {})})
-
-    def _write_config(self, config: Mapping[str, Any] | None) -> None:
-        self.folder.write_config({"recipe": self.recipe.to_dict()} if config is None else config)
 
     # ------------------------------------------------------------------------------------------------ what can go wrong
 
