@@ -195,13 +195,8 @@ def collate(batch: list[tuple[torch.Tensor, int] | None]) -> tuple[torch.Tensor,
     return tuple(default_collate(items)) if items else None
 
 
-def eval_transform(
-    size: int,
-    resize: int | None = None,
-    interpolation: str = "bilinear",
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> v2.Transform:
+def eval_transform(size: int, resize: int | None = None, interpolation: str = "bilinear",
+                   mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> v2.Transform:
     """Shorter side to `resize`, crop of the centre, normalise: from a `PIL.Image` to (3, size, size) float32.
 
     Args:

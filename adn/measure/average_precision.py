@@ -25,7 +25,7 @@ from ..core.state import DepthLike, is_any_depth, state_of
 from ..data.coco import CocoImages, Target
 from ..models.registry import source_of
 from .accuracy import read_depths, table_of
-from .passes import device_of, no_image, run_over
+from .passes import device_of, no_image, of_all_processes, run_over
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
 
@@ -254,10 +254,8 @@ def _check_classes(net: nn.Module, count: int, data: CocoImages) -> None:
 
 def _gather(found: list[Found]) -> list[Found]:
     """The detections of all processes together; of an image that several had, those of the first."""
-    every: list[list[Found]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, found)
     merged: list[Found] = [{} for _ in found]
-    for share in reversed(every):
+    for share in reversed(of_all_processes(found)):
         for whole, part in zip(merged, share, strict=True):
             whole.update(part)
     return merged

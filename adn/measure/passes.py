@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -88,6 +89,19 @@ def try_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
         hint = f"; it is made for images of {expected[0]} x {expected[1]}" if expected else ""
         raise ValueError(f"{type(model).__name__} cannot take a batch of shape {tuple(x.shape)}{hint} "
                          f"({error})") from error
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process in the process group, and how many there are; 0 and 1 without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """What each process passes here, in their order."""
+    every = [value] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(every, value)
+    return every
 
 
 def no_image(what: str, loader: Any) -> str:

@@ -7,6 +7,7 @@ start of each. So an epoch that was interrupted is repeated exactly, and there i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -24,7 +25,7 @@ from adn_kernels.private import pytree
 
 from ..convert import convert_sync_batchnorm
 from ..core.state import is_converted, state_of
-from ..measure.passes import autocast
+from ..measure.passes import autocast, of_all_processes, processes
 from ..settings import Settings
 from ..tasks import CLASSIFY
 from .folder import BEST, FINAL, LAST, RunFolder
@@ -132,7 +133,7 @@ def fit(
         ValueError: on a run in `out` and neither `resume` nor `overwrite`, a saved run that does not fit, no batches.
         OSError: if `out` cannot be written; what was written before is intact.
     """
-    run = _Run(net, recipe, loss, accuracy, _device(net, device), out, progress and _rank() == 0)
+    run = _Run(net, recipe, loss, accuracy, _device(net, device), out, progress)
     config = {"recipe": recipe.to_dict()} if config is None else config
     start = time.perf_counter()
     make_writer = run.folder.tensorboard_writer() if tensorboard else None
@@ -164,9 +165,10 @@ class _Run:
     """The state of a run, and what is done to it."""
 
     def __init__(self, net: nn.Module, recipe: Settings, loss: nn.Module | None, accuracy: str, device: torch.device,
-                 out: str | Path | None, talk: bool) -> None:
-        self.recipe, self.accuracy, self.device, self.talk = recipe, accuracy, device, talk
-        self.rank, self.world = _rank(), _world()
+                 out: str | Path | None, progress: bool) -> None:
+        self.recipe, self.accuracy, self.device = recipe, accuracy, device
+        self.rank, self.world = processes()
+        self.talk = progress and self.rank == 0
         self.folder = RunFolder(out, writes=self.rank == 0)
         if recipe.sync_bn and self.world > 1 and device.type == "cpu":
             raise ValueError("torch has batch norms synchronised between processes for GPUs only: pass --no-sync-bn")
@@ -427,25 +429,13 @@ class _Run:
 
     def _means(self, sums: Mapping[str, torch.Tensor], images: int) -> dict[str, float]:
         """Per image, over all processes."""
-        names = list(sums)
-        if self.world > 1:
-            # Not every batch has every term: a detector's may have no object.
-            every: list[list[str]] = [[] for _ in range(self.world)]
-            dist.all_gather_object(every, names)
-            names = list(dict.fromkeys(name for of_process in every for name in of_process))
+        # Not every batch has every term: a detector's may have no object.
+        names = list(dict.fromkeys(itertools.chain(*of_all_processes(list(sums)))))
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         total = torch.stack([*(sums.get(name, zero).double() for name in names), zero + images])
         if self.world > 1:
             dist.all_reduce(total)
         return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _device(net: nn.Module, device: torch.device | str | None) -> torch.device:

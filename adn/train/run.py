@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..core.state import state_of
-from ..measure.passes import evaluating, try_forward
+from ..measure.passes import evaluating, of_all_processes, processes, try_forward
 from ..settings import Settings
 from ..tasks import CLASSIFY, DETECT, Data, Prepared, Task, task_of
 from ..weights.checkpoint import load
@@ -157,7 +158,7 @@ def train(config: Config | DetectionConfig, *, resume: bool = False, overwrite: 
     task.require()  # now, not after an epoch
     config = _with_whole_paths(config)
     with _process_group(config.device) as device:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = processes()
         talk, recipe = progress and rank == 0, config.recipe
         if rank == 0:
             _check_out(config, resume, overwrite)
@@ -187,7 +188,8 @@ def train(config: Config | DetectionConfig, *, resume: bool = False, overwrite: 
             rows = task.evaluate(net, loader, ["super", "base"], device, progress=talk, distributed=world > 1)
             numbers = {f"val_{name}_{which}": getattr(row, field) for name, field in task.logged.items()
                        for which, row in zip(("super", "base"), rows, strict=True)}
-            unreadable = _gather([*data.training.unreadable, *data.validation.unreadable])
+            every = of_all_processes([*data.training.unreadable, *data.validation.unreadable])
+            unreadable = list(dict.fromkeys(itertools.chain(*every)))
             if unreadable and talk:
                 print(f"skipped {len(unreadable)} {task.skipped} so far, e.g. {unreadable[0]}", flush=True)
             # Of what there is nothing of, such as objects of a size, there is no accuracy.
@@ -347,12 +349,3 @@ def _share(data: Dataset, rank: int, world: int) -> Dataset:
     if isinstance(data, IterableDataset) or world == 1 or len(data) < world:
         return data
     return Subset(data, range(rank, len(data), world))
-
-
-def _gather(names: list[str]) -> list[str]:
-    """Of all processes, each once."""
-    if not dist.is_initialized():
-        return names
-    every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, names)
-    return sorted(set().union(*every))

@@ -29,13 +29,8 @@ DISTILLATION_WEIGHTS = {**WEIGHTS, "features_backbone": 1.0, "features_encoder":
 class _Criterion(nn.Module):
     """The ground-truth losses of any heads."""
 
-    def __init__(
-        self,
-        matcher: Matcher | None = None,
-        weights: Mapping[str, float] | None = None,
-        alpha: float = 0.75,
-        gamma: float = 2.0,
-    ) -> None:
+    def __init__(self, matcher: Matcher | None = None, weights: Mapping[str, float] | None = None,
+                 alpha: float = 0.75, gamma: float = 2.0) -> None:
         super().__init__()
         self.matcher = Matcher() if matcher is None else matcher
         self.weights = _weights(WEIGHTS, weights)
@@ -64,9 +59,8 @@ class _Criterion(nn.Module):
         score[at] = weight[at] = quality
         return F.binary_cross_entropy_with_logits(logits, score, weight, reduction="none").sum((1, 2, 3))
 
-    def _denoising(
-        self, outputs: Outputs, objects: Objects, num_boxes: torch.Tensor | float
-    ) -> dict[str, torch.Tensor]:
+    def _denoising(self, outputs: Outputs, objects: Objects, num_boxes: torch.Tensor | float
+                   ) -> dict[str, torch.Tensor]:
         """Terms of the denoising heads, whose queries belong to objects by construction."""
         if not outputs.get("dn_aux_outputs"):
             return {}
@@ -206,9 +200,8 @@ class DistillationLoss(_Criterion):
                 num_boxes, suffixes[learning.start :])
         return terms | self._denoising(base, objects, num_boxes)
 
-    def _last_layer(
-        self, logits: torch.Tensor, boxes: torch.Tensor, pairs: Pairs, num_boxes: torch.Tensor | float
-    ) -> dict[str, torch.Tensor]:
+    def _last_layer(self, logits: torch.Tensor, boxes: torch.Tensor, pairs: Pairs, num_boxes: torch.Tensor | float
+                    ) -> dict[str, torch.Tensor]:
         image, of_base, of_teacher = _owners_of_the_same(pairs).to(logits.device, non_blocking=True)
         s, t = logits[0, image, of_base], logits[-1, image, of_teacher]
         s_box, t_box = boxes[0, image, of_base], boxes[-1, image, of_teacher]
