@@ -241,21 +241,17 @@ class SelfDistillation(TwoPass):
                 f"top_classes={self.top_classes}, features={names}, single_pass={self.single_pass}")
 
     def _run(self, x: torch.Tensor, _y: torch.Tensor) -> _Output:
-        pools = [functools.partial(pool_features, channel_dim=stage.plan.channel_dim) for stage in self.features]
-        with _tap(self.features, pools) as features:
+        with _tap(self.features) as features:
             return _Output(_as_logits(self.net(x)), features)
 
     def _run_both(self, x: torch.Tensor) -> tuple[_Output, _Output]:
         """Of the super-net and of the base-net, from one forward."""
         samples = x.shape[0]
-
-        def pool_both(output: torch.Tensor, channel_dim: int) -> tuple[torch.Tensor, ...]:
-            return tuple(pool_features(half, channel_dim) for half in halves(output, samples))
-
-        pools = [functools.partial(pool_both, channel_dim=stage.plan.channel_dim) for stage in self.features]
-        with super_and_base(self.net, samples), _tap(self.features, pools) as features:
-            logits, base_logits = halves(_as_logits(self.net(x)), samples)
-        return _Output(logits, [a for a, _ in features]), _Output(base_logits, [b for _, b in features])
+        with super_and_base(self.net, samples), _tap(self.features) as features:
+            logits = _as_logits(self.net(x))
+        both = [halves(output, samples) for output in (logits, *features)]
+        of_super, of_base = (_Output(logits, features) for logits, *features in zip(*both, strict=True))
+        return of_super, of_base
 
     def _super_terms(self, of_super: _Output, y: torch.Tensor) -> dict[str, torch.Tensor]:
         task = self.criterion(of_super.logits, y)
@@ -308,8 +304,8 @@ def _chosen(known: list[Stage], wanted: Sequence[str | int] | str) -> list[Stage
 
 
 @contextlib.contextmanager
-def _tap(chosen: Sequence[Stage], pools: Sequence[Callable[[torch.Tensor], Any]]) -> Iterator[list[Any]]:
-    """Collect what these functions make of the outputs of these stages, from the forward inside the block."""
+def _tap(chosen: Sequence[Stage]) -> Iterator[list[Any]]:
+    """Collect the pooled outputs of these stages, from the forward inside the block."""
     taps: list[Any] = [None] * len(chosen)
     with_grad = torch.is_grad_enabled()
 
@@ -317,7 +313,7 @@ def _tap(chosen: Sequence[Stage], pools: Sequence[Callable[[torch.Tensor], Any]]
         if with_grad and not torch.is_grad_enabled():
             raise RuntimeError("the stage's features have no gradient inside a reentrant checkpoint: checkpoint with "
                                "use_reentrant=False, or leave `features` empty")
-        taps[i] = pools[i](output)
+        taps[i] = pool_features(output, chosen[i].plan.channel_dim)
 
     with contextlib.ExitStack() as stack:
         for i, stage in enumerate(chosen):

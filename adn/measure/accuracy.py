@@ -76,7 +76,7 @@ def evaluate(
     chosen = read_depths(net, depths)
     device = device_of(net, device)
     meter = _Accuracy(net, len(chosen), device, getattr(loader, "dataset", None))
-    run_over(net, loader, chosen, meter, device, amp, progress)
+    run_over(net, loader, chosen, meter.add, device, amp, progress)
     if distributed:
         for total in (meter.images, meter.hits, meter.losses):
             dist.all_reduce(total)

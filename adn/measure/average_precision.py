@@ -115,7 +115,7 @@ def evaluate_detector(
     else:
         raise ValueError(f"this {type(net).__name__} is not any-depth: leave out depths={list(depths)}")
     meter = _Detections(net, chosen, data)
-    run_over(net, loader, chosen, meter, device_of(net, device), amp, progress)
+    run_over(net, loader, chosen, meter.add, device_of(net, device), amp, progress)
     found = meter.found
     rows: list[DetectionRow] = []
     if distributed:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,17 +19,12 @@ from ..models.registry import source_of
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Meter(Protocol):
-    """What is kept of a pass."""
-
-    def add(self, i: int, outputs: Any, targets: Any) -> None:
-        """Count a batch at the depth of index i, 0 first: what the net gave, what the loader has beside images."""
-
-
 def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], depths: Sequence[Depth | None],
-             meter: Meter, device: torch.device, amp: torch.dtype | str | None, progress: bool) -> None:
+             count: Callable[[int, Any, Any], None], device: torch.device, amp: torch.dtype | str | None,
+             progress: bool) -> None:
     """Read every batch once and run it at all depths, as `adn.evaluate` says; a depth of None is that of a net which
-    has but one."""
+    has but one. `count` gets, for each batch and depth, the index of the depth, 0 first, what the net gave, and what
+    the loader has beside images."""
     run = net.module if isinstance(net, DistributedDataParallel) else net
     dtype = next(run.parameters()).dtype
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True)
@@ -42,7 +37,7 @@ def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], 
             for i, depth in enumerate(depths):
                 if depth is not None:
                     set_depth(net, depth)
-                meter.add(i, try_forward(run, images), targets)
+                count(i, try_forward(run, images), targets)
 
 
 def device_of(net: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .average_precision import DetectionRow
 
 _LEAST_SPAN = 5  # of a figure's accuracy axis, in percentage points
-_COLUMNS = ("depth", "macs", "params", "p50_ms", "p99_ms")
+_COLUMNS = {"depth": Depth, "macs": int, "params": int, "p50_ms": float, "p99_ms": float}  # of files
 
 
 class Metric(NamedTuple):
@@ -102,16 +102,15 @@ class Profile(list[Point]):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow((*_COLUMNS, self.metric))
             for p in self:
-                writer.writerow((p.depth, p.macs, p.params, p.p50_ms, p.p99_ms, "" if p.top1 is None else p.top1))
+                writer.writerow([getattr(p, name) for name in (*_COLUMNS, "top1")])
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike) -> Profile:
         """What `to_csv` wrote; raises ValueError on another file."""
         machine, rows = read_table(path, _COLUMNS)
         metric = next((name for name in _BY_NAME if rows and name in rows[0]), "top1")
-        return cls([Point(Depth(row["depth"]), int(row["macs"]), int(row["params"]), float(row["p50_ms"]),
-                          float(row["p99_ms"]), float(row[metric]) if row.get(metric) else None) for row in rows],
-                   machine, metric)
+        return cls([Point(*(kind(row[name]) for name, kind in _COLUMNS.items()),
+                          float(row[metric]) if row.get(metric) else None) for row in rows], machine, metric)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Save a figure (png, pdf or svg by the suffix): accuracy, or MACs if unknown, against latency.
