@@ -137,11 +137,7 @@ class Settings:
 @dataclasses.dataclass(frozen=True)
 class DetectorSettings(Settings):
     """What the training of any detector sets: images and their augmentation. The recipe of a kind of detector adds the
-    settings of its loss.
-
-    Raises:
-        ValueError: if a setting is out of range; the message says what to pass.
-    """
+    settings of its loss."""
 
     task: ClassVar[str] = "detect"
 

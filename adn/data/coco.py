@@ -22,8 +22,7 @@ from .images import UNREADABLE, to_rgb, upright
 Target = dict[str, torch.Tensor]
 Transform = Callable[[Image.Image, Target], tuple[Any, Target]]
 
-# Where the images and annotations of a split are found: COCO's own layout, the same with names of one's own, the one
-# that `adn.data.scenes` writes, and Roboflow's export.
+# COCO's own layout, the same with names of one's own, the one that `adn.data.scenes` writes, and Roboflow's export.
 _LAYOUTS = (
     ("annotations/instances_{split}2017.json", "{split}2017"),
     ("annotations/instances_{split}2017.json", "images/{split}2017"),

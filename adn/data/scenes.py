@@ -1,8 +1,4 @@
-"""Scenes of real handwritten digits with their boxes: data for a detector that needs no download.
-
-scikit-learn's 8 x 8 digits, enlarged, in various sizes and colours, partly hiding each other, on backgrounds with
-lines, blobs and pieces of digits. The digits of the validation scenes occur in no training scene.
-"""
+"""Scenes of real handwritten digits with their boxes: data for a detector that needs no download; see `adn scenes`."""
 
 from __future__ import annotations
 
