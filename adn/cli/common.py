@@ -86,21 +86,27 @@ def pick_device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_net(args: argparse.Namespace, task: Task) -> nn.Module:
-    """The net of `--checkpoint` on `--device` (which is filled in), if it is for this task."""
-    net = load_checkpoint(args)
-    if (found := task_of(net)) is not task:
+def load_net(args: argparse.Namespace, task: Task | None = None, num_classes: int | None = None) -> nn.Module:
+    """The net of `--checkpoint`, or the detector of `--model` with `--weights`, on `--device` (which is filled in).
+
+    Raises:
+        ValueError: if it is not for this task; None = any will do.
+    """
+    weights = getattr(args, "weights", None)
+    if args.checkpoint and weights:
+        raise ValueError("--weights are for a detector of --model; a checkpoint has its own")
+    if not args.checkpoint and not weights:
+        raise ValueError(f"--model {args.model} alone has random weights: pass --weights, or --checkpoint instead")
+    args.device = pick_device(args.device)
+    if args.checkpoint:
+        net = load(args.checkpoint)
+    else:
+        net = build(args.model, num_classes)
+        load_weights(net, weights)
+    if task is not None and (found := task_of(net)) is not task:
         raise ValueError(f"{args.checkpoint} holds a {found.makes}, and this is for {task.makes}s; for {found.makes}s "
                          f"there are {', '.join(f'adn {command}' for command in COMMANDS[found.name])}")
-    return net
-
-
-def load_checkpoint(args: argparse.Namespace) -> nn.Module:
-    """The net of `--checkpoint`, of whatever kind, on `--device` (which is filled in)."""
-    if getattr(args, "weights", None):
-        raise ValueError("--weights are for a detector of --model; a checkpoint has its own")
-    args.device = pick_device(args.device)
-    return load(args.checkpoint, device=args.device).eval()
+    return net.to(args.device).eval()
 
 
 def preparation(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
@@ -123,16 +129,6 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
     task_of_model(name)  # which raises the error of a name that is none
     net = create_model(name, num_classes=num_classes)
     return net if ENTRIES[name].any_depth else convert(net)
-
-
-def load_weights_of(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
-    """The detector of `--model` with `--weights` on `--device` (which is filled in)."""
-    if not args.weights:
-        raise ValueError(f"--model {args.model} alone has random weights: pass --weights, or --checkpoint instead")
-    args.device = pick_device(args.device)
-    net = build(args.model, num_classes)
-    load_weights(net, args.weights)
-    return net.to(args.device).eval()
 
 
 def open_images(root: str, args: argparse.Namespace, net: nn.Module, split: str = "", known: bool = True) -> Dataset:

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> tuple[nn.Module, Sequence[str]]:
     """The net, and the names of its classes."""
     names = read_class_names(args.classes) if args.classes else None
-    net = common.load_weights_of(args, len(names) if names else None) if args.model else common.load_net(args, DETECT)
+    net = common.load_net(args, DETECT, len(names) if names else None)
     names = names or state_of(net).class_names or (coco_names() if net.num_classes == 80 else None)
     if names is None:
         return net, [f"class {label}" for label in range(net.num_classes)]

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     common.make_folder(args.csv)
-    net = common.load_checkpoint(args) if args.model is None else None
+    net = common.load_net(args) if args.checkpoint else None
     task = common.task_of_model(args.model) if net is None else task_of(net)
     common.check_task(args, task)
     for other, options in _OPTIONS.items():
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     for note in task.notes(data):
         print(note, file=sys.stderr)
     if net is None:
-        net = common.load_weights_of(args, len(data.class_names))
+        net = common.load_net(args, num_classes=len(data.class_names))
     prepared = common.preparation(args, net)
     data.transform = task.transform(**prepared)
     # Of a model that is not any-depth by itself, the only depth that its weights were trained at.

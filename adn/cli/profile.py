@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.checkpoint:
-        net = common.load_checkpoint(args)
+        net = common.load_net(args)
     else:
         args.device = common.pick_device(args.device)
         net = common.build(args.model) if args.model in ENTRIES else create_model(
