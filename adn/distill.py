@@ -37,11 +37,7 @@ def distillation_kl(
     Returns:
         A scalar.
     """
-    teacher = teacher.detach()
-    if teacher.dtype in (torch.float16, torch.bfloat16):
-        teacher = teacher.float()
-    if student.dtype in (torch.float16, torch.bfloat16):
-        student = student.float()
+    teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (teacher.detach(), student))
     if top_classes is not None and top_classes < teacher.shape[1]:
         top = teacher.topk(top_classes, dim=1, sorted=False).indices
         teacher, student = teacher.gather(1, top), student.gather(1, top)

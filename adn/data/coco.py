@@ -220,8 +220,7 @@ class CocoImages(Dataset):
         }
 
     def _size(self, index: int) -> tuple[int, int]:
-        width, height = self._sizes[index].tolist()
-        return width, height
+        return tuple(self._sizes[index].tolist())
 
     def _name(self, index: int) -> str:
         return self._names[self._name_ends[index - 1] if index else 0 : self._name_ends[index]]

@@ -67,6 +67,8 @@ class ImageData(Dataset):
 
     def __init__(self, source: Dataset, class_names: Sequence[str] = (), transform: Transform | None = None) -> None:
         self.source = source
+        # timm's ImageDataset would put the next image in place of one it cannot read; its reader does not.
+        self._reader = getattr(source, "reader", None)
         self.class_names = list(class_names)
         self.transform = transform
         # In shared memory: the processes of a DataLoader write here what the main process reads.
@@ -89,18 +91,15 @@ class ImageData(Dataset):
         return [self._name(index) for index in self._failed.nonzero().flatten().tolist()]
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        # timm's ImageDataset would put the next image in place of one it cannot read; its reader does not.
-        reader = getattr(self.source, "reader", None)
-        if reader is None:
+        if self._reader is None:
             image, label = self.source[index]
             return to_rgb(image), label
-        file, label, *_ = reader[index]
+        file, label, *_ = self._reader[index]
         with file, Image.open(file) as image:
             return to_rgb(image), label
 
     def _name(self, index: int) -> str:
-        reader = getattr(self.source, "reader", None)
-        return str(reader.filename(index, absolute=True)) if reader is not None else f"image {index}"
+        return f"image {index}" if self._reader is None else str(self._reader.filename(index, absolute=True))
 
 
 class ImageStream(IterableDataset):
