@@ -25,9 +25,8 @@ Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 VARIANTS = ("neurips", "eq8", "labels")
 
 
-def distillation_kl(
-    teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0, top_classes: int | None = None
-) -> torch.Tensor:
+def distillation_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0,
+                    top_classes: int | None = None) -> torch.Tensor:
     """`T^2 KL(softmax(teacher / T) || softmax(student / T))`, summed over classes, mean over rows; teacher detached.
 
     Args:

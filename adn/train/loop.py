@@ -133,7 +133,7 @@ def fit(
         ValueError: on a run in `out` and neither `resume` nor `overwrite`, a saved run that does not fit, no batches.
         OSError: if `out` cannot be written; what was written before is intact.
     """
-    run = _Run(net, recipe, loss, accuracy, _device(net, device), out, progress)
+    run = _Run(net, recipe, loss, accuracy, _device(net, device), out, extra or {}, progress)
     config = {"recipe": recipe.to_dict()} if config is None else config
     start = time.perf_counter()
     make_writer = run.folder.tensorboard_writer() if tensorboard else None
@@ -145,7 +145,7 @@ def fit(
     try:
         with Interrupts() as interrupts:
             while run.epoch < recipe.epochs:
-                run.train_epoch(batches, evaluate, extra, interrupts)
+                run.train_epoch(batches, evaluate, interrupts)
                 if writer:
                     for name, value in run.history[-1].items():
                         writer.add_scalar(name, value, run.epoch)
@@ -155,7 +155,7 @@ def fit(
     finally:
         if writer:
             writer.close()
-    run.write_net(FINAL, extra)
+    run.write_net(FINAL)
     if run.folder.path:
         run.say(f"done in {_duration(time.perf_counter() - start)}: {run.folder.path / FINAL}")
     return Result(run.evaluated.eval(), run.history, run.best, run.folder.path)
@@ -165,8 +165,8 @@ class _Run:
     """The state of a run, and what is done to it."""
 
     def __init__(self, net: nn.Module, recipe: Settings, loss: nn.Module | None, accuracy: str, device: torch.device,
-                 out: str | Path | None, progress: bool) -> None:
-        self.recipe, self.accuracy, self.device = recipe, accuracy, device
+                 out: str | Path | None, extra: Mapping[str, Any], progress: bool) -> None:
+        self.recipe, self.accuracy, self.device, self.extra = recipe, accuracy, device, extra
         self.rank, self.world = processes()
         self.talk = progress and self.rank == 0
         self.folder = RunFolder(out, writes=self.rank == 0)
@@ -199,15 +199,14 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------ one epoch
 
-    def train_epoch(self, batches: Batches, evaluate: Evaluate | None, extra: Mapping[str, Any] | None,
-                    interrupts: Interrupts) -> None:
+    def train_epoch(self, batches: Batches, evaluate: Evaluate | None, interrupts: Interrupts) -> None:
         began = time.perf_counter()
         row = self._train(batches, interrupts)
         metrics = self._evaluate(evaluate) if evaluate is not None else {}
         interrupts.check()
         row |= {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         interrupts.hold = True
-        self._end_epoch(row | {"seconds": time.perf_counter() - began}, extra)
+        self._end_epoch(row | {"seconds": time.perf_counter() - began})
         interrupts.hold = False
 
     def _train(self, batches: Batches, interrupts: Interrupts) -> dict[str, Any]:
@@ -290,7 +289,7 @@ class _Run:
         self.evaluated.eval()
         return evaluate(self.evaluated)
 
-    def _end_epoch(self, row: dict[str, Any], extra: Mapping[str, Any] | None) -> None:
+    def _end_epoch(self, row: dict[str, Any]) -> None:
         self.epoch += 1
         self.steps = 0
         self.history.append(row)
@@ -308,7 +307,7 @@ class _Run:
         self.say("  ".join(filter(None, parts)))
         # The state comes after the net: a run that ends in between repeats the epoch, and writes the same net again.
         if improved:
-            self.write_net(BEST, extra)
+            self.write_net(BEST)
         self.write_last()
         self.folder.write_log(self.history)
 
@@ -392,10 +391,10 @@ class _Run:
             "ema_updates": 0 if self.ema is None else self.ema.updates, "class_names": self._class_names(),
         })
 
-    def write_net(self, name: str, extra: Mapping[str, Any] | None) -> None:
+    def write_net(self, name: str) -> None:
         last = self.history[-1] if self.history else {}
-        self.folder.write_net(name, self.evaluated, {
-            "recipe": self.recipe.to_dict(), "epoch": self.epoch, "log": last, **(extra or {})})
+        about = {"recipe": self.recipe.to_dict(), "epoch": self.epoch, "log": last, **self.extra}
+        self.folder.write_net(name, self.evaluated, about)
 
     # ------------------------------------------------------------------------------------------------ what can go wrong
 

@@ -32,13 +32,8 @@ _KEY = "adn"
 _FIELDS = ("format", "adn", "timm", "origin", "plan", "depth", "twins", "class_names", "extra")
 
 
-def save(
-    net: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    class_names: Sequence[str] | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
+def save(net: nn.Module, path: str | os.PathLike[str], *, class_names: Sequence[str] | None = None,
+         extra: Mapping[str, Any] | None = None) -> None:
     """Write a converted net to one safetensors file, atomically: whatever happens, `path` holds a whole file.
 
     A net of `create_model` can be rebuilt by `load` from the file alone, and so can an unaltered timm model that
@@ -90,9 +85,8 @@ def save(
             raise
 
 
-def load(
-    path: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu"
-) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu"
+         ) -> nn.Module:
     """Read a net that `save` wrote: same weights and dtypes, same depth, same class names.
 
     Args:

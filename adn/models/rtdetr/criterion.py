@@ -36,10 +36,8 @@ class _Criterion(nn.Module):
         self.weights = _weights(WEIGHTS, weights)
         self.alpha, self.gamma = alpha, gamma
 
-    def _ground_truth(
-        self, logits: torch.Tensor, boxes: torch.Tensor, pairs: Pairs, objects: Objects,
-        num_boxes: torch.Tensor | float, suffixes: Sequence[str],
-    ) -> dict[str, torch.Tensor]:
+    def _ground_truth(self, logits: torch.Tensor, boxes: torch.Tensor, pairs: Pairs, objects: Objects,
+                      num_boxes: torch.Tensor | float, suffixes: Sequence[str]) -> dict[str, torch.Tensor]:
         """Weighted terms of all heads: logits (heads, B, Q, C), boxes (heads, B, Q, 4), a suffix for each."""
         at = torch.arange(len(logits), device=logits.device)[:, None], pairs.image, pairs.query
         matched, wanted = boxes[at], objects.boxes[pairs.object]
@@ -156,16 +154,9 @@ class DistillationLoss(_Criterion):
         ValueError: unknown `class_kl`, or name of a weight.
     """
 
-    def __init__(
-        self,
-        matcher: Matcher | None = None,
-        weights: Mapping[str, float] | None = None,
-        kd_weights: Mapping[str, float] | None = None,
-        class_kl: str = "softmax-mean",
-        ground_truth: bool = False,
-        alpha: float = 0.75,
-        gamma: float = 2.0,
-    ) -> None:
+    def __init__(self, matcher: Matcher | None = None, weights: Mapping[str, float] | None = None,
+                 kd_weights: Mapping[str, float] | None = None, class_kl: str = "softmax-mean",
+                 ground_truth: bool = False, alpha: float = 0.75, gamma: float = 2.0) -> None:
         super().__init__(matcher, weights, alpha, gamma)
         if class_kl not in CLASS_KL:
             raise ValueError(f"class_kl={class_kl!r}; pass one of {', '.join(map(repr, CLASS_KL))}")

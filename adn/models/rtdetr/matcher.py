@@ -52,9 +52,7 @@ class Matcher:
         self.alpha, self.gamma = alpha, gamma
         self._assign = _linear_sum_assignment()
 
-    def match(
-        self, outputs: Mapping[str, torch.Tensor], targets: Targets
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def match(self, outputs: Mapping[str, torch.Tensor], targets: Targets) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Match one head.
 
         Args:
@@ -78,9 +76,8 @@ class Matcher:
                 zip(pairs.query[0].split(kept), pairs.object[0].split(kept), first)]
 
     @torch.no_grad()
-    def match_heads(
-        self, logits: torch.Tensor, boxes: torch.Tensor, objects: Objects, names: Sequence[str] | None = None
-    ) -> Pairs:
+    def match_heads(self, logits: torch.Tensor, boxes: torch.Tensor, objects: Objects,
+                    names: Sequence[str] | None = None) -> Pairs:
         """Match every head by itself, with one copy from the device for all.
 
         Args:
