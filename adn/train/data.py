@@ -44,7 +44,7 @@ class TrainBatches:
         self.pin_memory = pin_memory
         self.with_labels = collate is None
         self.collate = collate or functools.partial(_mixed, mix=mixing(recipe, classes), alone=world == 1)
-        if _repeats(recipe) > 1 and isinstance(data, IterableDataset):
+        if getattr(recipe, "repeats", 1) > 1 and isinstance(data, IterableDataset):
             raise ValueError("images that are read in turn cannot be repeated; pass --repeats 1")
 
     def __call__(self, epoch: int) -> DataLoader:
@@ -71,16 +71,12 @@ def train_sampler(data: Dataset, recipe: Settings, epoch: int, rank: int, world:
     Repeated augmentation as in the reference: every index `repeats` times in a row in a shuffled list, of which each
     process takes every `world`-th, `floor(images / 256) * 256 / world` of them (all, of fewer than 256 images).
     """
-    if _repeats(recipe) > 1:
+    if getattr(recipe, "repeats", 1) > 1:  # of a detector's there are none
         sampler = timm.data.distributed_sampler.RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats,
                                                                    selected_round=256 if len(data) >= 256 else 0)
         sampler.set_epoch(mixed_seed(recipe.seed, epoch))
         return sampler
     return DistributedSampler(data, world, rank, shuffle=True, seed=mixed_seed(recipe.seed, epoch))
-
-
-def _repeats(recipe: Settings) -> int:
-    return recipe.repeats if isinstance(recipe, Recipe) else 1
 
 
 def _mixed(items: list[Any], mix: Callable[..., Any] | None, alone: bool) -> tuple[torch.Tensor, torch.Tensor] | None:

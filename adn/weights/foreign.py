@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..core.errors import CheckpointError
-from ..core.state import state_with_modules, unwrap
+from ..core.state import is_any_depth, state_with_modules, unwrap
 from ..models.entry import Naming
 from ..models.registry import ENTRIES
 
@@ -116,11 +116,9 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
         CheckpointError: if it cannot be read, or does not fit (unless `strict=False`), or has twins for only some of
             the norms that need one. The net is left untouched.
     """
-    try:
+    inner, norms = net, []
+    if is_any_depth(net):
         inner = unwrap(net)
-    except ValueError:  # not converted
-        inner, norms = net, []
-    else:
         norms = [norm for stage in state_with_modules(net).plan.flagged for norm in stage.norms]
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     given = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), where)
