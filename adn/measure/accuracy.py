@@ -75,37 +75,32 @@ def evaluate(
     """
     chosen = read_depths(net, depths)
     device = device_of(net, device)
-    meter = _Accuracy(net, len(chosen), device, getattr(loader, "dataset", None))
-    run_over(net, loader, chosen, meter.add, device, amp, progress)
-    if distributed:
-        for total in (meter.images, meter.hits, meter.losses):
-            dist.all_reduce(total)
-    if not (images := int(meter.images)):
-        raise ValueError(no_image("evaluate on", loader))
-    percent, mean = (meter.hits.double() * (100 / images)).tolist(), (meter.losses / images).tolist()
-    return [Row(depth, top1, top5, loss, images)
-            for depth, (top1, top5), loss in zip(chosen, percent, mean, strict=True)]
+    images = torch.zeros((), dtype=torch.int64, device=device)
+    hits = torch.zeros(len(chosen), 2, dtype=torch.int64, device=device)  # of the best guess, and the five best
+    losses = torch.zeros(len(chosen), dtype=torch.float64, device=device)
+    labels: torch.Tensor
 
-
-class _Accuracy:
-    """Of classifiers: hits among the best, and five best guesses, and cross-entropy, at each depth."""
-
-    def __init__(self, net: nn.Module, depths: int, device: torch.device, data: Any) -> None:
-        self.net, self.data = net, data
-        self.images = torch.zeros((), dtype=torch.int64, device=device)
-        self.hits = torch.zeros(depths, 2, dtype=torch.int64, device=device)
-        self.losses = torch.zeros(depths, dtype=torch.float64, device=device)
-
-    def add(self, i: int, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+    def count(i: int, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        nonlocal labels
         logits = outputs.float()
         if not i:  # the first depth of a new batch
-            check_classes(self.net, logits, targets, self.data)
-            self.images += len(targets)
-            self.labels = targets.to(logits.device, non_blocking=True)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == self.labels[:, None]
-        self.hits[i, 0] += best[:, 0].sum()
-        self.hits[i, 1] += best.sum()
-        self.losses[i] += F.cross_entropy(logits, self.labels, reduction="sum")
+            check_classes(net, logits, targets, getattr(loader, "dataset", None))
+            images.add_(len(targets))
+            labels = targets.to(logits.device, non_blocking=True)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        hits[i, 0] += best[:, 0].sum()
+        hits[i, 1] += best.sum()
+        losses[i] += F.cross_entropy(logits, labels, reduction="sum")
+
+    run_over(net, loader, chosen, count, device, amp, progress)
+    if distributed:
+        for total in (images, hits, losses):
+            dist.all_reduce(total)
+    if not images:
+        raise ValueError(no_image("evaluate on", loader))
+    percent, mean = (hits.double() * (100 / int(images))).tolist(), (losses / images).tolist()
+    return [Row(depth, top1, top5, loss, int(images))
+            for depth, (top1, top5), loss in zip(chosen, percent, mean, strict=True)]
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:

@@ -114,9 +114,22 @@ def evaluate_detector(
         chosen = [None]
     else:
         raise ValueError(f"this {type(net).__name__} is not any-depth: leave out depths={list(depths)}")
-    meter = _Detections(net, chosen, data)
-    run_over(net, loader, chosen, meter.add, device_of(net, device), amp, progress)
-    found = meter.found
+    detector = _detector(net)
+    _check_classes(net, detector.num_classes, data)
+    found: list[Found] = [{} for _ in chosen]
+
+    def keep(i: int, outputs: Any, targets: list[Target]) -> None:
+        results = detector.postprocess(outputs, [target["size"] for target in targets])
+        for target, one in zip(targets, results, strict=True):
+            columns = (one["boxes"], one["scores"][:, None], one["labels"][:, None])
+            numbers = torch.cat([column.float() for column in columns], dim=1).cpu().numpy()
+            if not np.isfinite(numbers).all():
+                at = "" if chosen[i] is None else f" at depth {chosen[i]}"
+                raise ValueError(f"the net gives boxes or scores that are not finite{at}: its weights, or the amp "
+                                 "setting, are not usable")
+            found[i][int(target["image_id"])] = numbers
+
+    run_over(net, loader, chosen, keep, device_of(net, device), amp, progress)
     rows: list[DetectionRow] = []
     if distributed:
         found = _gather(found)
@@ -198,28 +211,6 @@ def require_backend(name: str) -> None:
     except ImportError as error:
         install = "adn[detect]" if name == "pycocotools" else "faster-coco-eval"
         raise ImportError(f'average precision needs {name}: pip install "{install}"') from error
-
-
-class _Detections:
-    """Of detectors: what was found on each image, at each depth."""
-
-    def __init__(self, net: nn.Module, depths: Sequence[Depth | None], data: CocoImages) -> None:
-        detector = _detector(net)
-        _check_classes(net, detector.num_classes, data)
-        self.depths, self.postprocess = depths, detector.postprocess
-        self.found: list[Found] = [{} for _ in depths]
-
-    def add(self, i: int, outputs: Any, targets: list[Target]) -> None:
-        results = self.postprocess(outputs, [target["size"] for target in targets])
-        for target, one in zip(targets, results, strict=True):
-            columns = (one["boxes"], one["scores"][:, None], one["labels"][:, None])
-            rows = torch.cat([column.float() for column in columns], dim=1).cpu().numpy()
-            if not np.isfinite(rows).all():
-                depth = self.depths[i]
-                raise ValueError(f"the net gives boxes or scores that are not finite"
-                                 f"{'' if depth is None else f' at depth {depth}'}: its weights, or the amp setting, "
-                                 "are not usable")
-            self.found[i][int(target["image_id"])] = rows
 
 
 def _detector(net: nn.Module) -> nn.Module:
