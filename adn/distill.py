@@ -126,7 +126,7 @@ def _scale(scaler: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 class Supervised(nn.Module):
     """The loss of a plain network: `criterion(net(x), y)`; counterpart of `SelfDistillation` for comparisons."""
 
-    def __init__(self, net: nn.Module, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, net: nn.Module, criterion: Criterion) -> None:
         super().__init__()
         self.net = net
         self.criterion = criterion
@@ -245,8 +245,8 @@ class SelfDistillation(TwoPass):
         with super_and_base(self.net, samples), _tap(self.features) as features:
             logits = _as_logits(self.net(x))
         both = [halves(output, samples) for output in (logits, *features)]
-        of_super, of_base = (_Output(logits, features) for logits, *features in zip(*both, strict=True))
-        return of_super, of_base
+        (logits, *features), (base_logits, *base_features) = zip(*both, strict=True)
+        return _Output(logits, features), _Output(base_logits, base_features)
 
     def _super_terms(self, of_super: _Output, y: torch.Tensor) -> dict[str, torch.Tensor]:
         task = self.criterion(of_super.logits, y)

@@ -176,12 +176,10 @@ def profile(
         raise ValueError("a batch of 0 images; pass at least 1")
     chosen = read_depths(net, depths)
     metric = METRICS[task_name(net)].name
-    if accuracy is None:
-        top1: dict[Depth, float] = {}
-    elif isinstance(accuracy, Mapping):
+    if isinstance(accuracy, Mapping):
         top1 = {Depth(depth): percent for depth, percent in accuracy.items()}
     else:
-        top1 = {row.depth: getattr(row, metric) for row in accuracy}
+        top1 = {row.depth: getattr(row, metric) for row in accuracy or ()}
     missing = [str(depth) for depth in chosen if depth not in top1]
     if accuracy is not None and missing:
         raise ValueError(f"no accuracy given for {', '.join(missing)}; evaluate these depths or leave them out")

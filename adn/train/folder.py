@@ -110,11 +110,10 @@ class RunFolder:
             with atomic_write(self.path / name) as temporary:
                 safetensors.torch.save_model(net, str(temporary))
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        self._write_json(CONFIG, dict(config))
-
-    def note_interruption(self, epoch: int, steps: int) -> None:
-        self._write_json(INTERRUPTED, {"epoch": epoch, "steps": steps})
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        if self.writes:
+            with atomic_write(self.path / name) as temporary:
+                temporary.write_text(json.dumps(dict(value), indent=2) + "\n")
 
     def take_interruption(self) -> tuple[int, int] | None:
         """Epoch, counted from 1, and steps at which the run was interrupted, if it was; the note goes."""
@@ -135,14 +134,9 @@ class RunFolder:
             raise ImportError('TensorBoard is not installed: pip install "adn[tensorboard]"') from error
         return lambda epoch: SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch + 1)
 
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        if self.writes:
-            with atomic_write(self.path / name) as temporary:
-                temporary.write_text(json.dumps(value, indent=2) + "\n")
-
 
 def read_config(out: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `RunFolder.write_config` wrote; None if it is not there, or something else."""
+    """What `fit` wrote as `config.json`; None if it is not there, or something else."""
     try:
         config = json.loads(Path(out, CONFIG).read_text())
     except (OSError, ValueError):

@@ -28,7 +28,7 @@ from ..core.state import is_converted, state_of
 from ..measure.passes import autocast, of_all_processes, processes
 from ..settings import Settings
 from ..tasks import CLASSIFY
-from .folder import BEST, FINAL, LAST, RunFolder
+from .folder import BEST, CONFIG, FINAL, INTERRUPTED, LAST, RunFolder
 from .interrupts import Interrupts
 from .optim import WeightAverage, create_optimizer, create_scheduler
 from .seeds import seed_all
@@ -315,7 +315,7 @@ class _Run:
 
     def begin(self, overwrite: bool, config: Mapping[str, Any]) -> None:
         self.folder.make(overwrite)
-        self.folder.write_config(config)
+        self.folder.write_json(CONFIG, config)
         if 0 < self.recipe.epochs <= self.recipe.warmup_epochs:
             self.say(f"warning: all of the {self.recipe.epochs} epochs are warm-up (--warmup-epochs "
                      f"{self.recipe.warmup_epochs}), so the learning rate stays below {self.recipe.lr:g}")
@@ -351,7 +351,7 @@ class _Run:
             raise ValueError(f"the run in {out} has {self.epoch} epochs already; pass --epochs {self.epoch} or "
                              "more")
         self._say_where()
-        self.folder.write_config(config)
+        self.folder.write_json(CONFIG, config)
         self.folder.write_log(self.history)
 
     def _say_where(self) -> None:
@@ -402,7 +402,7 @@ class _Run:
         where = f"interrupted in epoch {self.epoch + 1} after {self.steps} steps"
         if self.folder.path is None:
             return Interrupted(f"{where}; nothing was saved, since the run has no folder")
-        self.folder.note_interruption(self.epoch + 1, self.steps)
+        self.folder.write_json(INTERRUPTED, {"epoch": self.epoch + 1, "steps": self.steps})
         return Interrupted(f"{where}; its beginning is saved in {self.folder.path}, resume to go on from there")
 
     def _check_finite(self, loss: torch.Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +50,11 @@ class Matcher:
                  gamma: float = 2.0) -> None:
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.alpha, self.gamma = alpha, gamma
-        self._assign = _linear_sum_assignment()
+        try:
+            from scipy.optimize import linear_sum_assignment
+        except ImportError as error:
+            raise ImportError('the losses of a detector need SciPy: pip install "adn[detect]"') from error
+        self._assign = linear_sum_assignment
 
     def match(self, outputs: Mapping[str, torch.Tensor], targets: Targets) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Match one head.
@@ -136,11 +140,3 @@ def _explain(cost: np.ndarray, classes: int, objects: Objects, names: Sequence[s
     where = ", ".join(name for name, of_head in zip(names, cost, strict=True) if not np.isfinite(of_head).all())
     raise FloatingPointError(f"the predictions are not finite ({where}): training has diverged, or the input is not "
                              "finite")
-
-
-def _linear_sum_assignment() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError('the losses of a detector need SciPy: pip install "adn[detect]"') from error
-    return linear_sum_assignment
