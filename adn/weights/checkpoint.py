@@ -187,8 +187,7 @@ def _verified_origin(net: nn.Module) -> dict[str, Any] | None:
     structure (activations, strides, epsilons, rates) must be the same as well.
     """
     state = state_of(net)
-    config = getattr(net, "pretrained_cfg", None) or {}
-    architecture = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
+    architecture = (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
     if state.origin is not None:
         origin = {"name": state.origin["name"], "kwargs": dict(state.origin["kwargs"])}
     elif architecture:
