@@ -285,17 +285,11 @@ def _chosen(known: list[Stage], wanted: Sequence[str | int] | str) -> list[Stage
         return known
     if isinstance(wanted, str):
         wanted = [wanted]
-    by_name = {stage.name: stage for stage in known}
-    chosen = []
-    for entry in wanted:
-        if entry in by_name:
-            chosen.append(by_name[entry])
-        elif isinstance(entry, int) and -len(known) <= entry < len(known):
-            chosen.append(known[entry])
-        else:
-            raise ValueError(f"no stage {entry!r} to take features from; pass some of {list(by_name)}, "
-                             f"indices below {len(known)}, or \"all\"")
-    return chosen
+    places = {stage.name: stage for stage in known} | {i: known[i] for i in range(-len(known), len(known))}
+    if unknown := [entry for entry in wanted if entry not in places]:
+        raise ValueError(f"no stage {unknown[0]!r} to take features from; pass some of "
+                         f"{[stage.name for stage in known]}, indices below {len(known)}, or \"all\"")
+    return [places[entry] for entry in wanted]
 
 
 @contextlib.contextmanager

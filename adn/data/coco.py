@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -348,11 +349,8 @@ def _column(path: str, kind: str, entries: Sequence[Any], name: str, what: str, 
 
 
 def _refuse_repeated(values: Sequence[Any], what: str) -> None:
-    if len(set(values)) == len(values):
-        return
-    seen: set[Any] = set()
-    repeated = next(value for value in values if value in seen or seen.add(value))
-    raise ValueError(f"{what} {repeated!r} is listed more than once: every one may occur once only")
+    if repeated := [value for value, count in Counter(values).items() if count > 1]:
+        raise ValueError(f"{what} {repeated[0]!r} is listed more than once: every one may occur once only")
 
 
 def _corners(boxes: np.ndarray) -> np.ndarray:

@@ -147,7 +147,7 @@ def _fit(given: State, own: State, norms: Iterable[str]) -> tuple[LoadReport, di
             report.unexpected.append(name if ".skip." in name else source_name)
         elif tensor.shape == own[name].shape:
             chosen[name] = tensor
-        elif name != source_name and _squeezed(tensor.shape) == _squeezed(own[name].shape):
+        elif name != source_name and tensor.squeeze().shape == own[name].squeeze().shape:
             chosen[name] = tensor.reshape(own[name].shape)  # a layer scale per channel, a 1x1 convolution
         else:
             report.mismatched.append(f"{name}: {tuple(tensor.shape)} given, {tuple(own[name].shape)} in the net")
@@ -165,10 +165,6 @@ def _fit(given: State, own: State, norms: Iterable[str]) -> tuple[LoadReport, di
     report.missing = [name for name, tensor in own.items() if name not in known and tensor.is_floating_point()
                       and name.rpartition(".")[2] not in _COMPUTED]
     return report, chosen
-
-
-def _squeezed(shape: Iterable[int]) -> list[int]:
-    return [size for size in shape if size != 1]
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
