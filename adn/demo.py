@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -20,7 +18,8 @@ from .export.extract import extract
 from .measure.accuracy import evaluate
 from .measure.profile import Profile, profile, require_matplotlib
 from .models.registry import create_model
-from .train import Recipe, fit, holds_run
+from .train import Recipe, fit
+from .train.folder import holds_run, read_config
 
 SIZE = 32  # the 8 x 8 digits are enlarged to this
 SHIFT = 4
@@ -35,8 +34,8 @@ RECIPE = Recipe(
 class Digits:
     """scikit-learn's digits (Alpaydin and Kaynak 1998, test part), as float32 (N, 3, 32, 32), grey, and int64 (N,).
 
-    Grey values are scaled to [0, 1], then normalised by `mean` and `std` of the part to learn from. The held-out part
-    is the same for every seed, and nothing but the final evaluation sees it.
+    Grey values are scaled to [0, 1], then normalised by `mean` and `std` of the part to learn from. Nothing but the
+    final evaluation sees the held-out part.
     """
 
     x: torch.Tensor
@@ -98,7 +97,8 @@ def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = 
     """
     require_matplotlib()
     digits, out = Digits.load(), Path(out)
-    if not _is_demo(out) and holds_run(out):
+    again = bool((read_config(out) or {}).get("demo"))
+    if not again and holds_run(out):
         raise ValueError(f"{out} holds another run; choose another folder with --out")
     recipe = RECIPE.but(seed=seed, epochs=epochs)
     torch.manual_seed(seed)
@@ -106,7 +106,7 @@ def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = 
     state_of(net).class_names = [str(digit) for digit in range(10)]
     preparation = {"size": SIZE, "resize": SIZE, "interpolation": "bilinear", "mean": [digits.mean] * 3,
                    "std": [digits.std] * 3}
-    fit(net, digits.batches, None, recipe, out=out, overwrite=_is_demo(out), progress=progress,
+    fit(net, digits.batches, None, recipe, out=out, overwrite=again, progress=progress,
         config={"demo": True, "recipe": recipe.to_dict()}, extra={"data": preparation})
     rows = evaluate(net, digits.held_out(), progress=progress)
     result = profile(net, digits.held_out_x[:1], accuracy=rows, rounds=40, progress=progress)
@@ -130,11 +130,3 @@ def _separately(digits: Digits, recipe: Recipe, progress: bool) -> dict[str, flo
             right = sum(int((network(x).argmax(1) == y).sum()) for x, y in digits.held_out())
         top1[which] = 100 * right / HELD_OUT
     return top1
-
-
-def _is_demo(out: Path) -> bool:
-    try:
-        config: Any = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool(config.get("demo"))

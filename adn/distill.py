@@ -25,9 +25,8 @@ Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 VARIANTS = ("neurips", "eq8", "labels")
 
 
-def distillation_kl(
-    teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0, top_classes: int | None = None
-) -> torch.Tensor:
+def distillation_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0,
+                    top_classes: int | None = None) -> torch.Tensor:
     """`T^2 KL(softmax(teacher / T) || softmax(student / T))`, summed over classes, mean over rows; teacher detached.
 
     Args:
@@ -37,11 +36,7 @@ def distillation_kl(
     Returns:
         A scalar.
     """
-    teacher = teacher.detach()
-    if teacher.dtype in (torch.float16, torch.bfloat16):
-        teacher = teacher.float()
-    if student.dtype in (torch.float16, torch.bfloat16):
-        student = student.float()
+    teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (teacher.detach(), student))
     if top_classes is not None and top_classes < teacher.shape[1]:
         top = teacher.topk(top_classes, dim=1, sorted=False).indices
         teacher, student = teacher.gather(1, top), student.gather(1, top)
@@ -131,7 +126,7 @@ def _scale(scaler: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 class Supervised(nn.Module):
     """The loss of a plain network: `criterion(net(x), y)`; counterpart of `SelfDistillation` for comparisons."""
 
-    def __init__(self, net: nn.Module, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, net: nn.Module, criterion: Criterion) -> None:
         super().__init__()
         self.net = net
         self.criterion = criterion
@@ -241,21 +236,17 @@ class SelfDistillation(TwoPass):
                 f"top_classes={self.top_classes}, features={names}, single_pass={self.single_pass}")
 
     def _run(self, x: torch.Tensor, _y: torch.Tensor) -> _Output:
-        pools = [functools.partial(pool_features, channel_dim=stage.plan.channel_dim) for stage in self.features]
-        with _tap(self.features, pools) as features:
+        with _tap(self.features) as features:
             return _Output(_as_logits(self.net(x)), features)
 
     def _run_both(self, x: torch.Tensor) -> tuple[_Output, _Output]:
         """Of the super-net and of the base-net, from one forward."""
         samples = x.shape[0]
-
-        def pool_both(output: torch.Tensor, channel_dim: int) -> tuple[torch.Tensor, ...]:
-            return tuple(pool_features(half, channel_dim) for half in halves(output, samples))
-
-        pools = [functools.partial(pool_both, channel_dim=stage.plan.channel_dim) for stage in self.features]
-        with super_and_base(self.net, samples), _tap(self.features, pools) as features:
-            logits, base_logits = halves(_as_logits(self.net(x)), samples)
-        return _Output(logits, [a for a, _ in features]), _Output(base_logits, [b for _, b in features])
+        with super_and_base(self.net, samples), _tap(self.features) as features:
+            logits = _as_logits(self.net(x))
+        both = [halves(output, samples) for output in (logits, *features)]
+        (logits, *features), (base_logits, *base_features) = zip(*both, strict=True)
+        return _Output(logits, features), _Output(base_logits, base_features)
 
     def _super_terms(self, of_super: _Output, y: torch.Tensor) -> dict[str, torch.Tensor]:
         task = self.criterion(of_super.logits, y)
@@ -294,22 +285,16 @@ def _chosen(known: list[Stage], wanted: Sequence[str | int] | str) -> list[Stage
         return known
     if isinstance(wanted, str):
         wanted = [wanted]
-    by_name = {stage.name: stage for stage in known}
-    chosen = []
-    for entry in wanted:
-        if entry in by_name:
-            chosen.append(by_name[entry])
-        elif isinstance(entry, int) and -len(known) <= entry < len(known):
-            chosen.append(known[entry])
-        else:
-            raise ValueError(f"no stage {entry!r} to take features from; pass some of {list(by_name)}, "
-                             f"indices below {len(known)}, or \"all\"")
-    return chosen
+    places = {stage.name: stage for stage in known} | {i: known[i] for i in range(-len(known), len(known))}
+    if unknown := [entry for entry in wanted if entry not in places]:
+        raise ValueError(f"no stage {unknown[0]!r} to take features from; pass some of "
+                         f"{[stage.name for stage in known]}, indices below {len(known)}, or \"all\"")
+    return [places[entry] for entry in wanted]
 
 
 @contextlib.contextmanager
-def _tap(chosen: Sequence[Stage], pools: Sequence[Callable[[torch.Tensor], Any]]) -> Iterator[list[Any]]:
-    """Collect what these functions make of the outputs of these stages, from the forward inside the block."""
+def _tap(chosen: Sequence[Stage]) -> Iterator[list[Any]]:
+    """Collect the pooled outputs of these stages, from the forward inside the block."""
     taps: list[Any] = [None] * len(chosen)
     with_grad = torch.is_grad_enabled()
 
@@ -317,7 +302,7 @@ def _tap(chosen: Sequence[Stage], pools: Sequence[Callable[[torch.Tensor], Any]]
         if with_grad and not torch.is_grad_enabled():
             raise RuntimeError("the stage's features have no gradient inside a reentrant checkpoint: checkpoint with "
                                "use_reentrant=False, or leave `features` empty")
-        taps[i] = pools[i](output)
+        taps[i] = pool_features(output, chosen[i].plan.channel_dim)
 
     with contextlib.ExitStack() as stack:
         for i, stage in enumerate(chosen):

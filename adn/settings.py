@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -24,12 +23,9 @@ def setting(group: str, default: Any, text: str, choices: tuple[str, ...] = (), 
         least: the least value.
         share: it is a number from 0 to 1.
     """
-    return dataclasses.field(default=default, metadata=_metadata(group, text, choices, least, share))
-
-
-def _metadata(group: str, text: str, choices: tuple[str, ...] = (), least: float | None = None, share: bool = False
-              ) -> dict[str, Any]:
-    return {"group": group, "help": text, "choices": choices, "least": least, "share": share}
+    about = {"group": group, "help": text, "choices": choices, "least": least, "share": share}
+    start = {"default_factory": dict} if default == {} else {"default": default}
+    return dataclasses.field(**start, metadata=about)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +43,8 @@ class Settings:
     task: ClassVar[str] = "classify"  # what is trained, see `adn.tasks`
 
     model: str = setting("model", "", "name of the model")
-    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=_metadata(
-        "model", 'arguments of the model, as JSON: {"drop_path_rate": 0.1}'))
+    model_kwargs: dict[str, Any] = setting(  # noqa: RUF009
+        "model", {}, 'arguments of the model, as JSON: {"drop_path_rate": 0.1}')
     twins: str = setting("model", "copy", "how the second norms start", TWINS)
 
     epochs: int = setting("optimisation", 150, "passes over the data", least=1)
@@ -141,11 +137,7 @@ class Settings:
 @dataclasses.dataclass(frozen=True)
 class DetectorSettings(Settings):
     """What the training of any detector sets: images and their augmentation. The recipe of a kind of detector adds the
-    settings of its loss.
-
-    Raises:
-        ValueError: if a setting is out of range; the message says what to pass.
-    """
+    settings of its loss."""
 
     task: ClassVar[str] = "detect"
 
@@ -168,17 +160,12 @@ def about_setting(recipe: type[Settings], name: str) -> Mapping[str, Any]:
     return next(field.metadata for field in fields if field is not None and field.metadata)
 
 
-def setting_type(recipe: type[Settings], name: str) -> Any:
-    """The type of a setting, as written."""
-    return _hints(recipe)[name]
+@functools.cache
+def setting_types(recipe: type[Settings]) -> dict[str, Any]:
+    """The type of each setting."""
+    return typing.get_type_hints(recipe)
 
 
 def is_optional(recipe: type[Settings], name: str) -> bool:
     """May this setting be None?"""
-    kind = setting_type(recipe, name)
-    return isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind)
-
-
-@functools.cache
-def _hints(recipe: type[Settings]) -> dict[str, Any]:
-    return typing.get_type_hints(recipe)
+    return type(None) in typing.get_args(setting_types(recipe)[name])

@@ -95,8 +95,7 @@ class Task:
         notes: what the user should know of them.
         preparation: (net, what is stored with it, size=, ...): how it wants its images, as arguments of the two that
             follow: as given, else as stored, else as is usual.
-        transform: from these to a transform of the items of `open`.
-        image_transform: the same for an image alone: from RGB to (3, size, size).
+        transform: from these to a transform of the items of `open`, and of an RGB image alone, to (3, size, size).
         evaluate: accuracy at several depths, as `adn.evaluate`; with `distributed`, of all processes.
         table: its rows as text.
         postprocess: (net, outputs, width and height of each image in pixels): per image `scores` (K,) falling and
@@ -121,7 +120,6 @@ class Task:
     open: Callable[[str, str, str, Sequence[str] | None], Dataset]
     preparation: Callable[..., dict[str, Any]]
     transform: Callable[..., Callable[..., Any]]
-    image_transform: Callable[..., Callable[[Image.Image], torch.Tensor]]
     evaluate: Callable[..., Sequence[Any]]
     table: Callable[[Sequence[Any]], str]
     postprocess: Callable[[nn.Module, Any, Sequence[Sequence[int]]], list[dict[str, torch.Tensor]]]
@@ -139,7 +137,7 @@ class Task:
     def find(self, net: nn.Module, image: Image.Image, preparation: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """What the net says of an RGB image, see `postprocess`; on the CPU."""
         parameter = next(net.parameters())
-        x = self.image_transform(**preparation)(image)[None].to(parameter.device, parameter.dtype)
+        x = self.transform(**preparation)(image)[None].to(parameter.device, parameter.dtype)
         with torch.inference_mode():
             result, = self.postprocess(net, try_forward(net, x), [image.size])
         return {name: value.cpu() for name, value in result.items()}
@@ -254,8 +252,8 @@ CLASSIFY = Task(
     columns=accuracy.ACCURACIES, batch_size=64, norms=False, skipped="unreadable images",
     open_training=_open_labelled, build=_build_classifier, heads=_heads, prepare=_prepare_labelled,
     check_outputs=_check_logits, loss=default_loss, collate=images.collate, open=_open_images,
-    preparation=images.data_config, transform=images.eval_transform, image_transform=images.eval_transform,
-    evaluate=accuracy.evaluate, table=accuracy.accuracy_table, postprocess=_best_classes,
+    preparation=images.data_config, transform=images.eval_transform, evaluate=accuracy.evaluate,
+    table=accuracy.accuracy_table, postprocess=_best_classes,
 )
 
 # --------------------------------------------------------------------------------------------------------------- detect
@@ -350,8 +348,8 @@ DETECT = Task(
     loss=lambda net, recipe: source_of(net).distillation(recipe, _sizes(net, recipe)),
     collate=coco.collate, collate_training=coco.collate, notes=_notes,
     open=lambda root, split, *_: coco.open_coco(root, split or "val"),
-    preparation=_detector_size, transform=transforms.eval_transform, image_transform=transforms.image_transform,
-    evaluate=average_precision.evaluate_detector, table=average_precision.detection_table, postprocess=_objects,
+    preparation=_detector_size, transform=transforms.eval_transform, evaluate=average_precision.evaluate_detector,
+    table=average_precision.detection_table, postprocess=_objects,
 )
 
 TASKS = {task.name: task for task in (CLASSIFY, DETECT)}

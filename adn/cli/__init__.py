@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import pkgutil
 import sys
 from collections.abc import Sequence
 
@@ -18,8 +17,8 @@ the stage's refinement path, F runs it. FFFF is the super-net, TTTT the base-net
 For a detector the number of decoder layers follows: "TTTTT|4".
 """
 
-# In the order in which a user meets them; a command not named here comes last.
-ORDER = ("demo", "scenes", "train", "eval", "predict", "detect", "profile", "calibrate")
+# In the order in which a user meets them.
+COMMANDS = ("demo", "scenes", "train", "eval", "predict", "detect", "profile", "calibrate")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,8 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"adn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    names = {module.name for module in pkgutil.iter_modules(__path__)} - {"common"}  # which is of all of them
-    for name in sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
+    for name in COMMANDS:
         module = importlib.import_module(f"{__name__}.{name}")
         summary = module.__doc__.strip().partition("\n")[0].rstrip(".")
         command = commands.add_parser(

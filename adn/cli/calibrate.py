@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import os
 
-from .common import (
-    add_data_arguments,
-    add_device_argument,
-    add_image_arguments,
-    load_net,
-    make_loader,
-    open_images,
-    report_unreadable,
-)
+import torch
+from torch.utils.data import IterableDataset, random_split
+
+from ..core.state import get_depth, set_depth
+from ..core.tables import table
+from ..measure.accuracy import evaluate
+from ..measure.calibrate import calibrate
+from ..tasks import CLASSIFY
+from ..weights.checkpoint import read_metadata, save
+from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,35 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
     parser.add_argument("--batches", type=int, default=100, metavar="N", help="at most how many batches (default: 100)")
     parser.add_argument("--val", metavar="DATA", help="labelled images to measure the effect on")
-    add_data_arguments(parser)
-    add_image_arguments(parser)
-    add_device_argument(parser)
+    common.add_data_arguments(parser)
+    common.add_image_arguments(parser)
+    common.add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-    from torch.utils.data import IterableDataset, random_split
-
-    from ..core.state import get_depth, set_depth
-    from ..core.tables import table
-    from ..measure.accuracy import evaluate
-    from ..measure.calibrate import calibrate
-    from ..tasks import CLASSIFY
-    from ..weights.checkpoint import read_metadata, save
-
     if args.batches < 1:
         raise ValueError(f"--batches {args.batches}; pass 1 or more")
     if args.batch_size is None:
         args.batch_size = CLASSIFY.batch_size
     if os.path.realpath(args.out) == os.path.realpath(args.checkpoint):
         raise ValueError("--out names the checkpoint itself, which serves all depths; pass a file of its own")
-    net = load_net(args, CLASSIFY)
+    net = common.load_net(args, CLASSIFY)
     set_depth(net, args.depth)
     depth = get_depth(net)
-    data = open_images(args.data, args, net, args.split, known=False)
+    data = common.open_images(args.data, args, net, args.split, known=False)
     sources = [data]
     if args.val:
-        used, held_out = data, open_images(args.val, args, net)
+        used, held_out = data, common.open_images(args.val, args, net)
         sources.append(held_out)
     elif isinstance(data, IterableDataset):
         raise ValueError(f"images of {args.data!r} come in turn and cannot be divided; pass --val")
@@ -69,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     # Folders are in order of class: the first batches of a sorted list would hold few of them.
     order = {} if isinstance(used, IterableDataset) else {
         "shuffle": True, "generator": torch.Generator().manual_seed(0), "drop_last": len(used) > args.batch_size}
-    loader, held_out_loader = make_loader(used, args, CLASSIFY, **order), make_loader(held_out, args, CLASSIFY)
+    loader = common.make_loader(used, args, CLASSIFY, **order)
+    held_out_loader = common.make_loader(held_out, args, CLASSIFY)
     calibrated = calibrate(net, loader, depth, batches=args.batches, device=args.device)
     before, = evaluate(net, held_out_loader, [depth], args.device)
     after, = evaluate(calibrated, held_out_loader, [depth], args.device)
@@ -83,5 +75,5 @@ def run(args: argparse.Namespace) -> int:
         print("worse than before: this depth needs no calibration, or these images are not like those of training")
     print(f"{after.images} images not used for calibration; wrote {args.out}, for depth {depth} alone")
     for source in sources:
-        report_unreadable(source)
+        common.report_unreadable(source)
     return 0

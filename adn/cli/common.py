@@ -6,21 +6,28 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor, nn
-    from torch.utils.data import DataLoader, Dataset
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-    from ..tasks import Task
+from ..convert import convert
+from ..core.state import depths as all_depths
+from ..core.state import state_of
+from ..data import images
+from ..models.registry import ENTRIES, create_model
+from ..tasks import TASKS, Task, task_of
+from ..weights.checkpoint import load, read_metadata
+from ..weights.foreign import load_weights
 
 NAMED_UNREADABLE = 5
 # What there is for nets of each task.
 COMMANDS = {"classify": ("predict", "eval", "calibrate", "profile"), "detect": ("detect", "eval", "profile")}
 
 
-def make_folder(file: str | None) -> None:
+def make_folder(file: str | Path | None) -> None:
     """Make the folder of a file to write, now and not after the work that it is the result of."""
     if file:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -43,11 +50,11 @@ def check_task(args: argparse.Namespace, task: Task) -> None:
         raise ValueError(f"--task {args.task}, but {args.checkpoint or args.model} is made to {task.name}")
 
 
-def add_depth_argument(parser: argparse.ArgumentParser) -> None:
+def add_depth_argument(parser: argparse.ArgumentParser, default: str = "chain") -> None:
     parser.add_argument(
         "--depth", metavar="DEPTHS",
-        help='which depths: "all", "chain" (FFFF, TFFF, TTFF to TTTT; the default), or a list such as super,TTFF,base '
-             'or "TTFFF|6,base"',
+        help='which depths: "all", "chain" (FFFF, TFFF, TTFF to TTTT), or a list such as super,TTFF,base or '
+             f'"TTFFF|6,base" (default: {default})',
     )
 
 
@@ -74,39 +81,36 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_device(name: str | None) -> str:
-    import torch
-
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch ({torch.__version__}) finds no CUDA device")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_net(args: argparse.Namespace, task: Task) -> nn.Module:
-    """The net of `--checkpoint` on `--device` (which is filled in), if it is for this task."""
-    from ..tasks import task_of
+def load_net(args: argparse.Namespace, task: Task | None = None, num_classes: int | None = None) -> nn.Module:
+    """The net of `--checkpoint`, or the detector of `--model` with `--weights`, on `--device` (which is filled in).
 
-    net = load_checkpoint(args)
-    if (found := task_of(net)) is not task:
+    Raises:
+        ValueError: if it is not for this task; None = any will do.
+    """
+    weights = getattr(args, "weights", None)
+    if args.checkpoint and weights:
+        raise ValueError("--weights are for a detector of --model; a checkpoint has its own")
+    if not args.checkpoint and not weights:
+        raise ValueError(f"--model {args.model} alone has random weights: pass --weights, or --checkpoint instead")
+    args.device = pick_device(args.device)
+    if args.checkpoint:
+        net = load(args.checkpoint)
+    else:
+        net = build(args.model, num_classes)
+        load_weights(net, weights)
+    if task is not None and (found := task_of(net)) is not task:
         raise ValueError(f"{args.checkpoint} holds a {found.makes}, and this is for {task.makes}s; for {found.makes}s "
                          f"there are {', '.join(f'adn {command}' for command in COMMANDS[found.name])}")
-    return net
-
-
-def load_checkpoint(args: argparse.Namespace) -> nn.Module:
-    """The net of `--checkpoint`, of whatever kind, on `--device` (which is filled in)."""
-    from ..weights.checkpoint import load
-
-    if getattr(args, "weights", None):
-        raise ValueError("--weights are for a detector of --model; a checkpoint has its own")
-    args.device = pick_device(args.device)
-    return load(args.checkpoint, device=args.device).eval()
+    return net.to(args.device).eval()
 
 
 def preparation(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
     """How a net wants its images: as the options say, else as its file does, else as it is usual."""
-    from ..tasks import task_of
-    from ..weights.checkpoint import read_metadata
-
     given = {key: getattr(args, key, None) for key in ("size", "resize", "interpolation", "mean", "std")}
     stored = read_metadata(args.checkpoint)["extra"].get("data") if args.checkpoint else None
     return task_of(net).preparation(net, stored, **given)
@@ -114,9 +118,6 @@ def preparation(args: argparse.Namespace, net: nn.Module) -> dict[str, Any]:
 
 def task_of_model(name: str) -> Task:
     """What a model of this library is for."""
-    from ..models.registry import ENTRIES
-    from ..tasks import TASKS
-
     if name not in ENTRIES:
         raise ValueError(f"no detector {name!r}; there are {', '.join(ENTRIES)}. A classifier comes as a file of "
                          "adn.save: --checkpoint")
@@ -125,38 +126,13 @@ def task_of_model(name: str) -> Task:
 
 def build(name: str, num_classes: int | None = None) -> nn.Module:
     """A model of this library by name, converted if it is not any-depth."""
-    from ..convert import convert
-    from ..models.registry import ENTRIES, create_model
-
     task_of_model(name)  # which raises the error of a name that is none
     net = create_model(name, num_classes=num_classes)
     return net if ENTRIES[name].any_depth else convert(net)
 
 
-def load_weights_of(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
-    """The detector of `--model` with `--weights` on `--device` (which is filled in)."""
-    from ..weights.foreign import load_weights
-
-    if not args.weights:
-        raise ValueError(f"--model {args.model} alone has random weights: pass --weights, or --checkpoint instead")
-    args.device = pick_device(args.device)
-    net = build(args.model, num_classes)
-    load_weights(net, args.weights)
-    return net.to(args.device).eval()
-
-
-def default_depths(args: argparse.Namespace) -> str:
-    """Of a model that is not any-depth by itself, the only depth that its weights were trained at."""
-    from ..models.registry import ENTRIES
-
-    return "super" if args.model and not ENTRIES[args.model].any_depth else "chain"
-
-
 def open_images(root: str, args: argparse.Namespace, net: nn.Module, split: str = "", known: bool = True) -> Dataset:
     """Images of a classifier, prepared as it wants them; with `known`, labels are those of its classes."""
-    from ..core.state import state_of
-    from ..tasks import task_of
-
     task = task_of(net)
     data = task.open(root, split, args.class_map, state_of(net).class_names if known else None)
     data.transform = task.transform(**preparation(args, net))
@@ -164,21 +140,14 @@ def open_images(root: str, args: argparse.Namespace, net: nn.Module, split: str 
 
 
 def make_loader(data: Dataset, args: argparse.Namespace, task: Task, **options: Any) -> DataLoader:
-    from torch.utils.data import DataLoader
-
     size = task.batch_size if args.batch_size is None else args.batch_size
     return DataLoader(data, size, num_workers=args.workers, collate_fn=task.collate,
                       pin_memory=args.device.startswith("cuda"), **options)
 
 
 def each_image(task: Task, net: nn.Module, args: argparse.Namespace, sources: Iterable[Path], upright: bool
-               ) -> Iterator[tuple[int, Image.Image, dict[str, Tensor]] | None]:
-    """The index of each image, the image and what the net finds on it; None, and a line to stderr, for one that cannot
-    be read."""
-    from PIL import Image
-
-    from ..data import images
-
+               ) -> Iterator[tuple[int, Image.Image, dict[str, Tensor]]]:
+    """The index of each image, the image and what the net finds on it; a line to stderr for one that cannot be read."""
     prepared = preparation(args, net)
     for i, source in enumerate(sources):
         try:
@@ -186,14 +155,11 @@ def each_image(task: Task, net: nn.Module, args: argparse.Namespace, sources: It
                 image = images.to_rgb(images.upright(file) if upright else file)
         except images.UNREADABLE as error:
             print(f"{source}: cannot be read ({error})", file=sys.stderr)
-            yield None
         else:
             yield i, image, task.find(net, image, prepared)
 
 
 def report_others(net: nn.Module, shown: int) -> None:
-    from ..core.state import depths as all_depths
-
     every = len(all_depths(net))
     if shown < every:
         print(f"{shown} of {every} depths; --depth all measures every one")

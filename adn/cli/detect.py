@@ -20,12 +20,16 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .common import add_device_argument, add_source_arguments, each_image, load_net, load_weights_of
+from PIL import Image
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
+from ..core.state import get_depth, set_depth, state_of
+from ..data.coco import read_class_names
+from ..detect.draw import draw_detections
+from ..tasks import DETECT
+from . import common
 
 _QUALITY = 95
 _NOT_CLASSES = ("__background__", "N/A")
@@ -33,7 +37,7 @@ _NOT_CLASSES = ("__background__", "N/A")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files, or folders of them")
-    add_source_arguments(parser)
+    common.add_source_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="names of the classes: annotations in COCO's format (.json), "
                         "or a text of one name per line")
     parser.add_argument("--depth", help='such as "TTTTT|4", super or base (default: that at which the file was saved, '
@@ -44,30 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found to a file as well")
     parser.add_argument("--size", type=int, metavar="N", help="side of the square the net sees, in pixels, a multiple "
                         "of 32 (default: as it was trained, else 640)")
-    add_device_argument(parser)
+    common.add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..core.state import get_depth, set_depth
-    from ..detect.draw import draw_detections
-    from ..tasks import DETECT
-
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold}; pass a score from 0 to 1")
     sources = list(_files(args.images))
     targets = _targets(sources, args.out)
     _check_kept(sources, [*filter(None, targets), *([args.json] if args.json else [])])
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after the work
+    common.make_folder(args.json)
     net, names = _load(args)
     if args.depth is not None:
         set_depth(net, args.depth)
-    found, unread = [], 0
-    for one in each_image(DETECT, net, args, sources, upright=True):
-        if one is None:
-            unread += 1
-            continue
-        i, image, result = one
+    found = []
+    for i, image, result in common.each_image(DETECT, net, args, sources, upright=True):
         result = {name: values[result["scores"] >= args.threshold] for name, values in result.items()}
         objects = [{"name": names[label], "label": label, "score": score, "box": box} for score, label, box in zip(
             *(result[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)]
@@ -80,17 +75,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         content = {"depth": str(get_depth(net)), "threshold": args.threshold, "images": found}
         args.json.write_text(json.dumps(content), encoding="utf-8")
-    return 1 if unread else 0
+    return int(len(found) < len(sources))
 
 
 def _load(args: argparse.Namespace) -> tuple[nn.Module, Sequence[str]]:
     """The net, and the names of its classes."""
-    from ..core.state import state_of
-    from ..data.coco import read_class_names
-    from ..tasks import DETECT
-
     names = read_class_names(args.classes) if args.classes else None
-    net = load_weights_of(args, len(names) if names else None) if args.model else load_net(args, DETECT)
+    net = common.load_net(args, DETECT, len(names) if names else None)
     names = names or state_of(net).class_names or (coco_names() if net.num_classes == 80 else None)
     if names is None:
         return net, [f"class {label}" for label in range(net.num_classes)]
@@ -108,8 +99,6 @@ def coco_names() -> list[str]:
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
     """The files, and of folders the images in them."""
-    from PIL import Image
-
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for path in paths:
         if not path.is_dir():

@@ -28,24 +28,16 @@ import csv
 import dataclasses
 import sys
 
-from .common import (
-    add_data_arguments,
-    add_depth_argument,
-    add_device_argument,
-    add_image_arguments,
-    add_source_arguments,
-    add_task_argument,
-    check_task,
-    default_depths,
-    load_checkpoint,
-    load_weights_of,
-    make_folder,
-    make_loader,
-    preparation,
-    report_others,
-    report_unreadable,
-    task_of_model,
-)
+import torch
+
+from ..core.state import state_of
+from ..measure.accuracy import choose_depths
+from ..measure.cost import count_macs
+from ..measure.passes import autocast
+from ..measure.profile import profile
+from ..models.registry import ENTRIES
+from ..tasks import example, task_of
+from . import common
 
 _LATENCY_ROUNDS = 20
 # Options that only nets of one task have a use for, and those of them that evaluation itself takes.
@@ -56,9 +48,9 @@ _PASSED = {"detect": ("results_dir", "backend")}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="images with labels, or with boxes")
-    add_source_arguments(parser)
-    add_task_argument(parser)
-    add_depth_argument(parser)
+    common.add_source_arguments(parser)
+    common.add_task_argument(parser)
+    common.add_depth_argument(parser)
     parser.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
     parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision (default: off)")
     group = parser.add_argument_group("detectors")
@@ -67,25 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", choices=("pycocotools", "faster_coco_eval"), help="what compares them with the "
                        "annotations; the numbers are the same (default: pycocotools)")
     group.add_argument("--latency", action="store_true", help="time a forward of one image at each depth")
-    add_data_arguments(parser, "64, or 8 for a detector", "DATA itself; of a detector val")
-    add_image_arguments(parser)
-    add_device_argument(parser)
+    common.add_data_arguments(parser, "64, or 8 for a detector", "DATA itself; of a detector val")
+    common.add_image_arguments(parser)
+    common.add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    from ..core.state import state_of
-    from ..measure.accuracy import choose_depths
-    from ..measure.cost import count_macs
-    from ..measure.passes import autocast
-    from ..measure.profile import profile
-    from ..tasks import example, task_of
-
-    make_folder(args.csv)
-    net = load_checkpoint(args) if args.model is None else None
-    task = task_of_model(args.model) if net is None else task_of(net)
-    check_task(args, task)
+    common.make_folder(args.csv)
+    net = common.load_net(args) if args.checkpoint else None
+    task = common.task_of_model(args.model) if net is None else task_of(net)
+    common.check_task(args, task)
     for other, options in _OPTIONS.items():
         if other != task.name and (given := [name for name in options if getattr(args, name)]):
             what = f"{args.checkpoint} holds" if args.checkpoint else f"{args.model} is"
@@ -94,21 +77,22 @@ def run(args: argparse.Namespace) -> int:
     for note in task.notes(data):
         print(note, file=sys.stderr)
     if net is None:
-        net = load_weights_of(args, len(data.class_names))
-    prepared = preparation(args, net)
+        net = common.load_net(args, num_classes=len(data.class_names))
+    prepared = common.preparation(args, net)
     data.transform = task.transform(**prepared)
-    depths = choose_depths(net, args.depth or default_depths(args))
+    # Of a model that is not any-depth by itself, the only depth that its weights were trained at.
+    default = "super" if args.model and not ENTRIES[args.model].any_depth else "chain"
+    depths = choose_depths(net, args.depth or default)
     options = {name: getattr(args, name) for name in _PASSED.get(task.name, ()) if getattr(args, name)}
-    rows = task.evaluate(net, make_loader(data, args, task), depths, args.device, amp=args.amp, **options)
+    rows = task.evaluate(net, common.make_loader(data, args, task), depths, args.device, amp=args.amp, **options)
     x = example(net, prepared["size"])
     if args.latency:
         with autocast(torch.device(args.device), args.amp):
             timed = profile(net, x, depths=depths, rounds=_LATENCY_ROUNDS, norms=task.norms, progress=True)
-        rows = [dataclasses.replace(row, macs=point.macs, latency_ms=point.p50_ms)
-                for row, point in zip(rows, timed, strict=True)]
+        costs = [{"macs": point.macs, "latency_ms": point.p50_ms} for point in timed]
     else:
-        rows = [dataclasses.replace(row, macs=count)
-                for row, count in zip(rows, count_macs(net, x, depths, norms=task.norms), strict=True)]
+        costs = [{"macs": count} for count in count_macs(net, x, depths, norms=task.norms)]
+    rows = [dataclasses.replace(row, **cost) for row, cost in zip(rows, costs, strict=True)]
     print(task.table(rows))
     print(f"{rows[0].images} images")
     if args.csv:
@@ -117,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows([getattr(row, column) for column in columns] for row in rows)
-    report_unreadable(data)
+    common.report_unreadable(data)
     if args.depth is None:
-        report_others(net, len(rows))
+        common.report_others(net, len(rows))
     return 0

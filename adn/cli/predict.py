@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_device_argument, add_image_arguments, each_image, load_net
+from ..core.state import set_depth, state_of
+from ..tasks import CLASSIFY
+from . import common
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,27 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a net, as adn.save writes it")
     parser.add_argument("--depth", help='such as TTFF, "super" or "base" (default: the depth the file was saved at)')
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many classes to name (default: 5)")
-    add_image_arguments(parser)
-    add_device_argument(parser)
+    common.add_image_arguments(parser)
+    common.add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..core.state import set_depth, state_of
-    from ..tasks import CLASSIFY
-
     if args.top < 1:
         raise ValueError(f"--top {args.top}; pass 1 or more")
-    net = load_net(args, CLASSIFY)
+    net = common.load_net(args, CLASSIFY)
     if args.depth is not None:
         set_depth(net, args.depth)
-    names, unread = state_of(net).class_names, 0
-    for found in each_image(CLASSIFY, net, args, args.images, upright=False):
-        if found is None:
-            unread += 1
-            continue
-        i, _, result = found
+    names, shown = state_of(net).class_names, 0
+    for i, _, result in common.each_image(CLASSIFY, net, args, args.images, upright=False):
+        shown += 1
         print(args.images[i])
         best = (result[name][: args.top].tolist() for name in ("scores", "labels"))
         for share, label in zip(*best, strict=True):
             print(f"  {share:6.1%}  {names[label] if names else f'class {label}'}")
-    return 1 if unread else 0
+    return int(shown < len(args.images))

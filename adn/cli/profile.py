@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import argparse
 
-from .common import (
-    add_device_argument,
-    add_task_argument,
-    build,
-    check_task,
-    load_checkpoint,
-    make_folder,
-    pick_device,
-    preparation,
-    report_others,
-)
+import torch
+
+from ..core.state import depths as all_depths
+from ..core.tables import read_table
+from ..measure.accuracy import choose_depths
+from ..measure.profile import fit_budget, profile, require_matplotlib
+from ..models.registry import ENTRIES, PREFIX, create_model
+from ..tasks import example, task_of
+from . import common
 
 # A net of more depths than this is profiled along its chain unless all are asked for: time doubles with every stage.
 MOST_BY_DEFAULT = 64
@@ -38,15 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--model", metavar="NAME", help="a model of timm, converted, or a detector such as "
                         "rtdetr_r50vd, with random weights")
     source.add_argument("--checkpoint", metavar="FILE", help="a net, as adn.save writes it")
-    add_task_argument(parser)
+    common.add_task_argument(parser)
     parser.add_argument("--size", type=int, metavar="N", help="side of the images in pixels (default: the net's own)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per forward (default: 1)")
-    parser.add_argument(
-        "--depth", metavar="DEPTHS",
-        help='which depths: "all", "chain" (FFFF, TFFF, TTFF to TTTT), or a list such as super,TTFF,base '
-             'or "TTFFF|6,base" '
-             f"(default: all, or if more than {MOST_BY_DEFAULT} the chain; with --accuracy, those in that file)",
-    )
+    common.add_depth_argument(parser, f"all, or if more than {MOST_BY_DEFAULT} the chain; with --accuracy, those in "
+                              "that file")
     parser.add_argument("--accuracy", metavar="FILE", help="what adn eval --csv wrote, to be joined by depth")
     parser.add_argument("--rounds", type=int, default=50, metavar="N", help="timed forwards per depth (default: 50)")
     parser.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
@@ -55,35 +49,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--percentile", type=int, choices=(50, 99), default=50,
                         help="of the times that must fit the budget (default: 50)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    add_device_argument(parser)
+    common.add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    from ..core.state import depths as all_depths
-    from ..core.tables import read_table
-    from ..measure.accuracy import choose_depths
-    from ..measure.profile import fit_budget, profile, require_matplotlib
-    from ..models.registry import ENTRIES, PREFIX, create_model
-    from ..tasks import example, task_of
-
     for file in (args.csv, args.plot):
-        make_folder(file)
+        common.make_folder(file)
     if args.plot:
         require_matplotlib()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.checkpoint:
-        net = load_checkpoint(args)
+        net = common.load_net(args)
     else:
-        args.device = pick_device(args.device)
-        net = build(args.model) if args.model in ENTRIES else create_model(
+        args.device = common.pick_device(args.device)
+        net = common.build(args.model) if args.model in ENTRIES else create_model(
             PREFIX + args.model.removeprefix(PREFIX))
         net.to(args.device).eval()
     task = task_of(net)
-    check_task(args, task)
-    size = preparation(args, net)["size"]
+    common.check_task(args, task)
+    size = common.preparation(args, net)["size"]
     accuracy = None
     if args.accuracy:
         column = task.metric.name
@@ -101,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     print(result)
     print(", ".join(f"{key} {value}" for key, value in result.machine.items()))
     if args.depth is None and accuracy is None:
-        report_others(net, len(result))
+        common.report_others(net, len(result))
     if args.csv:
         result.to_csv(args.csv)
     if args.plot:

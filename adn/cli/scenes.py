@@ -16,6 +16,8 @@ import argparse
 import json
 from pathlib import Path
 
+from ..data.scenes import SPLITS, write_scenes
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
@@ -26,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data.scenes import SPLITS, write_scenes
-
     out = write_scenes(args.out, args.images, args.val_images, args.size, args.seed)
     for split in SPLITS:
         content = json.loads((out / f"instances_{split}.json").read_text(encoding="utf-8"))

@@ -48,7 +48,7 @@ import types
 import typing
 from typing import Any
 
-from ..settings import Settings, about_setting, is_optional, setting_type
+from ..settings import Settings, about_setting, is_optional, setting_types
 from ..train.recipes import DETECTION_RECIPES, RECIPES, default_recipe
 
 _START = ("pretrained", "checkpoint", "weights", "backbone", "new_head")
@@ -166,7 +166,7 @@ def _of_task(task: str) -> list[str]:
 
 def _add_setting(group: argparse._ArgumentGroup, recipe: type[Settings], field: dataclasses.Field, only: str | None
                  ) -> None:
-    option, kind = f"--{field.name.replace('_', '-')}", setting_type(recipe, field.name)
+    option, kind = f"--{field.name.replace('_', '-')}", setting_types(recipe)[field.name]
     about = about_setting(recipe, field.name)
     mark = "" if only is None else f"; to {only} only"
     shown = {task: _shown(getattr(default, field.name)) for task, default in _DEFAULTS.items()

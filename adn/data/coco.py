@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,7 @@ from .images import UNREADABLE, to_rgb, upright
 Target = dict[str, torch.Tensor]
 Transform = Callable[[Image.Image, Target], tuple[Any, Target]]
 
-# Where the images and annotations of a split are found: COCO's own layout, the same with names of one's own, the one
-# that `adn.data.scenes` writes, and Roboflow's export.
+# COCO's own layout, the same with names of one's own, the one that `adn.data.scenes` writes, and Roboflow's export.
 _LAYOUTS = (
     ("annotations/instances_{split}2017.json", "{split}2017"),
     ("annotations/instances_{split}2017.json", "images/{split}2017"),
@@ -147,8 +147,8 @@ class CocoImages(Dataset):
         if not entries:
             raise ValueError(f"{self.file} lists no image")
         ids, names, widths, heights = (
-            _column(self.file, "images", entries, name, check) for name, check in (
-                ("id", _integer), ("file_name", _text), ("width", _positive), ("height", _positive)))
+            _column(self.file, "images", entries, name, what) for name, what in (
+                ("id", "an integer"), ("file_name", "a text"), ("width", _SIDE), ("height", _SIDE)))
         _refuse_repeated(ids, f"{self.file}: image id")
         _refuse_repeated(list(map(os.path.normpath, names)), f"{self.file}: image file")
         self.image_ids = np.array(ids, dtype=np.int64)
@@ -159,9 +159,9 @@ class CocoImages(Dataset):
 
     def _take_objects(self, entries: Sequence[Any]) -> None:
         image_ids, category_ids, boxes, crowd, areas = (
-            _column(self.file, "annotations", entries, name, check, default) for name, check, default in (
-                ("image_id", _integer, None), ("category_id", _integer, None), ("bbox", _box, None),
-                ("iscrowd", _flag, 0), ("area", _number, math.nan)))
+            _column(self.file, "annotations", entries, name, what, default) for name, what, default in (
+                ("image_id", "an integer", None), ("category_id", "an integer", None), ("bbox", _BOX, None),
+                ("iscrowd", "0 or 1", 0), ("area", "a finite number", math.nan)))
         index = {image_id: i for i, image_id in enumerate(self.image_ids.tolist())}
         label = {category.id: i for i, category in enumerate(self.categories)}
         for known, ids, what in ((index, image_ids, "image"), (label, category_ids, "category")):
@@ -221,8 +221,7 @@ class CocoImages(Dataset):
         }
 
     def _size(self, index: int) -> tuple[int, int]:
-        width, height = self._sizes[index].tolist()
-        return width, height
+        return tuple(self._sizes[index].tolist())
 
     def _name(self, index: int) -> str:
         return self._names[self._name_ends[index - 1] if index else 0 : self._name_ends[index]]
@@ -304,8 +303,8 @@ def _read_json(path: str) -> dict[str, list[Any]]:
 
 
 def _categories(path: str, entries: Sequence[Any]) -> list[Category]:
-    ids = _column(path, "categories", entries, "id", _integer)
-    names = _column(path, "categories", entries, "name", _text)
+    ids = _column(path, "categories", entries, "id", "an integer")
+    names = _column(path, "categories", entries, "name", "a text")
     _refuse_repeated(ids, f"{path}: category id")
     if not ids:
         raise ValueError(f"{path} lists no category")
@@ -318,56 +317,40 @@ def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _integer(value: Any) -> bool:
-    return type(value) is int and abs(value) < 2**63
-
-
-def _positive(value: Any) -> bool:
-    return _integer(value) and value > 0
-
-
 def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < _LARGEST
 
 
-def _flag(value: Any) -> bool:
-    return value in (0, 1)
+# What a field can be, as messages call it.
+_SIDE, _BOX = "a positive integer", "four finite numbers, x, y, width, height"
+_IS: dict[str, Callable[[Any], bool]] = {
+    "an integer": lambda value: type(value) is int and abs(value) < 2**63,
+    _SIDE: lambda value: type(value) is int and 0 < value < 2**63,
+    "a finite number": _number,
+    "0 or 1": lambda value: value in (0, 1),
+    "a text": lambda value: type(value) is str and value != "",
+    _BOX: lambda value: type(value) is list and len(value) == 4 and all(map(_number, value)),
+}
 
 
-def _text(value: Any) -> bool:
-    return type(value) is str and value != ""
-
-
-def _box(value: Any) -> bool:
-    return type(value) is list and len(value) == 4 and all(map(_number, value))
-
-
-_MEANING = {_integer: "an integer", _positive: "a positive integer", _number: "a finite number", _flag: "0 or 1",
-            _text: "a text", _box: "four finite numbers, x, y, width, height"}
-
-
-def _column(path: str, kind: str, entries: Sequence[Any], name: str, check: Callable[[Any], bool], default: Any = None
-            ) -> list[Any]:
-    """One field of all entries of a list in the file; raises ValueError on the first that is not as it should be."""
+def _column(path: str, kind: str, entries: Sequence[Any], name: str, what: str, default: Any = None) -> list[Any]:
+    """One field of all entries of a list in the file; raises ValueError on the first that is not what it should be."""
     values = []
     for i, entry in enumerate(entries):
         value = entry.get(name) if isinstance(entry, Mapping) else entry
         if value is None and default is not None:  # absent, or null
             value = default
-        elif type(value) is float and value.is_integer() and check in (_integer, _positive):
+        elif type(value) is float and value.is_integer() and what.endswith("integer"):
             value = int(value)
-        elif not isinstance(entry, Mapping) or not check(value):
-            raise ValueError(f"{path}: {name} of {kind}[{i}] must be {_MEANING[check]}, found {repr(value)[:80]}")
+        elif not isinstance(entry, Mapping) or not _IS[what](value):
+            raise ValueError(f"{path}: {name} of {kind}[{i}] must be {what}, found {repr(value)[:80]}")
         values.append(value)
     return values
 
 
 def _refuse_repeated(values: Sequence[Any], what: str) -> None:
-    if len(set(values)) == len(values):
-        return
-    seen: set[Any] = set()
-    repeated = next(value for value in values if value in seen or seen.add(value))
-    raise ValueError(f"{what} {repeated!r} is listed more than once: every one may occur once only")
+    if repeated := [value for value, count in Counter(values).items() if count > 1]:
+        raise ValueError(f"{what} {repeated[0]!r} is listed more than once: every one may occur once only")
 
 
 def _corners(boxes: np.ndarray) -> np.ndarray:

@@ -67,6 +67,8 @@ class ImageData(Dataset):
 
     def __init__(self, source: Dataset, class_names: Sequence[str] = (), transform: Transform | None = None) -> None:
         self.source = source
+        # timm's ImageDataset would put the next image in place of one it cannot read; its reader does not.
+        self._reader = getattr(source, "reader", None)
         self.class_names = list(class_names)
         self.transform = transform
         # In shared memory: the processes of a DataLoader write here what the main process reads.
@@ -89,18 +91,15 @@ class ImageData(Dataset):
         return [self._name(index) for index in self._failed.nonzero().flatten().tolist()]
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        # timm's ImageDataset would put the next image in place of one it cannot read; its reader does not.
-        reader = getattr(self.source, "reader", None)
-        if reader is None:
+        if self._reader is None:
             image, label = self.source[index]
             return to_rgb(image), label
-        file, label, *_ = reader[index]
+        file, label, *_ = self._reader[index]
         with file, Image.open(file) as image:
             return to_rgb(image), label
 
     def _name(self, index: int) -> str:
-        reader = getattr(self.source, "reader", None)
-        return str(reader.filename(index, absolute=True)) if reader is not None else f"image {index}"
+        return f"image {index}" if self._reader is None else str(self._reader.filename(index, absolute=True))
 
 
 class ImageStream(IterableDataset):
@@ -195,13 +194,8 @@ def collate(batch: list[tuple[torch.Tensor, int] | None]) -> tuple[torch.Tensor,
     return tuple(default_collate(items)) if items else None
 
 
-def eval_transform(
-    size: int,
-    resize: int | None = None,
-    interpolation: str = "bilinear",
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> v2.Transform:
+def eval_transform(size: int, resize: int | None = None, interpolation: str = "bilinear",
+                   mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> v2.Transform:
     """Shorter side to `resize`, crop of the centre, normalise: from a `PIL.Image` to (3, size, size) float32.
 
     Args:
@@ -216,9 +210,7 @@ def eval_transform(
     return v2.Compose([
         v2.Resize(resize, interpolation=v2.InterpolationMode(interpolation)),
         v2.CenterCrop(size),
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(mean), list(std)),
+        *_as_net_input(mean, std),
     ])
 
 
@@ -238,11 +230,14 @@ def train_transform(recipe: Any, config: dict[str, Any]) -> v2.Transform:
         steps.append(v2.TrivialAugmentWide(interpolation=interpolation))
     elif recipe.augment == "rand":
         steps.append(v2.RandAugment(magnitude=recipe.magnitude, interpolation=interpolation))
-    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-              v2.Normalize(list(config["mean"]), list(config["std"]))]
+    steps += _as_net_input(config["mean"], config["std"])
     if recipe.erase:
         steps.append(v2.RandomErasing(recipe.erase))
     return v2.Compose(steps)
+
+
+def _as_net_input(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
 def data_config(net: nn.Module, stored: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:

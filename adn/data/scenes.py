@@ -1,8 +1,4 @@
-"""Scenes of real handwritten digits with their boxes: data for a detector that needs no download.
-
-scikit-learn's 8 x 8 digits, enlarged, in various sizes and colours, partly hiding each other, on backgrounds with
-lines, blobs and pieces of digits. The digits of the validation scenes occur in no training scene.
-"""
+"""Scenes of real handwritten digits with their boxes: data for a detector that needs no download; see `adn scenes`."""
 
 from __future__ import annotations
 
@@ -50,12 +46,8 @@ class Scene:
     @property
     def boxes(self) -> list[tuple[int, int, int, int]]:
         """x, y, width, height of what is visible of each digit, in whole pixels."""
-        boxes = []
-        for index in range(len(self.labels)):
-            rows, columns = (np.flatnonzero((self.owner == index).any(axis=axis)) for axis in (1, 0))
-            x, y = int(columns[0]), int(rows[0])
-            boxes.append((x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y))
-        return boxes
+        edges = (_edges(self.owner == index) for index in range(len(self.labels)))
+        return [(left, top, right - left, bottom - top) for left, top, right, bottom in edges]
 
 
 def write_scenes(out: str | os.PathLike[str], images: int = 2000, val_images: int | None = None, size: int = 256,
@@ -223,10 +215,13 @@ def _enlarge(rng: np.random.Generator, glyph: np.ndarray, height: int) -> np.nda
     large = large.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR, expand=True)
     # Steeper edges than interpolation gives.
     ink = ((np.asarray(large, dtype=np.float32) / 255 - 0.25) / 0.35).clip(0, 1)
-    rows, columns = (np.flatnonzero((ink >= 0.5).any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
-        return ink
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    left, top, right, bottom = _edges(ink >= 0.5) or (0, 0, *ink.shape[::-1])
+    return ink[top:bottom, left:right]
+
+
+def _edges(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Left, top, right, bottom of what is set; None if nothing is."""
+    return Image.fromarray(mask.astype(np.uint8)).getbbox()
 
 
 def _colour(rng: np.random.Generator) -> np.ndarray:

@@ -61,14 +61,9 @@ def eval_transform(size: int = 640) -> v2.Transform:
         size: side of the images that the net gets, in pixels.
 
     Returns:
-        As `train_transform`.
+        As `train_transform`; it takes an RGB `PIL.Image` alone, too.
     """
     return v2.Compose([*_resize(size), _as_net_input])
-
-
-def image_transform(size: int = 640) -> v2.Transform:
-    """`eval_transform` for an image alone: from a `PIL.Image`, RGB, to (3, size, size) float32 in 0..1."""
-    return v2.Compose([*_resize(size), v2.ToPureTensor()])
 
 
 def multi_scale_sizes(base: int = 640, stride: int = 32) -> list[int]:
@@ -106,7 +101,9 @@ def _resize(size: int) -> list[v2.Transform]:
     return [v2.Resize((size, size)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
 
 
-def _as_net_input(image: torch.Tensor, target: Target) -> tuple[torch.Tensor, Target]:
+def _as_net_input(image: torch.Tensor, target: Target | None = None) -> torch.Tensor | tuple[torch.Tensor, Target]:
+    if target is None:
+        return image.as_subclass(torch.Tensor)
     boxes = target["boxes"]
     height, width = boxes.canvas_size
     corners = boxes.as_subclass(torch.Tensor)

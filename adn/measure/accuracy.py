@@ -73,47 +73,54 @@ def evaluate(
         ValueError: if data and net do not have the same classes, the net cannot take images of this size, or there
             is no image at all.
     """
-    chosen = all_depths(net) if depths is None else read_depths(net, depths)
+    chosen = read_depths(net, depths)
     device = device_of(net, device)
-    meter = _Accuracy(net, len(chosen), device, getattr(loader, "dataset", None))
-    run_over(net, loader, chosen, meter, device, amp, progress)
-    if distributed:
-        for total in (meter.images, meter.hits, meter.losses):
-            dist.all_reduce(total)
-    if not (images := int(meter.images)):
-        raise ValueError(no_image("evaluate on", loader))
-    percent, mean = (meter.hits.double() * (100 / images)).tolist(), (meter.losses / images).tolist()
-    return [Row(depth, top1, top5, loss, images)
-            for depth, (top1, top5), loss in zip(chosen, percent, mean, strict=True)]
+    images = torch.zeros((), dtype=torch.int64, device=device)
+    hits = torch.zeros(len(chosen), 2, dtype=torch.int64, device=device)  # of the best guess, and the five best
+    losses = torch.zeros(len(chosen), dtype=torch.float64, device=device)
+    labels: torch.Tensor
 
-
-class _Accuracy:
-    """Of classifiers: hits among the best, and five best guesses, and cross-entropy, at each depth."""
-
-    def __init__(self, net: nn.Module, depths: int, device: torch.device, data: Any) -> None:
-        self.net, self.data = net, data
-        self.images = torch.zeros((), dtype=torch.int64, device=device)
-        self.hits = torch.zeros(depths, 2, dtype=torch.int64, device=device)
-        self.losses = torch.zeros(depths, dtype=torch.float64, device=device)
-
-    def add(self, i: int, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+    def count(i: int, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        nonlocal labels
         logits = outputs.float()
         if not i:  # the first depth of a new batch
-            check_classes(self.net, logits, targets, self.data)
-            self.images += len(targets)
-            self.labels = targets.to(logits.device, non_blocking=True)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == self.labels[:, None]
-        self.hits[i, 0] += best[:, 0].sum()
-        self.hits[i, 1] += best.sum()
-        self.losses[i] += F.cross_entropy(logits, self.labels, reduction="sum")
+            check_classes(net, logits, targets, getattr(loader, "dataset", None))
+            images.add_(len(targets))
+            labels = targets.to(logits.device, non_blocking=True)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        hits[i, 0] += best[:, 0].sum()
+        hits[i, 1] += best.sum()
+        losses[i] += F.cross_entropy(logits, labels, reduction="sum")
+
+    run_over(net, loader, chosen, count, device, amp, progress)
+    if distributed:
+        for total in (images, hits, losses):
+            dist.all_reduce(total)
+    if not images:
+        raise ValueError(no_image("evaluate on", loader))
+    percent, mean = (hits.double() * (100 / int(images))).tolist(), (losses / images).tolist()
+    return [Row(depth, top1, top5, loss, int(images))
+            for depth, (top1, top5), loss in zip(chosen, percent, mean, strict=True)]
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
     """Rows as text in columns; multiply-adds, in millions, where they are known."""
-    counted = any(row.macs is not None for row in rows)
-    return table([("depth", *(["MMACs"] if counted else []), "top-1 (%)", "top-5 (%)", "loss"), *(
-        (str(row.depth), *([f"{row.macs / 1e6:.1f}"] if counted else []), f"{row.top1:.2f}", f"{row.top5:.2f}",
-         f"{row.loss:.4f}") for row in rows)])
+    return table_of(rows, [("MMACs", "macs", 1e6, 1), ("top-1 (%)", "top1", 1, 2), ("top-5 (%)", "top5", 1, 2),
+                           ("loss", "loss", 1, 4)])
+
+
+def table_of(rows: Sequence[Any], columns: Sequence[tuple[str, str, float, int]]) -> str:
+    """Rows of accuracy as text, in columns of (head, field, unit, decimals); "-" is what is not known, and what nobody
+    counted or timed has no column."""
+    columns = [column for column in columns
+               if column[1] not in ("macs", "latency_ms") or any(getattr(row, column[1]) is not None for row in rows)]
+
+    def cell(row: Any, field: str, unit: float, decimals: int) -> str:
+        value = getattr(row, field)
+        return "-" if value is None else f"{value / unit:.{decimals}f}"
+
+    return table([("depth", *(head for head, *_ in columns)), *(
+        (str(row.depth or "-"), *(cell(row, *how) for _, *how in columns)) for row in rows)])
 
 
 def chain(net: nn.Module) -> list[Depth]:
@@ -131,11 +138,14 @@ def choose_depths(net: nn.Module, text: str | None) -> list[Depth]:
     """Depths as a command line names them: "all", "chain" (also None), or depths with commas between them."""
     if text is None or text == "chain":
         return chain(net)
-    return all_depths(net) if text == "all" else read_depths(net, text.split(","))
+    return read_depths(net, None if text == "all" else text.split(","))
 
 
-def read_depths(net: nn.Module, depths: Iterable[DepthLike]) -> list[Depth]:
-    """Depths of this net, each once, in the order given; raises ValueError on one it does not have."""
+def read_depths(net: nn.Module, depths: Iterable[DepthLike] | None) -> list[Depth]:
+    """Depths of this net, each once, in the order given; None = every one. Raises ValueError on one it does not
+    have."""
+    if depths is None:
+        return all_depths(net)
     state = state_of(net)
     return list(dict.fromkeys(Depth.parse(depth, (state.full, state.base)) for depth in depths))
 

@@ -22,12 +22,10 @@ from tqdm import tqdm
 from ..core.depth import Depth
 from ..core.files import atomic_write
 from ..core.state import DepthLike, is_any_depth, state_of
-from ..core.state import depths as all_depths
-from ..core.tables import table
 from ..data.coco import CocoImages, Target
 from ..models.registry import source_of
-from .accuracy import read_depths
-from .passes import device_of, no_image, run_over
+from .accuracy import read_depths, table_of
+from .passes import device_of, no_image, of_all_processes, run_over
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
 
@@ -92,15 +90,11 @@ def evaluate_detector(
         net: a detector, any-depth or of one depth, that has `num_classes` and `postprocess` of
             `adn.detect.detector.Detector`.
         loader: a DataLoader over `CocoImages`, or a `Subset` of them, with `collate`.
-        depths: which; None = every depth of the net.
-        device: where batches go (their dtype becomes the net's); None = where the net's parameters are.
-        amp: run under autocast: "bf16", "fp16" or a dtype.
-        progress: show progress bars, if in a terminal.
+        depths, device, amp, progress: as in `adn.evaluate`.
         results_dir: write COCO's results format there, `results_FFFFF-6.json` for the depth FFFFF|6 (`results.json`
             for a net of one depth).
         backend: "pycocotools", or "faster_coco_eval" for the same numbers sooner.
-        distributed: all processes of the group call this, each with its share of the images, and get the same rows;
-            the first one does the comparison. False = this process stands alone.
+        distributed: as in `adn.evaluate`; the first process does the comparison.
 
     Returns:
         One row per depth, in the order given; a single one, of depth None, for a net of one depth.
@@ -115,14 +109,27 @@ def evaluate_detector(
     require_backend(backend)
     data = _images_of(loader)
     if is_any_depth(net):
-        chosen: list[Depth | None] = [*(all_depths(net) if depths is None else read_depths(net, depths))]
+        chosen: list[Depth | None] = [*read_depths(net, depths)]
     elif depths is None:
         chosen = [None]
     else:
         raise ValueError(f"this {type(net).__name__} is not any-depth: leave out depths={list(depths)}")
-    meter = _Detections(net, chosen, data)
-    run_over(net, loader, chosen, meter, device_of(net, device), amp, progress)
-    found = meter.found
+    detector = _detector(net)
+    _check_classes(net, detector.num_classes, data)
+    found: list[Found] = [{} for _ in chosen]
+
+    def keep(i: int, outputs: Any, targets: list[Target]) -> None:
+        results = detector.postprocess(outputs, [target["size"] for target in targets])
+        for target, one in zip(targets, results, strict=True):
+            columns = (one["boxes"], one["scores"][:, None], one["labels"][:, None])
+            numbers = torch.cat([column.float() for column in columns], dim=1).cpu().numpy()
+            if not np.isfinite(numbers).all():
+                at = "" if chosen[i] is None else f" at depth {chosen[i]}"
+                raise ValueError(f"the net gives boxes or scores that are not finite{at}: its weights, or the amp "
+                                 "setting, are not usable")
+            found[i][int(target["image_id"])] = numbers
+
+    run_over(net, loader, chosen, keep, device_of(net, device), amp, progress)
     rows: list[DetectionRow] = []
     if distributed:
         found = _gather(found)
@@ -134,9 +141,12 @@ def evaluate_detector(
         for depth, of_depth in bar:
             results = to_results(data, of_depth)
             if results_dir is not None:
-                _write(Path(results_dir, _file_name(depth)), results)
+                _write(Path(results_dir), depth, results)
             rows.append(DetectionRow(depth, **score(data, results, of_depth, backend), images=len(of_depth)))
-    return _broadcast(rows) if distributed else rows
+    box = [rows]
+    if distributed:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Iterable[int], backend: str = "pycocotools"
@@ -189,17 +199,9 @@ def to_results(data: CocoImages, found: Found) -> list[dict[str, Any]]:
 
 def detection_table(rows: Sequence[DetectionRow]) -> str:
     """Rows as text in columns; multiply-adds (in billions) and latency where they are known."""
-    head = ["depth", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
-    counted, timed = (any(getattr(row, name) is not None for row in rows) for name in ("macs", "latency_ms"))
-    lines = [[*head, *(["GMACs"] if counted else []), *(["ms"] if timed else [])]]
-    for row in rows:
-        line = ["-" if row.depth is None else str(row.depth), *(_digits(getattr(row, name), 1) for name in _STATS)]
-        if counted:
-            line.append(_digits(None if row.macs is None else row.macs / 1e9, 3))
-        if timed:
-            line.append(_digits(row.latency_ms, 2))
-        lines.append(line)
-    return table(lines)
+    heads = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+    return table_of(rows, [*((head, name, 1, 1) for head, name in zip(heads, _STATS, strict=True)),
+                           ("GMACs", "macs", 1e9, 3), ("ms", "latency_ms", 1, 2)])
 
 
 def require_backend(name: str) -> None:
@@ -209,28 +211,6 @@ def require_backend(name: str) -> None:
     except ImportError as error:
         install = "adn[detect]" if name == "pycocotools" else "faster-coco-eval"
         raise ImportError(f'average precision needs {name}: pip install "{install}"') from error
-
-
-class _Detections:
-    """Of detectors: what was found on each image, at each depth."""
-
-    def __init__(self, net: nn.Module, depths: Sequence[Depth | None], data: CocoImages) -> None:
-        detector = _detector(net)
-        _check_classes(net, detector.num_classes, data)
-        self.depths, self.postprocess = depths, detector.postprocess
-        self.found: list[Found] = [{} for _ in depths]
-
-    def add(self, i: int, outputs: Any, targets: list[Target]) -> None:
-        results = self.postprocess(outputs, [target["size"] for target in targets])
-        for target, one in zip(targets, results, strict=True):
-            columns = (one["boxes"], one["scores"][:, None], one["labels"][:, None])
-            rows = torch.cat([column.float() for column in columns], dim=1).cpu().numpy()
-            if not np.isfinite(rows).all():
-                depth = self.depths[i]
-                raise ValueError(f"the net gives boxes or scores that are not finite"
-                                 f"{'' if depth is None else f' at depth {depth}'}: its weights, or the amp setting, "
-                                 "are not usable")
-            self.found[i][int(target["image_id"])] = rows
 
 
 def _detector(net: nn.Module) -> nn.Module:
@@ -265,30 +245,15 @@ def _check_classes(net: nn.Module, count: int, data: CocoImages) -> None:
 
 def _gather(found: list[Found]) -> list[Found]:
     """The detections of all processes together; of an image that several had, those of the first."""
-    every: list[list[Found]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, found)
     merged: list[Found] = [{} for _ in found]
-    for share in reversed(every):
+    for share in reversed(of_all_processes(found)):
         for whole, part in zip(merged, share, strict=True):
             whole.update(part)
     return merged
 
 
-def _broadcast(rows: list[DetectionRow]) -> list[DetectionRow]:
-    box = [rows]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _file_name(depth: Depth | None) -> str:
-    return "results.json" if depth is None else f"results_{depth}.json".replace("|", "-")
-
-
-def _write(path: Path, results: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
+def _write(folder: Path, depth: Depth | None, results: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "results.json" if depth is None else f"results_{depth}.json".replace("|", "-")
+    with atomic_write(folder / name) as temporary:
         temporary.write_text(json.dumps(results), encoding="utf-8")
-
-
-def _digits(value: float | None, count: int) -> str:
-    return "-" if value is None else f"{value:.{count}f}"

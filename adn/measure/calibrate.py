@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..core.behaviours import BATCH_NORMS
 from ..core.state import DepthLike, set_depth, unwrap
 from .cost import in_use
-from .passes import evaluating, no_image, try_forward
+from .passes import device_of, evaluating, no_image, try_forward
 
 
 def calibrate(
@@ -59,8 +59,7 @@ def calibrate(
     if not norms:
         raise ValueError(f"this {type(calibrated).__name__} has no batch norm with running statistics, so there is "
                          "nothing to calibrate: it runs at every depth as it is")
-    parameter = next(calibrated.parameters())
-    device = parameter.device if device is None else torch.device(device)
+    device, dtype = device_of(calibrated, device), next(calibrated.parameters()).dtype
     momenta = [norm.momentum for norm in norms]
     seen = 0
     bar = tqdm(islice(loader, batches), desc="calibrate", unit="batch", leave=False, total=batches,
@@ -72,7 +71,7 @@ def calibrate(
             norm.training = True
         for batch in bar:
             if batch is not None:
-                try_forward(calibrated, batch[0].to(device, parameter.dtype, non_blocking=True))
+                try_forward(calibrated, batch[0].to(device, dtype, non_blocking=True))
                 seen += 1
     if not seen:
         raise ValueError(no_image("calibrate on", loader))

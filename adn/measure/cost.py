@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.depth import Depth
 from ..core.state import DepthLike, set_depth, state_of, unwrap
+from ..models.registry import source_of
 from .passes import evaluating, try_forward
 
 
@@ -27,15 +28,14 @@ def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike], *, 
     Raises:
         ValueError: if the net cannot take `x`.
     """
-    net = counted(net)
-    inner = unwrap(net)
+    net = source_of(net)
     counts = []
     # A counter is a dispatch mode, in which compiled code does not run.
     with evaluating(net), torch.inference_mode(), _visible_attention(), torch.compiler.set_stance("force_eager"):
         for depth in depths:
             set_depth(net, depth)
             with FlopCounterMode(display=False, custom_mapping=_per_element() if norms else None) as counter:
-                try_forward(inner, x)
+                try_forward(net, x)
             counts.append(counter.get_total_flops() // 2)
     return counts
 
@@ -59,16 +59,10 @@ def _per_element() -> dict[Any, Callable[..., int]]:
 def count_parameters(net: nn.Module, depth: DepthLike) -> int:
     """How many parameters a net uses at one depth: no bypassed block, one set of each skip-aware norm, of a convolution
     that reads its first channels only the part of the kernel that meets them."""
-    net = counted(net)
+    net = source_of(net)  # folded layers of a deploy form are none that a counter knows
     share = _shares(net, depth)
-    parameters = unwrap(net).named_parameters(remove_duplicate=False)
+    parameters = net.named_parameters(remove_duplicate=False)
     return round(sum({id(p): share(name) * p.numel() for name, p in parameters if share(name)}.values()))
-
-
-def counted(net: nn.Module) -> nn.Module:
-    """Of a deploy form the net that it was made from: folded layers are none that a counter knows."""
-    made_from = state_of(net).made_from
-    return net if made_from is None else made_from
 
 
 def in_use(net: nn.Module, depth: DepthLike) -> Callable[[str], bool]:

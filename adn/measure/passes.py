@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -18,29 +19,12 @@ from ..models.registry import source_of
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Meter(Protocol):
-    """What is kept of a pass."""
-
-    def add(self, i: int, outputs: Any, targets: Any) -> None:
-        """Count a batch at the depth of index i, 0 first: what the net gave, what the loader has beside images."""
-
-
 def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], depths: Sequence[Depth | None],
-             meter: Meter, device: torch.device, amp: torch.dtype | str | None, progress: bool) -> None:
-    """Read every batch once and run it at all depths, in evaluation mode and without gradients.
-
-    Depth and mode of the net are afterwards what they were. Inside DistributedDataParallel the bare net runs.
-
-    Args:
-        loader: batches (images (B, 3, H, W), targets), None for an empty one.
-        depths: None for that of a net of one depth.
-        device: where images go; their dtype becomes the net's.
-        amp: see `autocast`.
-        progress: show a progress bar, if in a terminal.
-
-    Raises:
-        ValueError: if the net cannot take images of this size.
-    """
+             count: Callable[[int, Any, Any], None], device: torch.device, amp: torch.dtype | str | None,
+             progress: bool) -> None:
+    """Read every batch once and run it at all depths, as `adn.evaluate` says; a depth of None is that of a net which
+    has but one. `count` gets, for each batch and depth, the index of the depth, 0 first, what the net gave, and what
+    the loader has beside images."""
     run = net.module if isinstance(net, DistributedDataParallel) else net
     dtype = next(run.parameters()).dtype
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True)
@@ -53,7 +37,7 @@ def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], 
             for i, depth in enumerate(depths):
                 if depth is not None:
                     set_depth(net, depth)
-                meter.add(i, try_forward(run, images), targets)
+                count(i, try_forward(run, images), targets)
 
 
 def device_of(net: nn.Module, device: torch.device | str | None) -> torch.device:
@@ -100,6 +84,19 @@ def try_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
         hint = f"; it is made for images of {expected[0]} x {expected[1]}" if expected else ""
         raise ValueError(f"{type(model).__name__} cannot take a batch of shape {tuple(x.shape)}{hint} "
                          f"({error})") from error
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process in the process group, and how many there are; 0 and 1 without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """What each process passes here, in their order."""
+    every = [value] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(every, value)
+    return every
 
 
 def no_image(what: str, loader: Any) -> str:

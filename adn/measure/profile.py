@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import operator
 import os
 import platform
 import random
@@ -21,7 +22,6 @@ from tqdm import tqdm
 
 from ..core.depth import Depth
 from ..core.state import DepthLike, set_depth
-from ..core.state import depths as all_depths
 from ..core.tables import read_table, table
 from ..models.registry import task_name
 from .accuracy import Row, read_depths
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .average_precision import DetectionRow
 
 _LEAST_SPAN = 5  # of a figure's accuracy axis, in percentage points
-_COLUMNS = ("depth", "macs", "params", "p50_ms", "p99_ms")
+_COLUMNS = {"depth": Depth, "macs": int, "params": int, "p50_ms": float, "p99_ms": float}  # of files
 
 
 class Metric(NamedTuple):
@@ -102,16 +102,15 @@ class Profile(list[Point]):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow((*_COLUMNS, self.metric))
             for p in self:
-                writer.writerow((p.depth, p.macs, p.params, p.p50_ms, p.p99_ms, "" if p.top1 is None else p.top1))
+                writer.writerow([getattr(p, name) for name in (*_COLUMNS, "top1")])
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike) -> Profile:
         """What `to_csv` wrote; raises ValueError on another file."""
         machine, rows = read_table(path, _COLUMNS)
         metric = next((name for name in _BY_NAME if rows and name in rows[0]), "top1")
-        return cls([Point(Depth(row["depth"]), int(row["macs"]), int(row["params"]), float(row["p50_ms"]),
-                          float(row["p99_ms"]), float(row[metric]) if row.get(metric) else None) for row in rows],
-                   machine, metric)
+        return cls([Point(*(kind(row[name]) for name, kind in _COLUMNS.items()),
+                          float(row[metric]) if row.get(metric) else None) for row in rows], machine, metric)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Save a figure (png, pdf or svg by the suffix): accuracy, or MACs if unknown, against latency.
@@ -175,14 +174,12 @@ def profile(
         raise ValueError(f"rounds={rounds}, warmup={warmup}; pass rounds >= 1 and warmup >= 0")
     if not len(x):
         raise ValueError("a batch of 0 images; pass at least 1")
-    chosen = all_depths(net) if depths is None else read_depths(net, depths)
+    chosen = read_depths(net, depths)
     metric = METRICS[task_name(net)].name
-    if accuracy is None:
-        top1: dict[Depth, float] = {}
-    elif isinstance(accuracy, Mapping):
+    if isinstance(accuracy, Mapping):
         top1 = {Depth(depth): percent for depth, percent in accuracy.items()}
     else:
-        top1 = {row.depth: getattr(row, metric) for row in accuracy}
+        top1 = {row.depth: getattr(row, metric) for row in accuracy or ()}
     missing = [str(depth) for depth in chosen if depth not in top1]
     if accuracy is not None and missing:
         raise ValueError(f"no accuracy given for {', '.join(missing)}; evaluate these depths or leave them out")
@@ -208,10 +205,7 @@ def fit_budget(profile: Sequence[Point], *, ms: float, percentile: int = 50) -> 
     """
     if percentile not in (50, 99):
         raise ValueError(f"percentile={percentile}; a profile holds 50 and 99")
-
-    def spent(point: Point) -> float:
-        return point.p50_ms if percentile == 50 else point.p99_ms
-
+    spent = operator.attrgetter(f"p{percentile}_ms")
     fitting = [point for point in profile if spent(point) <= ms]
     if not fitting:
         if not profile:

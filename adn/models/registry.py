@@ -46,9 +46,8 @@ def list_models(pattern: str = "*") -> list[str]:
     return fnmatch.filter(_names(), pattern)
 
 
-def create_model(
-    name: str, *, num_classes: int | None = None, pretrained: bool = False, twins: str | None = None, **kwargs: Any
-) -> nn.Module:
+def create_model(name: str, *, num_classes: int | None = None, pretrained: bool = False, twins: str | None = None,
+                 **kwargs: Any) -> nn.Module:
     """A classifier of timm, converted; or a detector.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,8 +43,8 @@ class TrainBatches:
         self.data, self.recipe, self.workers, self.rank, self.world = data, recipe, workers, rank, world
         self.pin_memory = pin_memory
         self.with_labels = collate is None
-        self.collate = _Collate(mixing(recipe, classes), alone=world == 1) if collate is None else collate
-        if _repeats(recipe) > 1 and isinstance(data, IterableDataset):
+        self.collate = collate or functools.partial(_mixed, mix=mixing(recipe, classes), alone=world == 1)
+        if getattr(recipe, "repeats", 1) > 1 and isinstance(data, IterableDataset):
             raise ValueError("images that are read in turn cannot be repeated; pass --repeats 1")
 
     def __call__(self, epoch: int) -> DataLoader:
@@ -70,7 +71,7 @@ def train_sampler(data: Dataset, recipe: Settings, epoch: int, rank: int, world:
     Repeated augmentation as in the reference: every index `repeats` times in a row in a shuffled list, of which each
     process takes every `world`-th, `floor(images / 256) * 256 / world` of them (all, of fewer than 256 images).
     """
-    if _repeats(recipe) > 1:
+    if getattr(recipe, "repeats", 1) > 1:  # of a detector's there are none
         sampler = timm.data.distributed_sampler.RepeatAugSampler(data, world, rank, num_repeats=recipe.repeats,
                                                                    selected_round=256 if len(data) >= 256 else 0)
         sampler.set_epoch(mixed_seed(recipe.seed, epoch))
@@ -78,16 +79,8 @@ def train_sampler(data: Dataset, recipe: Settings, epoch: int, rank: int, world:
     return DistributedSampler(data, world, rank, shuffle=True, seed=mixed_seed(recipe.seed, epoch))
 
 
-def _repeats(recipe: Settings) -> int:
-    return recipe.repeats if isinstance(recipe, Recipe) else 1
-
-
-class _Collate:
-    def __init__(self, mix: Callable[..., Any] | None, alone: bool) -> None:
-        self.mix, self.alone = mix, alone
-
-    def __call__(self, items: list[Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        batch = collate(items)
-        if batch is None or (self.alone and len(batch[1]) == 1 < len(items)):
-            return None
-        return batch if self.mix is None else self.mix(*batch)
+def _mixed(items: list[Any], mix: Callable[..., Any] | None, alone: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+    batch = collate(items)
+    if batch is None or (alone and len(batch[1]) == 1 < len(items)):
+        return None
+    return batch if mix is None else mix(*batch)

@@ -28,12 +28,8 @@ class RunFolder:
     """The files of a run. Every one is replaced as a whole: an OSError on the way leaves the former one.
 
     Args:
-        path: the folder, or None.
+        path: the folder; None = there is none, and methods that write do nothing.
         writes: False for all processes of a run but the first.
-
-    Attributes:
-        path: the folder, or None.
-        writes: whether anything is written; without a folder nothing is, and methods that write do nothing.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, writes: bool) -> None:
@@ -114,11 +110,10 @@ class RunFolder:
             with atomic_write(self.path / name) as temporary:
                 safetensors.torch.save_model(net, str(temporary))
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        self._write_json(CONFIG, dict(config))
-
-    def note_interruption(self, epoch: int, steps: int) -> None:
-        self._write_json(INTERRUPTED, {"epoch": epoch, "steps": steps})
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        if self.writes:
+            with atomic_write(self.path / name) as temporary:
+                temporary.write_text(json.dumps(dict(value), indent=2) + "\n")
 
     def take_interruption(self) -> tuple[int, int] | None:
         """Epoch, counted from 1, and steps at which the run was interrupted, if it was; the note goes."""
@@ -139,10 +134,14 @@ class RunFolder:
             raise ImportError('TensorBoard is not installed: pip install "adn[tensorboard]"') from error
         return lambda epoch: SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch + 1)
 
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        if self.writes:
-            with atomic_write(self.path / name) as temporary:
-                temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+def read_config(out: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `fit` wrote as `config.json`; None if it is not there, or something else."""
+    try:
+        config = json.loads(Path(out, CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def holds_run(out: Path) -> bool:

@@ -7,6 +7,7 @@ start of each. So an epoch that was interrupted is repeated exactly, and there i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -24,10 +25,10 @@ from adn_kernels.private import pytree
 
 from ..convert import convert_sync_batchnorm
 from ..core.state import is_converted, state_of
-from ..measure.passes import autocast
+from ..measure.passes import autocast, of_all_processes, processes
 from ..settings import Settings
 from ..tasks import CLASSIFY
-from .folder import BEST, FINAL, LAST, RunFolder
+from .folder import BEST, CONFIG, FINAL, INTERRUPTED, LAST, RunFolder
 from .interrupts import Interrupts
 from .optim import WeightAverage, create_optimizer, create_scheduler
 from .seeds import seed_all
@@ -132,7 +133,8 @@ def fit(
         ValueError: on a run in `out` and neither `resume` nor `overwrite`, a saved run that does not fit, no batches.
         OSError: if `out` cannot be written; what was written before is intact.
     """
-    run = _Run(net, recipe, loss, accuracy, _device(net, device), out, progress and _rank() == 0)
+    run = _Run(net, recipe, loss, accuracy, _device(net, device), out, extra or {}, progress)
+    config = {"recipe": recipe.to_dict()} if config is None else config
     start = time.perf_counter()
     make_writer = run.folder.tensorboard_writer() if tensorboard else None
     if resume:
@@ -143,7 +145,7 @@ def fit(
     try:
         with Interrupts() as interrupts:
             while run.epoch < recipe.epochs:
-                run.train_epoch(batches, evaluate, extra, interrupts)
+                run.train_epoch(batches, evaluate, interrupts)
                 if writer:
                     for name, value in run.history[-1].items():
                         writer.add_scalar(name, value, run.epoch)
@@ -153,7 +155,7 @@ def fit(
     finally:
         if writer:
             writer.close()
-    run.write_net(FINAL, extra)
+    run.write_net(FINAL)
     if run.folder.path:
         run.say(f"done in {_duration(time.perf_counter() - start)}: {run.folder.path / FINAL}")
     return Result(run.evaluated.eval(), run.history, run.best, run.folder.path)
@@ -163,9 +165,10 @@ class _Run:
     """The state of a run, and what is done to it."""
 
     def __init__(self, net: nn.Module, recipe: Settings, loss: nn.Module | None, accuracy: str, device: torch.device,
-                 out: str | Path | None, talk: bool) -> None:
-        self.recipe, self.accuracy, self.device, self.talk = recipe, accuracy, device, talk
-        self.rank, self.world = _rank(), _world()
+                 out: str | Path | None, extra: Mapping[str, Any], progress: bool) -> None:
+        self.recipe, self.accuracy, self.device, self.extra = recipe, accuracy, device, extra
+        self.rank, self.world = processes()
+        self.talk = progress and self.rank == 0
         self.folder = RunFolder(out, writes=self.rank == 0)
         if recipe.sync_bn and self.world > 1 and device.type == "cpu":
             raise ValueError("torch has batch norms synchronised between processes for GPUs only: pass --no-sync-bn")
@@ -196,15 +199,14 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------ one epoch
 
-    def train_epoch(self, batches: Batches, evaluate: Evaluate | None, extra: Mapping[str, Any] | None,
-                    interrupts: Interrupts) -> None:
+    def train_epoch(self, batches: Batches, evaluate: Evaluate | None, interrupts: Interrupts) -> None:
         began = time.perf_counter()
         row = self._train(batches, interrupts)
         metrics = self._evaluate(evaluate) if evaluate is not None else {}
         interrupts.check()
         row |= {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         interrupts.hold = True
-        self._end_epoch(row | {"seconds": time.perf_counter() - began}, extra)
+        self._end_epoch(row | {"seconds": time.perf_counter() - began})
         interrupts.hold = False
 
     def _train(self, batches: Batches, interrupts: Interrupts) -> dict[str, Any]:
@@ -287,7 +289,7 @@ class _Run:
         self.evaluated.eval()
         return evaluate(self.evaluated)
 
-    def _end_epoch(self, row: dict[str, Any], extra: Mapping[str, Any] | None) -> None:
+    def _end_epoch(self, row: dict[str, Any]) -> None:
         self.epoch += 1
         self.steps = 0
         self.history.append(row)
@@ -305,21 +307,21 @@ class _Run:
         self.say("  ".join(filter(None, parts)))
         # The state comes after the net: a run that ends in between repeats the epoch, and writes the same net again.
         if improved:
-            self.write_net(BEST, extra)
+            self.write_net(BEST)
         self.write_last()
         self.folder.write_log(self.history)
 
     # ---------------------------------------------------------------------------------------- beginning and resuming
 
-    def begin(self, overwrite: bool, config: Mapping[str, Any] | None) -> None:
+    def begin(self, overwrite: bool, config: Mapping[str, Any]) -> None:
         self.folder.make(overwrite)
-        self._write_config(config)
+        self.folder.write_json(CONFIG, config)
         if 0 < self.recipe.epochs <= self.recipe.warmup_epochs:
             self.say(f"warning: all of the {self.recipe.epochs} epochs are warm-up (--warmup-epochs "
                      f"{self.recipe.warmup_epochs}), so the learning rate stays below {self.recipe.lr:g}")
         self.write_last()
 
-    def resume(self, config: Mapping[str, Any] | None) -> None:
+    def resume(self, config: Mapping[str, Any]) -> None:
         state, out = self.folder.read_state(), self.folder.path
         try:
             before = type(self.recipe).from_dict(state["recipe"])
@@ -349,7 +351,7 @@ class _Run:
             raise ValueError(f"the run in {out} has {self.epoch} epochs already; pass --epochs {self.epoch} or "
                              "more")
         self._say_where()
-        self._write_config(config)
+        self.folder.write_json(CONFIG, config)
         self.folder.write_log(self.history)
 
     def _say_where(self) -> None:
@@ -389,13 +391,10 @@ class _Run:
             "ema_updates": 0 if self.ema is None else self.ema.updates, "class_names": self._class_names(),
         })
 
-    def write_net(self, name: str, extra: Mapping[str, Any] | None) -> None:
+    def write_net(self, name: str) -> None:
         last = self.history[-1] if self.history else {}
-        self.folder.write_net(name, self.evaluated, {
-            "recipe": self.recipe.to_dict(), "epoch": self.epoch, "log": last, **(extra or {})})
-
-    def _write_config(self, config: Mapping[str, Any] | None) -> None:
-        self.folder.write_config({"recipe": self.recipe.to_dict()} if config is None else config)
+        about = {"recipe": self.recipe.to_dict(), "epoch": self.epoch, "log": last, **self.extra}
+        self.folder.write_net(name, self.evaluated, about)
 
     # ------------------------------------------------------------------------------------------------ what can go wrong
 
@@ -403,7 +402,7 @@ class _Run:
         where = f"interrupted in epoch {self.epoch + 1} after {self.steps} steps"
         if self.folder.path is None:
             return Interrupted(f"{where}; nothing was saved, since the run has no folder")
-        self.folder.note_interruption(self.epoch + 1, self.steps)
+        self.folder.write_json(INTERRUPTED, {"epoch": self.epoch + 1, "steps": self.steps})
         return Interrupted(f"{where}; its beginning is saved in {self.folder.path}, resume to go on from there")
 
     def _check_finite(self, loss: torch.Tensor) -> float:
@@ -429,25 +428,13 @@ class _Run:
 
     def _means(self, sums: Mapping[str, torch.Tensor], images: int) -> dict[str, float]:
         """Per image, over all processes."""
-        names = list(sums)
-        if self.world > 1:
-            # Not every batch has every term: a detector's may have no object.
-            every: list[list[str]] = [[] for _ in range(self.world)]
-            dist.all_gather_object(every, names)
-            names = list(dict.fromkeys(name for of_process in every for name in of_process))
+        # Not every batch has every term: a detector's may have no object.
+        names = list(dict.fromkeys(itertools.chain(*of_all_processes(list(sums)))))
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         total = torch.stack([*(sums.get(name, zero).double() for name in names), zero + images])
         if self.world > 1:
             dist.all_reduce(total)
         return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _device(net: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -16,7 +16,6 @@ from ..settings import Settings
 
 TABLES = ("cls_token", "class_token", "dist_token", "reg_token", "pos_embed", "pos_embedding", "position_embedding",
           "relative_position_bias_table")
-COUNTER = "num_batches_tracked"
 _FUSED = ("adam", "adamw", "momentum", "nesterov", "sgd")  # those of torch that update all parameters in one call
 
 
@@ -116,7 +115,7 @@ class WeightAverage(ModelEmaV3):
     @torch.no_grad()
     def apply_update_(self, net: nn.Module, decay: float) -> None:
         average, now = self.module.state_dict(), net.state_dict()
-        counters = {name: value.clone() for name, value in average.items() if name.endswith(COUNTER)}
+        counters = {name: value.clone() for name, value in average.items() if name.endswith("num_batches_tracked")}
         super().apply_update_(net, decay)
         for name, before in counters.items():
             average[name].copy_(decay * before + (1 - decay) * now[name])

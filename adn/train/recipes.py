@@ -20,11 +20,7 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 @dataclasses.dataclass(frozen=True)
 class Recipe(Settings):
     """Every setting of the training of a classifier that its numbers depend on. `Recipe()` holds the reference's
-    defaults.
-
-    Raises:
-        ValueError: if a setting is out of range; the message says what to pass.
-    """
+    defaults."""
 
     model: str = setting("model", "resnet50", "timm model, with or without the prefix anydepth_; to detect, one of the "
                          "detectors in adn.list_models()")

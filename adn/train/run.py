@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,24 +17,37 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..core.state import state_of
-from ..measure.passes import evaluating, try_forward
+from ..measure.passes import evaluating, of_all_processes, processes, try_forward
 from ..settings import Settings
 from ..tasks import CLASSIFY, DETECT, Data, Prepared, Task, task_of
 from ..weights.checkpoint import load
 from ..weights.foreign import load_weights
 from .data import TrainBatches
-from .folder import BEST, CONFIG, FINAL, refuse_overwriting
+from .folder import BEST, CONFIG, FINAL, read_config, refuse_overwriting
 from .interrupts import ignore_interrupts
 from .loop import Result, fit
 from .recipes import DEFAULT, DEFAULT_DETECTION, DETECTION_RECIPES, RECIPES, Recipe, recipe_type
 from .seeds import seed_all
 
 
+@dataclasses.dataclass(frozen=True)
 class _Run:
-    """A training run, as `config.json` keeps it."""
+    """A training run, as `config.json` keeps it: what those of all tasks have, see `Config`."""
 
     task: ClassVar[Task]
     starts: ClassVar[tuple[str, ...]]  # settings that say from what to start, of which one may be given
+
+    data: str
+    out: str
+    recipe: Settings
+    checkpoint: str | None = None
+    weights: str | None = None
+    new_head: bool = False
+    train_split: str = "train"
+    val_split: str = "val"
+    workers: int | None = None
+    device: str | None = None
+    tensorboard: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {"task": self.task.name, **dataclasses.asdict(self), "recipe": self.recipe.to_dict()}
@@ -90,20 +104,11 @@ class Config(_Run):
     task = CLASSIFY
     starts = ("checkpoint", "weights", "pretrained")
 
-    data: str
-    out: str
     recipe: Recipe = RECIPES[DEFAULT]
-    pretrained: bool = False
-    checkpoint: str | None = None
-    weights: str | None = None
-    new_head: bool = False
-    train_split: str = "train"
     val_split: str = "validation"
+    pretrained: bool = False
     download: bool = False
     num_classes: int | None = None
-    workers: int | None = None
-    device: str | None = None
-    tensorboard: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +125,8 @@ class DetectionConfig(_Run):
     task = DETECT
     starts = ("checkpoint", "weights", "backbone")
 
-    data: str
-    out: str
     recipe: Settings = DETECTION_RECIPES[DEFAULT_DETECTION]
-    checkpoint: str | None = None
-    weights: str | None = None
     backbone: str | None = None
-    new_head: bool = False
-    train_split: str = "train"
-    val_split: str = "val"
-    workers: int | None = None
-    device: str | None = None
-    tensorboard: bool = False
 
 
 CONFIGS: dict[str, type[_Run]] = {kind.task.name: kind for kind in (Config, DetectionConfig)}
@@ -139,10 +134,8 @@ CONFIGS: dict[str, type[_Run]] = {kind.task.name: kind for kind in (Config, Dete
 
 def task_of_run(out: str | os.PathLike[str]) -> str | None:
     """What the run in a folder trains, the name of a task; None if there is none."""
-    try:
-        return json.loads((Path(out) / CONFIG).read_text()).get("task", CLASSIFY.name)
-    except (OSError, ValueError, AttributeError):
-        return None
+    config = read_config(out)
+    return None if config is None else config.get("task", CLASSIFY.name)
 
 
 def train(config: Config | DetectionConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True
@@ -165,7 +158,7 @@ def train(config: Config | DetectionConfig, *, resume: bool = False, overwrite: 
     task.require()  # now, not after an epoch
     config = _with_whole_paths(config)
     with _process_group(config.device) as device:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = processes()
         talk, recipe = progress and rank == 0, config.recipe
         if rank == 0:
             _check_out(config, resume, overwrite)
@@ -195,7 +188,8 @@ def train(config: Config | DetectionConfig, *, resume: bool = False, overwrite: 
             rows = task.evaluate(net, loader, ["super", "base"], device, progress=talk, distributed=world > 1)
             numbers = {f"val_{name}_{which}": getattr(row, field) for name, field in task.logged.items()
                        for which, row in zip(("super", "base"), rows, strict=True)}
-            unreadable = _gather([*data.training.unreadable, *data.validation.unreadable])
+            every = of_all_processes([*data.training.unreadable, *data.validation.unreadable])
+            unreadable = list(dict.fromkeys(itertools.chain(*every)))
             if unreadable and talk:
                 print(f"skipped {len(unreadable)} {task.skipped} so far, e.g. {unreadable[0]}", flush=True)
             # Of what there is nothing of, such as objects of a size, there is no accuracy.
@@ -355,12 +349,3 @@ def _share(data: Dataset, rank: int, world: int) -> Dataset:
     if isinstance(data, IterableDataset) or world == 1 or len(data) < world:
         return data
     return Subset(data, range(rank, len(data), world))
-
-
-def _gather(names: list[str]) -> list[str]:
-    """Of all processes, each once."""
-    if not dist.is_initialized():
-        return names
-    every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, names)
-    return sorted(set().union(*every))

@@ -32,13 +32,8 @@ _KEY = "adn"
 _FIELDS = ("format", "adn", "timm", "origin", "plan", "depth", "twins", "class_names", "extra")
 
 
-def save(
-    net: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    class_names: Sequence[str] | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
+def save(net: nn.Module, path: str | os.PathLike[str], *, class_names: Sequence[str] | None = None,
+         extra: Mapping[str, Any] | None = None) -> None:
     """Write a converted net to one safetensors file, atomically: whatever happens, `path` holds a whole file.
 
     A net of `create_model` can be rebuilt by `load` from the file alone, and so can an unaltered timm model that
@@ -90,9 +85,8 @@ def save(
             raise
 
 
-def load(
-    path: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu"
-) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu"
+         ) -> nn.Module:
     """Read a net that `save` wrote: same weights and dtypes, same depth, same class names.
 
     Args:
@@ -193,8 +187,7 @@ def _verified_origin(net: nn.Module) -> dict[str, Any] | None:
     structure (activations, strides, epsilons, rates) must be the same as well.
     """
     state = state_of(net)
-    config = getattr(net, "pretrained_cfg", None) or {}
-    architecture = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
+    architecture = (getattr(net, "pretrained_cfg", None) or {}).get("architecture")
     if state.origin is not None:
         origin = {"name": state.origin["name"], "kwargs": dict(state.origin["kwargs"])}
     elif architecture:

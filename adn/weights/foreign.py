@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..core.errors import CheckpointError
-from ..core.state import state_with_modules, unwrap
+from ..core.state import is_any_depth, state_with_modules, unwrap
 from ..models.entry import Naming
 from ..models.registry import ENTRIES
 
@@ -116,11 +116,9 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
         CheckpointError: if it cannot be read, or does not fit (unless `strict=False`), or has twins for only some of
             the norms that need one. The net is left untouched.
     """
-    try:
+    inner, norms = net, []
+    if is_any_depth(net):
         inner = unwrap(net)
-    except ValueError:  # not converted
-        inner, norms = net, []
-    else:
         norms = [norm for stage in state_with_modules(net).plan.flagged for norm in stage.norms]
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     given = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), where)
@@ -149,7 +147,7 @@ def _fit(given: State, own: State, norms: Iterable[str]) -> tuple[LoadReport, di
             report.unexpected.append(name if ".skip." in name else source_name)
         elif tensor.shape == own[name].shape:
             chosen[name] = tensor
-        elif name != source_name and _squeezed(tensor.shape) == _squeezed(own[name].shape):
+        elif name != source_name and tensor.squeeze().shape == own[name].squeeze().shape:
             chosen[name] = tensor.reshape(own[name].shape)  # a layer scale per channel, a 1x1 convolution
         else:
             report.mismatched.append(f"{name}: {tuple(tensor.shape)} given, {tuple(own[name].shape)} in the net")
@@ -167,10 +165,6 @@ def _fit(given: State, own: State, norms: Iterable[str]) -> tuple[LoadReport, di
     report.missing = [name for name, tensor in own.items() if name not in known and tensor.is_floating_point()
                       and name.rpartition(".")[2] not in _COMPUTED]
     return report, chosen
-
-
-def _squeezed(shape: Iterable[int]) -> list[int]:
-    return [size for size in shape if size != 1]
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

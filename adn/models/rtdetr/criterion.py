@@ -29,22 +29,15 @@ DISTILLATION_WEIGHTS = {**WEIGHTS, "features_backbone": 1.0, "features_encoder":
 class _Criterion(nn.Module):
     """The ground-truth losses of any heads."""
 
-    def __init__(
-        self,
-        matcher: Matcher | None = None,
-        weights: Mapping[str, float] | None = None,
-        alpha: float = 0.75,
-        gamma: float = 2.0,
-    ) -> None:
+    def __init__(self, matcher: Matcher | None = None, weights: Mapping[str, float] | None = None,
+                 alpha: float = 0.75, gamma: float = 2.0) -> None:
         super().__init__()
         self.matcher = Matcher() if matcher is None else matcher
         self.weights = _weights(WEIGHTS, weights)
         self.alpha, self.gamma = alpha, gamma
 
-    def _ground_truth(
-        self, logits: torch.Tensor, boxes: torch.Tensor, pairs: Pairs, objects: Objects,
-        num_boxes: torch.Tensor | float, suffixes: Sequence[str],
-    ) -> dict[str, torch.Tensor]:
+    def _ground_truth(self, logits: torch.Tensor, boxes: torch.Tensor, pairs: Pairs, objects: Objects,
+                      num_boxes: torch.Tensor | float, suffixes: Sequence[str]) -> dict[str, torch.Tensor]:
         """Weighted terms of all heads: logits (heads, B, Q, C), boxes (heads, B, Q, 4), a suffix for each."""
         at = torch.arange(len(logits), device=logits.device)[:, None], pairs.image, pairs.query
         matched, wanted = boxes[at], objects.boxes[pairs.object]
@@ -64,9 +57,8 @@ class _Criterion(nn.Module):
         score[at] = weight[at] = quality
         return F.binary_cross_entropy_with_logits(logits, score, weight, reduction="none").sum((1, 2, 3))
 
-    def _denoising(
-        self, outputs: Outputs, objects: Objects, num_boxes: torch.Tensor | float
-    ) -> dict[str, torch.Tensor]:
+    def _denoising(self, outputs: Outputs, objects: Objects, num_boxes: torch.Tensor | float
+                   ) -> dict[str, torch.Tensor]:
         """Terms of the denoising heads, whose queries belong to objects by construction."""
         if not outputs.get("dn_aux_outputs"):
             return {}
@@ -162,16 +154,9 @@ class DistillationLoss(_Criterion):
         ValueError: unknown `class_kl`, or name of a weight.
     """
 
-    def __init__(
-        self,
-        matcher: Matcher | None = None,
-        weights: Mapping[str, float] | None = None,
-        kd_weights: Mapping[str, float] | None = None,
-        class_kl: str = "softmax-mean",
-        ground_truth: bool = False,
-        alpha: float = 0.75,
-        gamma: float = 2.0,
-    ) -> None:
+    def __init__(self, matcher: Matcher | None = None, weights: Mapping[str, float] | None = None,
+                 kd_weights: Mapping[str, float] | None = None, class_kl: str = "softmax-mean",
+                 ground_truth: bool = False, alpha: float = 0.75, gamma: float = 2.0) -> None:
         super().__init__(matcher, weights, alpha, gamma)
         if class_kl not in CLASS_KL:
             raise ValueError(f"class_kl={class_kl!r}; pass one of {', '.join(map(repr, CLASS_KL))}")
@@ -206,9 +191,8 @@ class DistillationLoss(_Criterion):
                 num_boxes, suffixes[learning.start :])
         return terms | self._denoising(base, objects, num_boxes)
 
-    def _last_layer(
-        self, logits: torch.Tensor, boxes: torch.Tensor, pairs: Pairs, num_boxes: torch.Tensor | float
-    ) -> dict[str, torch.Tensor]:
+    def _last_layer(self, logits: torch.Tensor, boxes: torch.Tensor, pairs: Pairs, num_boxes: torch.Tensor | float
+                    ) -> dict[str, torch.Tensor]:
         image, of_base, of_teacher = _owners_of_the_same(pairs).to(logits.device, non_blocking=True)
         s, t = logits[0, image, of_base], logits[-1, image, of_teacher]
         s_box, t_box = boxes[0, image, of_base], boxes[-1, image, of_teacher]

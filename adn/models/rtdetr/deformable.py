@@ -53,9 +53,7 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(
-        self, query: Tensor, reference: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def forward(self, query: Tensor, reference: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """
         Args:
             query: (B, Q, dim).

@@ -56,13 +56,8 @@ class Denoising:
     queries: int
 
 
-def draw(
-    batch: int,
-    queries: int,
-    num_classes: int,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Draws:
+def draw(batch: int, queries: int, num_classes: int, generator: torch.Generator | None = None,
+         device: torch.device | str | None = None) -> Draws:
     """Random numbers for `queries` denoising queries in each of `batch` images, in the reference's order.
 
     Args:

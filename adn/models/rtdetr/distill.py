@@ -17,13 +17,15 @@ from .criterion import DetectionLoss, DistillationLoss, Outputs
 
 
 class _Step(nn.Module):
-    """A detector, and how a pass through it is drawn."""
+    """A detector, its losses against the ground truth, and how a pass through it is drawn."""
 
-    def __init__(self, net: nn.Module, multi_scale: Sequence[int], generator: torch.Generator | None) -> None:
+    def __init__(self, net: nn.Module, criterion: DetectionLoss | None = None, *, multi_scale: Sequence[int] = (),
+                 generator: torch.Generator | None = None) -> None:
         super().__init__()
         if bad := [size for size in multi_scale if size < STRIDE or size % STRIDE]:
             raise ValueError(f"multi_scale has {bad}; pass multiples of {STRIDE}")
         self.net = net
+        self.criterion = DetectionLoss() if criterion is None else criterion
         self.multi_scale = tuple(multi_scale)
         self.generator = generator
 
@@ -56,17 +58,6 @@ class DetectionSupervised(_Step):
     Returns (of a call):
         A dict of scalars: every weighted term of the criterion, and their sum `loss`.
     """
-
-    def __init__(
-        self,
-        net: nn.Module,
-        criterion: DetectionLoss | None = None,
-        *,
-        multi_scale: Sequence[int] = (),
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(net, multi_scale, generator)
-        self.criterion = DetectionLoss() if criterion is None else criterion
 
     def forward(self, images: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
         outputs = self._run(images, targets)
@@ -103,17 +94,10 @@ class DetectionDistillation(_Step, TwoPass):
         FloatingPointError: of these, if predictions are not finite.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        criterion: DetectionLoss | None = None,
-        distillation: DistillationLoss | None = None,
-        *,
-        multi_scale: Sequence[int] = (),
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(net, multi_scale, generator)
-        self.criterion = DetectionLoss() if criterion is None else criterion
+    def __init__(self, net: nn.Module, criterion: DetectionLoss | None = None,
+                 distillation: DistillationLoss | None = None, *, multi_scale: Sequence[int] = (),
+                 generator: torch.Generator | None = None) -> None:
+        super().__init__(net, criterion, multi_scale=multi_scale, generator=generator)
         self.distillation = DistillationLoss() if distillation is None else distillation
 
     def _super_terms(self, of_super: Outputs, targets: Targets) -> dict[str, torch.Tensor]:

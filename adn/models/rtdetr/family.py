@@ -39,7 +39,10 @@ def rtdetr(model: nn.Module) -> list[StagePlan] | Plan:
         return []
     stages = next(filter(None, (known.find(model.backbone) for known in FAMILIES.values())), [])
     backbone = [_within("backbone", stage) for stage in stages]
-    return Plan([*backbone, *_neck(model, "encoder")], "rtdetr", [_decoder(len(model.decoder.decoder.layers))])
+    # The base-net runs two thirds of the decoder's layers, as published for six.
+    decoder = StackPlan("decoder", ["decoder.decoder.layers", "decoder.dec_score_head", "decoder.dec_bbox_head"],
+                        math.ceil(2 * len(model.decoder.decoder.layers) / 3))
+    return Plan([*backbone, *_neck(model, "encoder")], "rtdetr", [decoder])
 
 
 def _within(parent: str, stage: StagePlan) -> StagePlan:
@@ -65,9 +68,3 @@ def _neck(model: nn.Module, where: str = "") -> Iterator[StagePlan]:
         own = [norm for norm in norms if norm.startswith(prefix) and not norm.startswith(skipped)]
         yield StagePlan(f"{prefix}bottlenecks", blocks, essential, [*loose, *own], flag="neck")
         loose = []
-
-
-def _decoder(layers: int) -> StackPlan:
-    """The base-net runs two thirds of the layers, as published for six."""
-    return StackPlan("decoder", ["decoder.decoder.layers", "decoder.dec_score_head", "decoder.dec_bbox_head"],
-                     math.ceil(2 * layers / 3))

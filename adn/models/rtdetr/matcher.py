@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,21 +46,17 @@ class Matcher:
         ImportError: without SciPy, `pip install "adn[detect]"`.
     """
 
-    def __init__(
-        self,
-        cost_class: float = 2.0,
-        cost_bbox: float = 5.0,
-        cost_giou: float = 2.0,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-    ) -> None:
+    def __init__(self, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0, alpha: float = 0.25,
+                 gamma: float = 2.0) -> None:
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.alpha, self.gamma = alpha, gamma
-        self._assign = _linear_sum_assignment()
+        try:
+            from scipy.optimize import linear_sum_assignment
+        except ImportError as error:
+            raise ImportError('the losses of a detector need SciPy: pip install "adn[detect]"') from error
+        self._assign = linear_sum_assignment
 
-    def match(
-        self, outputs: Mapping[str, torch.Tensor], targets: Targets
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def match(self, outputs: Mapping[str, torch.Tensor], targets: Targets) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Match one head.
 
         Args:
@@ -84,9 +80,8 @@ class Matcher:
                 zip(pairs.query[0].split(kept), pairs.object[0].split(kept), first)]
 
     @torch.no_grad()
-    def match_heads(
-        self, logits: torch.Tensor, boxes: torch.Tensor, objects: Objects, names: Sequence[str] | None = None
-    ) -> Pairs:
+    def match_heads(self, logits: torch.Tensor, boxes: torch.Tensor, objects: Objects,
+                    names: Sequence[str] | None = None) -> Pairs:
         """Match every head by itself, with one copy from the device for all.
 
         Args:
@@ -145,11 +140,3 @@ def _explain(cost: np.ndarray, classes: int, objects: Objects, names: Sequence[s
     where = ", ".join(name for name, of_head in zip(names, cost, strict=True) if not np.isfinite(of_head).all())
     raise FloatingPointError(f"the predictions are not finite ({where}): training has diverged, or the input is not "
                              "finite")
-
-
-def _linear_sum_assignment() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError('the losses of a detector need SciPy: pip install "adn[detect]"') from error
-    return linear_sum_assignment

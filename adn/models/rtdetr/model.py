@@ -58,6 +58,7 @@ class RTDETR(Detector):
     """
 
     stride = STRIDE
+    postprocess = staticmethod(postprocess)
     class_heads = ("decoder.enc_score_head", "decoder.dec_score_head", "decoder.denoising_class_embed")
 
     def __init__(
@@ -120,10 +121,6 @@ class RTDETR(Detector):
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.decoder.reset_classifier(num_classes)
-
-    def postprocess(self, outputs: Mapping[str, Tensor], sizes: Sequence[Tensor | Sequence[int]]
-                    ) -> list[dict[str, Tensor]]:
-        return postprocess(outputs, sizes)
 
     def distillation(self, recipe: DetectionRecipe, sizes: Sequence[int]) -> nn.Module:
         for cut in state_of(self).cuts:

@@ -10,9 +10,8 @@ from torchvision.ops import box_convert
 from ...detect.boxes import widened
 
 
-def postprocess(
-    outputs: Mapping[str, torch.Tensor], sizes: torch.Tensor | Sequence[torch.Tensor | Sequence[int]], top: int = 300
-) -> list[dict[str, torch.Tensor]]:
+def postprocess(outputs: Mapping[str, torch.Tensor], sizes: torch.Tensor | Sequence[torch.Tensor | Sequence[int]],
+                top: int = 300) -> list[dict[str, torch.Tensor]]:
     """The `top` best of all (query, class) pairs of each image; a query may appear with several classes.
 
     Nothing is suppressed and no box is clipped to the image.

@@ -15,11 +15,7 @@ CLASS_KL = ("softmax-mean", "softmax", "sigmoid")
 @dataclasses.dataclass(frozen=True)
 class DetectionRecipe(DetectorSettings):
     """Every setting of the training of an RT-DETR that its numbers depend on. `DetectionRecipe()` holds the published
-    values of AnyDepth-DETR R50, but for what four processes share.
-
-    Raises:
-        ValueError: if a setting is out of range; the message says what to pass.
-    """
+    values of AnyDepth-DETR R50, but for what four processes share."""
 
     bias_ending: ClassVar[str] = "bias"
     whole_norms: ClassVar[bool] = True
