@@ -233,14 +233,14 @@ class _Builder:
         by the part's method `per_image` if it has one, else by running it at all of them."""
         node, = piece.nodes
         kind = self.wholes[node.target][1]
+        whole, *fewer = kind.values(self.traced.root)
         variants = {value: part_in_form(self.traced.root, node.target, kind.form(value), self.twins)
-                    for value in kind.values(self.traced.root)}
+                    for value in sorted((whole, *fewer))}
         count = len(node.args)
         parts = {value: _part(variant, arguments=count) for value, variant in variants.items()}
         paths = {value: self._call(piece, [part]) for value, part in parts.items()}
-        full = next(iter(variants.values()))
-        if hasattr(full, "per_image"):
-            each = _part(full, method="per_image", arguments=count + 1)
+        if hasattr(variants[whole], "per_image"):
+            each = _part(variants[whole], method="per_image", arguments=count + 1)
             return paths, self._call(piece, [each], takes_picks=True)
         return paths, self._call(piece, list(parts.values()), tuple(map(int, parts)))
 
