@@ -162,13 +162,13 @@ def _attach(
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and module.track_running_stats:
             swap(module, CountOnce)
-    parted = {inside: module._adn_choice for module in model.modules() if isinstance(module, Parted)
-              for inside in module.modules()}
-    for module in shared_norms(model):
-        swap(module, SharedNorm, parted.get(module, state.shared))
+    apart: dict[nn.Module, Choice] = {}  # what lies in a module that each of the two nets runs by itself
     for module in model.modules():
         if isinstance(module, Parted):
             module.__dict__["_adn_shared"] = state.shared
+            apart |= dict.fromkeys(module.modules(), module._adn_choice)
+    for module in shared_norms(model):
+        swap(module, SharedNorm, apart.get(module, state.shared))
     followers = [name for _, kind in plan.parts for name, behaviour, _ in kind.follow()]
     units = (unit for kind in plan for unit in kind.units)
     first = next((unit for unit in units if any(name.startswith(f"{unit}.") for name in followers)), None)

@@ -300,6 +300,17 @@ def test_distillation_compares_the_modules_outputs() -> None:
 
 
 @own_or_not
+def test_hooks_are_called_once(own: bool) -> None:
+    net = source()
+    calls: list[tuple[int, ...]] = []
+    net.scaled.cv2.conv.register_forward_hook(lambda module, args, y: calls.append(tuple(y.shape)))
+    net = adn.convert(net, plan=plan(own))
+    adn.set_depth(net, "base")
+    net(batch())
+    assert len(calls) == 1
+
+
+@own_or_not
 def test_saved_and_loaded(own: bool, tmp_path) -> None:
     net, x = converted(own, torch.float32), batch(dtype=torch.float32)
     adn.save(net, tmp_path / "net.safetensors")

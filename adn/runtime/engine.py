@@ -26,7 +26,7 @@ from .cuda_graphs import CudaGraphs, Graph
 from .cut import Segment
 from .fuse import FusedNet
 from .per_image import checked_flags
-from .staged import Form, Place, map_tensors, staged, zeros
+from .staged import Batch, Place, map_tensors, staged, zeros
 from .watch import Watch
 
 _ATTEMPTS = 3  # at a call whose net has changed; one that changes with every forward is no static program
@@ -103,7 +103,7 @@ class Engine:
         self._lock = threading.RLock()
         self._counts = Counter(dict.fromkeys(("calls", "captures", "launches", "dropped", "invalidations"), 0))
         self._captured: OrderedDict[tuple, Graph] = OrderedDict()
-        self._places: dict[Form, Place] = {}
+        self._places: dict[Batch, Place] = {}
         self._graphs: CudaGraphs | None = None
         self._look_at_net()
 
@@ -330,11 +330,11 @@ class Engine:
             self._run(x, depth, copy=False)
             self._kinds.add(_kind(x))
 
-    def _form(self, x: Tensor) -> Form:
+    def _form(self, x: Tensor) -> Batch:
         """What a batch is run as, padded."""
         n = len(x)
         size = n if self._sizes is None else next(size for size in self._sizes if size >= n)
-        return Form((size, *x.shape[1:]), x.dtype)
+        return Batch((size, *x.shape[1:]), x.dtype)
 
     def _run(self, x: Tensor, depth: Depth | Tensor, *, copy: bool, is_part: bool = False) -> Any:
         """At one depth for all images, or by the flags of each."""
@@ -362,7 +362,7 @@ class Engine:
         memory = x.untyped_storage().data_ptr()
         return map_tensors(lambda t: own(t, copy=t.untyped_storage().data_ptr() == memory), y)
 
-    def _replay(self, x: Tensor, form: Form, depth: Depth | Tensor, own: Callable[[Tensor], Tensor]) -> Any:
+    def _replay(self, x: Tensor, form: Batch, depth: Depth | Tensor, own: Callable[[Tensor], Tensor]) -> Any:
         self._graphs.follow(self._buffers)
         for _ in range(_ATTEMPTS):
             graphs = self._graphs_of(form, depth, x)
@@ -395,7 +395,7 @@ class Engine:
             return True
         return refreshed
 
-    def _graphs_of(self, form: Form, depth: Depth | Tensor, x: Tensor) -> list[Graph]:
+    def _graphs_of(self, form: Batch, depth: Depth | Tensor, x: Tensor) -> list[Graph]:
         pieces = dict(self._pieces(form, depth))
         if not pieces.keys() <= self._captured.keys():
             self._capture(form, x, pieces)
@@ -403,7 +403,7 @@ class Engine:
             self._captured.move_to_end(key)
         return [self._captured[key] for key in pieces]
 
-    def _pieces(self, form: Form, depth: Depth | Tensor) -> Iterator[tuple[tuple, Callable[[], Any]]]:
+    def _pieces(self, form: Batch, depth: Depth | Tensor) -> Iterator[tuple[tuple, Callable[[], Any]]]:
         """What a forward is captured as: for each graph, its key and what runs in it."""
         if torch.is_tensor(depth):
             yield (form, "per image"), functools.partial(self._run_per_image, form)
@@ -415,21 +415,21 @@ class Engine:
             entry = segment.flag is not None and depth[segment.flag]
             yield (form, i, entry), functools.partial(self._run_segment, form, segment, entry)
 
-    def _run_net(self, form: Form, depth: Depth) -> Any:
+    def _run_net(self, form: Batch, depth: Depth) -> Any:
         set_depth(self.net, depth)
         return map_tensors(lambda tensor: tensor, self.net(self._places[form].x))
 
-    def _run_per_image(self, form: Form) -> Any:
+    def _run_per_image(self, form: Batch) -> Any:
         place = self._places[form]
         if place.flags is None:
             # A run of warm-up, not yet the capture: outside the pool.
             place.flags = torch.zeros(len(self._depth), form.shape[0], dtype=torch.int32, device=self._device)
         return map_tensors(lambda tensor: tensor, self._inner.per_image(place.x, place.flags))
 
-    def _run_segment(self, form: Form, segment: Segment, entry: bool | int) -> None:
+    def _run_segment(self, form: Batch, segment: Segment, entry: bool | int) -> None:
         self._places[form].leave(segment.gives, segment.run(entry, *self._places[form].take(segment.takes)))
 
-    def _capture(self, form: Form, x: Tensor, pieces: dict[tuple, Callable[[], Any]]) -> None:
+    def _capture(self, form: Batch, x: Tensor, pieces: dict[tuple, Callable[[], Any]]) -> None:
         if form not in self._places:
             self._places[form] = Place(zeros(form.shape, x), self._staged)
         try:

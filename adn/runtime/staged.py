@@ -40,7 +40,7 @@ def staged(net: nn.Module, max_graphs: int) -> Staged | None:
     return net if sum(1 if s.flag is None else ways[s.flag] for s in net.segments) <= max_graphs else None
 
 
-class Form(NamedTuple):
+class Batch(NamedTuple):
     """What the net is run with: the shape of a whole batch, and its dtype."""
 
     shape: tuple[int, ...]

@@ -3,7 +3,6 @@ bypassed, the first blocks run, and the convolution reads as many channels as th
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ from torch import fx, nn
 
 from adn_kernels.private import not_traced
 
-from ..behaviours import Follows, halves, input_of, is_norm, original_class, with_input
+from ..behaviours import Follows, halves, input_of, is_norm, original_class, twin_of, with_input
 from ..choice import Both
 from ..errors import ConversionError
 from ..taps import hand_out, unheard
 from ..trace import CannotTrace, trace
-from . import Follower, Form, submodule
+from . import Follower, Form, of_first_inputs, submodule
 from .stage import StagePlan, inside, is_inside
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate, torch.stack)
@@ -182,9 +181,8 @@ class NarrowPlan(StagePlan):
     def twin(self, module: nn.Module, twins: str) -> nn.Module:
         if not isinstance(module, nn.Conv2d):
             return super().twin(module, twins)
-        twin = copy.deepcopy(module)
-        twin.in_channels = self.inputs
-        twin.weight = nn.Parameter(module.weight.detach()[:, : self.inputs].clone(), module.weight.requires_grad)
+        twin = of_first_inputs(twin_of(module), self.inputs)
+        twin.weight = nn.Parameter(twin.weight.detach().clone(), twin.weight.requires_grad)
         return twin
 
 
