@@ -6,10 +6,12 @@ import csv
 import datetime
 import importlib.util
 import os
+import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -48,7 +50,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("cuda")
         if of_launcher if interpreted else (on_gpu or not of_launcher):
             chosen.append(item)
-    items[:] = chosen
+    items[:] = sample(chosen, config.getoption("--sample"))
+
+
+def sample(items: list[pytest.Item], n: int | None) -> list[pytest.Item]:
+    """Of each test n cases, the same each time: drawn, as every k-th of a product would leave out values of the last
+    parameter."""
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    chosen = {item for name, some in cases.items()
+              for item in (some if n is None or len(some) <= n else random.Random(name).sample(some, n))}
+    return [item for item in items if item in chosen]
 
 
 BROKEN = pytest.StashKey[bool]()
@@ -69,6 +82,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", type=int, metavar="N", help="of each test, run at most N of its cases")
     parser.addoption("--results", type=Path, metavar="DIR", help="write tables of what the tests found to this folder")
 
 
@@ -88,6 +102,11 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+
+
+def few(cases: Iterable[object], in_ci: Callable[[object], bool]) -> list[object]:
+    """Cases to parametrize with: those for which `in_ci` holds always, the others with `-m full`."""
+    return [case if in_ci(case) else pytest.param(case, marks=pytest.mark.full) for case in cases]
 
 
 @pytest.fixture

@@ -16,8 +16,14 @@ from torch.utils.checkpoint import checkpoint
 import adn
 from adn.core import choice
 
-NAMES = ["resnet18", "resnet50d", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilenetv2_100",
-         "convnext_atto"]
+MODELS = {
+    "resnet18": {},
+    "resnet50d": {"layers": (2, 2, 2, 2)},
+    "vit_tiny_patch16_224": {"img_size": 64},
+    "swin_tiny_patch4_window7_224": {"depths": (2, 2, 2), "embed_dim": 24, "num_heads": (1, 2, 2), "img_size": 64},
+    "mobilenetv2_050": {},
+    "convnext_atto": {},
+}
 
 
 @pytest.fixture
@@ -29,10 +35,9 @@ def reentrant(request):
 
 
 @pytest.mark.parametrize("reentrant", [False, True], indirect=True, ids=["saved_tensors", "reentrant"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_and_statistics(name: str, reentrant: bool) -> None:
-    sized = {"img_size": 64} if name.startswith(("vit", "swin")) else {}
-    plain = adn.convert(build(name, num_classes=10, **sized)).double().train()
+    plain = adn.convert(build(name, num_classes=10, **MODELS[name])).double().train()
     checked = copy.deepcopy(plain)
     checked.set_grad_checkpointing(True)
     x = torch.randn(4, 3, 64, 64, dtype=torch.double, requires_grad=True)

@@ -71,7 +71,6 @@ def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
     again = demo.run(tmp_path / "again", epochs=1, progress=False)
     assert [p.top1 for p in again.profile] == [p.top1 for p in profile], "the same numbers for the same seed"
-    assert demo.run(tmp_path / "again", epochs=1, progress=False, seed=1).profile[0].top1 is not None
 
 
 def test_another_run_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -88,7 +87,8 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch, c
     assert 'pip install "adn[demo]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 5))])
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(5))
 def test_every_depth_is_right(seed: int, tmp_path: Path) -> None:
     result = demo.run(tmp_path, seed=seed, progress=False)
     assert len(result.profile) == 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import pickle
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compilations import count
-from conftest import randomise
+from conftest import few, randomise
 from detr_cases import some_targets
 from fake_graphs import FakeGraphs
 from test_rtdetr import in_order, tiny
@@ -79,8 +80,7 @@ def every_seventh(net: nn.Module) -> list[adn.Depth]:
 # ------------------------------------------------------------------------------------------------------- deploy form
 
 
-@pytest.mark.parametrize("kind", [
-    kind if kind in IN_CI else pytest.param(kind, marks=pytest.mark.full) for kind in KINDS])
+@pytest.mark.parametrize("kind", few(KINDS, IN_CI.__contains__))
 def test_deploy_form_at_every_depth(kind: str) -> None:
     net, x = detector(kind).double(), images(dtype=torch.float64)
     fused, seen = fuse(net), set()
@@ -273,8 +273,8 @@ def operators_outside_graphs(call: Callable[[], object]) -> list[str]:
 
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(("kind", "way"), [
-    (IN_CI[0], "adn"), (IN_CI[2], "torch"), pytest.param(IN_CI[1], "torch", marks=pytest.mark.full),
-    pytest.param(IN_CI[3], "adn", marks=pytest.mark.full)])
+    pytest.param(kind, way, marks=() if i == 0 else pytest.mark.full)
+    for i, (kind, way) in enumerate(zip(IN_CI, itertools.cycle(["adn", "torch"]), strict=False))])
 def test_sweep_of_a_compiled_detector(kind: str, way: str) -> None:
     """Two paths of each stage and of the neck, one of the decoder for each number of layers; timm's stem is one too."""
     net, x = small(kind), images()
@@ -314,7 +314,7 @@ def test_training_a_compiled_detector(way: str) -> None:
     eager, x = copy.deepcopy(net), images(dtype=torch.float64)
     compiled = WAYS[way](net, backend="aot_eager")
     compilations = []
-    for counts in ([2, 1], [3, 1], [0, 0], [1, 0], [0, 4], [5, 5], [0, 1], [1, 7], [2, 1]):
+    for counts in ([2, 1], [3, 1], [0, 0], [0, 4], [0, 1], [2, 1]):
         done = []
         for depth in ("super", "base"):
             found: dict[str, Tensor] = {}
@@ -326,7 +326,7 @@ def test_training_a_compiled_detector(way: str) -> None:
                 torch.testing.assert_close(other, value, rtol=1e-8, atol=1e-10, msg=f"{counts} {depth} {name}")
         assert all(m.fail_type is None for m in done)
         compilations.append(len(done))
-    assert compilations[1:] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert compilations[1:] == [1, 1, 0, 0, 0]
 
 
 @pytest.mark.full

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import randomise
+from conftest import few, randomise
 from detr_cases import Golden
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -225,8 +225,7 @@ GMACS = {
 }
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.full if "r101" in name else ()) for name in GMACS])
+@pytest.mark.parametrize("name", few(GMACS, lambda name: "r101" not in name))
 def test_multiply_adds_are_the_published_ones(name: str) -> None:
     net = adn.create_model(name).eval()
     if not name.startswith("anydepth"):

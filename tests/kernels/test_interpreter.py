@@ -1,7 +1,8 @@
 """Runs the tests of launchers in Triton's interpreter, each file in a process of its own.
 
 The interpreter is chosen by an environment variable when kernels are defined, so it cannot share a process with tests
-that compile them. To run one file by hand: `TRITON_INTERPRET=1 pytest tests/kernels/test_gemm.py`.
+that compile them. By default a sample of the cases of each test, `-m full` runs all. To run one file by hand:
+`TRITON_INTERPRET=1 pytest tests/kernels/test_gemm.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import few
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in HERE.glob("test_*.py") if "mark.launcher" in path.read_text()
@@ -30,9 +32,10 @@ def _pytest(*args: str) -> subprocess.CompletedProcess:
                           env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("sample", few(["--sample=3", "--sample=1000000"], lambda sample: sample == "--sample=3"))
 @pytest.mark.parametrize("name", FILES)
-def test_launchers(name: str) -> None:
-    done = _pytest(str(HERE / name))
+def test_launchers(name: str, sample: str) -> None:
+    done = _pytest(str(HERE / name), sample)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import build, randomise
+from conftest import build, few, randomise
 from test_convert import stated_sample
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +39,7 @@ MODELS = {
     "tv_regnet_x_400mf": {},
 }
 SECOND = "tv_resnet18", "tv_mobilenet_v3_small", "tv_regnet_x_400mf"
-NAMES = [pytest.param(name, marks=pytest.mark.full) if name in SECOND else name for name in MODELS]
+NAMES = few(MODELS, lambda name: name not in SECOND)
 
 
 @functools.cache

@@ -309,7 +309,7 @@ def test_every_mode_is_code_of_its_own() -> None:
     contexts = [torch.enable_grad, torch.no_grad, torch.inference_mode]
     for training, context, amp in itertools.product((True, False), contexts, (False, True)):
         net.train(training)
-        for n, size in ((2, 32), (3, 32), (2, 40)):
+        for n, size in ((2, 32), (3, 40)):
             with context(), torch.autocast("cpu", enabled=amp):
                 for depth in ("super", "base"):
                     with adn.at_depth(net, depth):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import build, randomise
-from test_convert import MODELS, NAMES, net_and_input, stated_sample
+from conftest import build, few, randomise
+from test_convert import IN_CI, MODELS, NAMES, net_and_input, stated_sample
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,9 +18,6 @@ import adn
 from adn.runtime.fuse import FusedNet, fuse
 from adn.runtime.layers import ConvNormAct
 
-IN_CI = ["resnet18", "ecaresnet26t", "tv_resnet50", "resnetv2_50d", "mobilenetv2_050", "mobilenetv3_small_075",
-         "tv_mobilenet_v2", "vit_tiny_patch16_224", "tv_vit_b_32", "swin_tiny_patch4_window7_224", "tv_swin_v2_t",
-         "convnext_atto", "convnextv2_atto", "tv_convnext_tiny", "regnety_002", "tv_regnet_x_400mf"]
 # With random norms this one amplifies rounding a billionfold.
 UNSTABLE = "efficientnetv2_rw_t"
 
@@ -44,8 +41,7 @@ def forward(net: nn.Module, x: torch.Tensor, depth: adn.Depth | str) -> torch.Te
         return net(x)
 
 
-@pytest.mark.parametrize("name", [
-    name if name in IN_CI else pytest.param(name, marks=pytest.mark.full) for name in NAMES])
+@pytest.mark.parametrize("name", few(NAMES, IN_CI.__contains__))
 def test_every_depth(name: str, table: list) -> None:
     net, x = converted(name)
     net, x = net.double(), x.double()

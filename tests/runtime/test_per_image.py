@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import build, randomise
-from test_convert import NAMES
-from test_fuse import IN_CI, UNSTABLE, converted, difference
+from conftest import build, few, randomise
+from test_convert import IN_CI, NAMES
+from test_fuse import UNSTABLE, converted, difference
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -49,8 +49,7 @@ def alone(net: nn.Module, x: Tensor, depths: list[adn.Depth]) -> Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("name", [
-    name if name in IN_CI else pytest.param(name, marks=pytest.mark.full) for name in NAMES])
+@pytest.mark.parametrize("name", few(NAMES, IN_CI.__contains__))
 def test_each_image_as_if_alone(name: str) -> None:
     net, fused, x = prepared(name)
     before = x.clone()
