@@ -4,15 +4,16 @@ import copy
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, few
 
 import adn
 from adn.core import behaviours
 
 
-@pytest.mark.parametrize("name", ["resnet18", "seresnet50", "resnetv2_50", "mobilenetv2_100", "efficientnet_b0",
-                                  "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto",
-                                  "regnety_002", "tv_mobilenet_v2", "tv_swin_t"])
+@pytest.mark.parametrize("name", [
+    *few(["seresnet50", "resnetv2_50", "efficientnet_b0", "regnety_002", "tv_swin_t"], lambda name: False),
+    "resnet18", "mobilenetv2_100", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto",
+    "tv_mobilenet_v2"])
 def test_extract_equals_the_net_at_every_depth(name: str) -> None:
     sized = {"img_size": 64} if name.startswith(("vit", "swin")) else {}
     model = build(name, num_classes=10, **sized)

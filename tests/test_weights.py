@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from conftest import build, randomise
+from conftest import build, few, randomise
 from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
@@ -92,7 +92,7 @@ def assert_same_function(a: nn.Module, b: nn.Module, size: int, atol: float = 1e
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.parametrize("name", few(REFERENCE, lambda name: "vit" not in name))
 def test_reference_into_both_libraries(name: str, golden, seeded) -> None:
     manifest, arrays = golden(name)
     state = seeded.reference_state(manifest)
@@ -137,6 +137,7 @@ def test_reference_vd_into_timm() -> None:
             load_weights(adn.convert(wrong), state)
 
 
+@pytest.mark.full
 def test_reference_resnet101() -> None:
     net = shaken(adn.convert(torchvision.models.resnet101(num_classes=2)))
     state = reference_names(net)

@@ -56,6 +56,7 @@ def inputs(batch: int) -> tuple[Tensor, Tensor]:
     return x, torch.arange(batch, dtype=torch.int32) % 2
 
 
+@pytest.mark.full
 def test_ahead_of_time(tmp_path: Path) -> None:
     net = Net().eval()
     dynamic = ({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC})

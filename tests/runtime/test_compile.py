@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from compilations import Counts, count
-from conftest import build, randomise
+from conftest import build, few, randomise
 from torch import nn
 from torch.compiler import set_stance
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -437,7 +437,7 @@ class Wrapper(nn.Module):
 
 class TestSelfDistillation:
     @pytest.mark.parametrize("single_pass", [False, True], ids=["two_passes", "single_pass"])
-    @pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.full), "in_turn", "loop"])
+    @pytest.mark.parametrize("name", few(["resnet18", "in_turn", "loop"], lambda name: name == "in_turn"))
     @pytest.mark.parametrize("way", ["adn", "torch", "torch_outside"])
     def test_step(self, name: str, way: str, single_pass: bool) -> None:
         """With features of the stages: losses, gradients; nothing compiled from the second step on."""
