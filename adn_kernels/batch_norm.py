@@ -19,7 +19,6 @@ All of it is bound by HBM bandwidth, for small tensors by the latency of the lau
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -31,16 +30,25 @@ from torch.library import triton_op
 
 from .activation import act, act_grad, act_grad_reference, act_reference, check_activation
 from .bank import Vectors, banks, check_flags, of_bank, picked
-from .launch import SPLITS, cdiv, check_eps, launch, next_power_of_2, no_second_derivative, on_gpu, tuned
-from .view import stride_in, view_of_image
+from .launch import (
+    SPLITS,
+    cdiv,
+    check_eps,
+    launch,
+    next_power_of_2,
+    no_second_derivative,
+    on_gpu,
+    stages,
+    tuned,
+)
+from .view import stride_in, unit_of, view_of_image
 
 # Rows (values per channel) that one program holds in registers.
 FEW = 512
 
 
-# Kernels. Sizes and strides called "per VEC" are passed divided by the constexpr VEC: the product is then known to be
-# divisible by it, which 16-byte accesses need; Triton by itself only notices divisibility by 16. Strides, and sizes of
-# a whole row, are int64 from there on: those of slices may pass 2^31.
+# Kernels. Sizes and strides called "per VEC" are passed divided by the constexpr VEC, see the head of `view.py`.
+# Strides, and sizes of a whole row, are int64 from there on: those of slices may pass 2^31.
 #
 # stats: float32 (6, groups, C), what is known of every channel once its rows have been read, all that the apply kernel
 # and the backward need besides tensors:
@@ -81,31 +89,32 @@ def batch_norm_moments_kernel(
     groups,
     C,  # per VEC
     stride,  # of a row; per VEC
-    rows_per_part,  # a multiple of BM
     VEC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """A part is every `parts`-th tile of BM rows."""
     part, g = tl.program_id(0), tl.program_id(2)
+    parts = tl.num_programs(0)
     C = C * VEC
     stride = _wide(stride, VEC)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = (c < C)[None, :]
     lane = tl.arange(0, BM)
-    first = part.to(tl.int64) * rows_per_part
-    length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
-    start = x + (g.to(tl.int64) * rows + first) * stride
+    start = x + (g.to(tl.int64) * rows + part * BM) * stride
     tile = lane.to(tl.int64)[:, None] * stride + c[None, :]
-    step = BM * stride
+    step = parts * BM * stride
     mean = tl.zeros([BM, BC], tl.float32)
     m2 = tl.zeros([BM, BC], tl.float32)
-    full = length // BM
+    tiles = rows // BM
+    full = (tiles - part + parts - 1) // parts
     for i in tl.range(0, full, num_stages=STAGES):
         v = tl.load(start + i * step + tile, mask=mask, other=0.0).to(tl.float32)
         d = v - mean
         mean += d * (1.0 / (i + 1))
         m2 += d * (v - mean)
-    # What is left, less than BM rows: only the lanes that have one go on.
-    count = (full + (lane < length - full * BM)).to(tl.float32)[:, None]
-    mask &= (lane < length - full * BM)[:, None]
+    # What is left, less than BM rows, is whose turn it is: only the lanes that have one go on.
+    left = tl.where(part == tiles % parts, rows - tiles * BM, 0)
+    count = (full + (lane < left)).to(tl.float32)[:, None]
+    mask &= (lane < left)[:, None]
     v = tl.load(start + full * step + tile, mask=mask, other=0.0).to(tl.float32)
     d = tl.where(mask, v - mean, 0.0)
     mean += d / tl.maximum(count, 1.0)
@@ -275,6 +284,16 @@ def _per_column(vector, start, columns, inner, C, BN: tl.constexpr, PLANES: tl.c
 
 
 @triton.jit
+def _backwards(groups):
+    """Block of rows and columns, and group, of a program of an apply kernel, beginning with the last.
+
+    In NHWC those that reduce go through all groups at once, from the first row to the last: the end is left in L2.
+    """
+    last = tl.num_programs(0) - 1 - tl.program_id(0)
+    return last // groups, last % groups
+
+
+@triton.jit
 def batch_norm_apply_kernel(
     x, residual,  # residual may be None
     y,
@@ -286,7 +305,7 @@ def batch_norm_apply_kernel(
     VEC: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PLANES: tl.constexpr,  # inner is at least BN, so a block of columns has one or two channels
 ):  # fmt: skip
-    p, g = tl.program_id(0), tl.program_id(1)
+    p, g = _backwards(groups)
     blocks = tl.cdiv(columns, BN // VEC)
     columns = _wide(columns, VEC)
     x_stride, residual_stride, y_stride = _wide(x_stride, VEC), _wide(residual_stride, VEC), _wide(y_stride, VEC)
@@ -395,26 +414,24 @@ def batch_norm_backward_reduce_kernel(
     groups,
     C,  # per VEC
     dy_stride, x_stride, residual_stride, dz_stride,  # of a row; per VEC
-    rows_per_part,  # a multiple of BM
     VEC: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     part, g = tl.program_id(0), tl.program_id(2)
+    parts = tl.num_programs(0)
     C = C * VEC
     dy_stride, x_stride = _wide(dy_stride, VEC), _wide(x_stride, VEC)
     residual_stride, dz_stride = _wide(residual_stride, VEC), _wide(dz_stride, VEC)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = c < C
     mean, scale, bias = _load_affine(stats, g, groups, c, C, mask)
-    first = part.to(tl.int64) * rows_per_part
-    length = tl.maximum(tl.minimum(rows - first, rows_per_part), 0).to(tl.int32)
-    first += g.to(tl.int64) * rows
+    first = g.to(tl.int64) * rows
     sum_dz = tl.zeros([BM, BC], tl.float32)
     sum_dzx = tl.zeros([BM, BC], tl.float32)
-    for i in tl.range(0, tl.cdiv(length, BM), num_stages=STAGES):
-        lane = i * BM + tl.arange(0, BM)[:, None]
+    for tile in tl.range(part, tl.cdiv(rows, BM), parts, num_stages=STAGES):
+        row = tile * BM + tl.arange(0, BM)[:, None]
         d, grad = _load_dz(
-            dy, x, residual, dz, first + lane, dy_stride, x_stride, residual_stride, dz_stride, c[None, :],
-            mean[None, :], scale[None, :], bias[None, :], (lane < length) & mask[None, :], ACTIVATION)
+            dy, x, residual, dz, first + row, dy_stride, x_stride, residual_stride, dz_stride, c[None, :],
+            mean[None, :], scale[None, :], bias[None, :], (row < rows) & mask[None, :], ACTIVATION)
         sum_dz += grad
         sum_dzx = tl.fma(grad, d, sum_dzx)
     at = sums + (part * groups + g) * 2 * C + c
@@ -533,7 +550,7 @@ def batch_norm_backward_apply_kernel(
     VEC: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PLANES: tl.constexpr,  # inner is at least BN, so a block of columns has one or two channels
 ):  # fmt: skip
-    p, g = tl.program_id(0), tl.program_id(1)
+    p, g = _backwards(groups)
     blocks = tl.cdiv(columns, BN // VEC)
     columns = _wide(columns, VEC)
     dy_stride, x_stride, dx_stride = _wide(dy_stride, VEC), _wide(x_stride, VEC), _wide(dx_stride, VEC)
@@ -619,10 +636,9 @@ class _Rows:
         return [0 if t is None else stride_in(t, self.channels_last) or 0 for t in tensors]  # none of an empty one
 
     def per_vec(self, size: int, *tensors: Tensor | None) -> tuple[int, list[int]]:
-        """VEC, the power of two up to 8 that divides a size and the strides of tensors (16 bytes of a 2-byte type; 1 if
-        one of them is symbolic); and those, divided by it."""
+        """VEC, the unit (`view.unit_of`) of a size and the strides of tensors; and those, divided by it."""
         sizes = [size, *self.strides(*tensors)]
-        vec = math.gcd(8, *sizes) if all(isinstance(n, int) for n in sizes) else 1
+        vec = unit_of(*sizes)
         return vec, [n // vec for n in sizes]
 
     def reduced(self, kernel: Any, kernel_of_planes: Any, *tensors: Tensor | None) -> tuple[Any, int, list[int]]:
@@ -663,14 +679,15 @@ def _split(name: str, elements: int, rows: _Rows) -> tuple[tuple[int, int, int],
     """
     if rows.inner == 1:
         width = _power_of_2(rows.channels, 64)
-        config = rows.tuned(name, {"BM": elements // width, "BC": width, "STAGES": 3, "num_warps": 8})
+        config = rows.tuned(
+            name, {"BM": elements // width, "BC": width, "STAGES": stages(rows.device, 3, 5), "num_warps": 8})
         blocks = cdiv(rows.channels, config["BC"])
         parts = _at_most(max(1, SPLITS // (blocks * rows.groups)), cdiv(rows.rows, config["BM"]))
-        rows_per_part = cdiv(cdiv(rows.rows, parts), config["BM"]) * config["BM"]
-        return (parts, blocks, rows.groups), (rows_per_part,), config
+        return (parts, blocks, rows.groups), (), config
     height = _power_of_2(rows.rows, elements // _power_of_2(rows.inner, 512))
     config = rows.tuned(
-        name, {"BM": height, "BI": _power_of_2(rows.inner, elements // height), "STAGES": 3, "num_warps": 8})
+        name, {"BM": height, "BI": _power_of_2(rows.inner, elements // height), "STAGES": stages(rows.device, 3, 5),
+               "num_warps": 8})
     parts = max(1, SPLITS // (rows.channels * rows.groups))
     row_parts = _at_most(parts, cdiv(rows.rows, config["BM"]))
     blocks = cdiv(rows.inner, config["BI"])
@@ -680,7 +697,7 @@ def _split(name: str, elements: int, rows: _Rows) -> tuple[tuple[int, int, int],
     return (row_parts * plane_parts, rows.channels, rows.groups), arguments, config
 
 
-def _walk(name: str, rows: _Rows) -> tuple[tuple[int, int], int, dict[str, int]]:
+def _walk(name: str, rows: _Rows) -> tuple[tuple[int], int, dict[str, int]]:
     """How an apply kernel is split: grid, rows per program, configuration."""
     height = _power_of_2(rows.rows, 2048 // _power_of_2(rows.columns, 64 if rows.inner == 1 else 512))
     width = _power_of_2(rows.columns, 64 if rows.inner == 1 else 2048 // height)
@@ -694,7 +711,7 @@ def _walk(name: str, rows: _Rows) -> tuple[tuple[int, int], int, dict[str, int]]
     config = dict(rows.tuned(name, {"BM": height, "BN": width, "rows": walk, "num_warps": warps}))
     walk = config.pop("rows")
     config["PLANES"] = isinstance(rows.inner, int) and rows.inner >= config["BN"]
-    return (cdiv(rows.columns, config["BN"]) * cdiv(rows.rows, walk), rows.groups), walk, config
+    return (cdiv(rows.columns, config["BN"]) * cdiv(rows.rows, walk) * rows.groups,), walk, config
 
 
 def _few_config(rows: _Rows) -> dict[str, int]:

@@ -25,8 +25,18 @@ from .activation import act, act_grad, act_grad_reference, act_reference, check_
 from .bank import PER_SAMPLE, Vectors, banks, check_flags, flag_stride, flags_kind, of_bank, per_bank, picked
 from .column_sum import launch_column_sum
 from .epilogue import empty_output
-from .launch import SPLITS, cdiv, check_eps, launch, next_power_of_2, no_second_derivative, on_gpu, tuned
-from .view import View, joined, memory_format, view_of_image
+from .launch import (
+    SPLITS,
+    cdiv,
+    check_eps,
+    launch,
+    next_power_of_2,
+    no_second_derivative,
+    on_gpu,
+    stages,
+    tuned,
+)
+from .view import Strides, View, arguments, in_elements, joined, memory_format, tile_at, view_of_image
 
 
 @triton.jit
@@ -35,8 +45,11 @@ def _parameters(weight, bias, mean, var, weight2, bias2, mean2, var2, bank, c, m
     is_second = False
     if bank is not None:
         is_second = tl.load(bank) != 0
-    m = of_bank(mean, mean2, is_second, c, mask)
-    rstd = tl.rsqrt(tl.where(mask, of_bank(var, var2, is_second, c, mask), 1.0) + eps)
+    m = tl.zeros(c.shape, tl.float32)
+    rstd = tl.full(c.shape, 1.0, tl.float32)
+    if mean is not None:
+        m = of_bank(mean, mean2, is_second, c, mask)
+        rstd = tl.rsqrt(tl.where(mask, of_bank(var, var2, is_second, c, mask), 1.0) + eps)
     scale = rstd
     if weight is not None:
         scale = rstd * of_bank(weight, weight2, is_second, c, mask)
@@ -63,7 +76,7 @@ def batch_norm_eval_kernel(
     x,  # (samples, pixels, C) by its strides
     y,  # like x
     residual,  # like x, or None
-    weight, bias, mean, var,  # (C,) of the first or only bank; weight and bias may be None
+    weight, bias, mean, var,  # (C,) of the first or only bank; weight and bias may be None, mean and var together
     weight2, bias2, mean2, var2,  # (C,) of the second bank
     bank,  # int32, one per sample by its stride, or None
     C, P,  # channels, pixels of a sample
@@ -77,30 +90,27 @@ def batch_norm_eval_kernel(
     ACTIVATION: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, FAR: tl.constexpr,  # of `tile_at`
 ):
     """One program per block of pixels and block of channels."""
+    C, P = in_elements(C, P, UNIT, LAST)
     _, n, p0, c0 = _place(C, splits, tiles, BP, BC)
-    n = n.to(tl.int64)
-    c = tl.arange(0, BC)
+    c = c0 + tl.arange(0, BC)
     p = tl.arange(0, BP)
-    cmask = c0 + c < C
+    cmask = c < C
     if bank is not None:
-        bank += n * bank_stride
+        bank += n.to(tl.int64) * bank_stride
     mean, _, scale, shift = _parameters(
-        weight, bias, mean, var, weight2, bias2, mean2, var2, bank, c0 + c, cmask, eps)
-    x += n * x_sample + c0.to(tl.int64) * x_channel
-    y += n * y_sample + c0.to(tl.int64) * y_channel
-    if residual is not None:
-        residual += n * residual_sample + c0.to(tl.int64) * residual_channel
+        weight, bias, mean, var, weight2, bias2, mean2, var2, bank, c, cmask, eps)
     for _ in range(tiles):
         mask = (p0 + p < P)[:, None] & cmask[None, :]
-        at = x + p0 * x_pixel + p[:, None] * x_pixel + c[None, :] * x_channel
+        at = tile_at(x, n, p0, p, c, x_sample, x_pixel, x_channel, UNIT, LAST, FAR)
         # The mean is subtracted first: folded into the shift, it would cancel where it is large.
         z = tl.fma(tl.load(at, mask=mask, other=0.0).to(tl.float32) - mean[None, :], scale[None, :], shift[None, :])
         if residual is not None:
-            at = residual + p0 * residual_pixel + p[:, None] * residual_pixel + c[None, :] * residual_channel
+            at = tile_at(residual, n, p0, p, c, residual_sample, residual_pixel, residual_channel, UNIT, LAST, FAR)
             z += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        at = y + p0 * y_pixel + p[:, None] * y_pixel + c[None, :] * y_channel
+        at = tile_at(y, n, p0, p, c, y_sample, y_pixel, y_channel, UNIT, LAST, FAR)
         tl.store(at, act(z, ACTIVATION).to(y.dtype.element_ty), mask=mask)
         p0 += BP
 
@@ -127,39 +137,32 @@ def batch_norm_eval_backward_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
     STAGES: tl.constexpr,  # of the loop over tiles: loads in flight
+    UNIT: tl.constexpr, LAST: tl.constexpr, FAR: tl.constexpr,
 ):
     """One program per block of pixels and block of channels."""
+    C, P = in_elements(C, P, UNIT, LAST)
     block, n, p0, c0 = _place(C, splits, tiles, BP, BC)
-    n = n.to(tl.int64)
-    c = tl.arange(0, BC)
+    c = c0 + tl.arange(0, BC)
     p = tl.arange(0, BP)
-    cmask = c0 + c < C
+    cmask = c < C
     if bank is not None:
-        bank += n * bank_stride
+        bank += n.to(tl.int64) * bank_stride
     mean, rstd, scale, shift = _parameters(
-        weight, bias, mean, var, weight2, bias2, mean2, var2, bank, c0 + c, cmask, eps)
-    dy += n * dy_sample + c0.to(tl.int64) * dy_channel
-    if x is not None:
-        x += n * x_sample + c0.to(tl.int64) * x_channel
-    if residual is not None:
-        residual += n * residual_sample + c0.to(tl.int64) * residual_channel
-    if dx is not None:
-        dx += n * dx_sample + c0.to(tl.int64) * dx_channel
-    if dresidual is not None:
-        dresidual += n * dresidual_sample + c0.to(tl.int64) * dresidual_channel
+        weight, bias, mean, var, weight2, bias2, mean2, var2, bank, c, cmask, eps)
     weight_sum = tl.zeros([BP, BC], tl.float32)
     bias_sum = tl.zeros([BP, BC], tl.float32)
     for _ in tl.range(tiles, num_stages=STAGES):
         mask = (p0 + p < P)[:, None] & cmask[None, :]
-        at = dy + p0 * dy_pixel + p[:, None] * dy_pixel + c[None, :] * dy_channel
+        at = tile_at(dy, n, p0, p, c, dy_sample, dy_pixel, dy_channel, UNIT, LAST, FAR)
         g = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if x is not None:
-            at = x + p0 * x_pixel + p[:, None] * x_pixel + c[None, :] * x_channel
+            at = tile_at(x, n, p0, p, c, x_sample, x_pixel, x_channel, UNIT, LAST, FAR)
             centred = tl.load(at, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
             if ACTIVATION != "identity":
                 z = tl.fma(centred, scale[None, :], shift[None, :])
                 if residual is not None:
-                    at = residual + p0 * residual_pixel + p[:, None] * residual_pixel + c[None, :] * residual_channel
+                    at = tile_at(
+                        residual, n, p0, p, c, residual_sample, residual_pixel, residual_channel, UNIT, LAST, FAR)
                     z += tl.load(at, mask=mask, other=0.0).to(tl.float32)
                 g *= act_grad(z, ACTIVATION)
             if weight_sums is not None:
@@ -168,13 +171,13 @@ def batch_norm_eval_backward_kernel(
         if bias_sums is not None:
             bias_sum += tl.where(mask, g, 0.0)
         if dresidual is not None:
-            at = dresidual + p0 * dresidual_pixel + p[:, None] * dresidual_pixel + c[None, :] * dresidual_channel
+            at = tile_at(dresidual, n, p0, p, c, dresidual_sample, dresidual_pixel, dresidual_channel, UNIT, LAST, FAR)
             tl.store(at, g.to(dresidual.dtype.element_ty), mask=mask)
         if dx is not None:
-            at = dx + p0 * dx_pixel + p[:, None] * dx_pixel + c[None, :] * dx_channel
+            at = tile_at(dx, n, p0, p, c, dx_sample, dx_pixel, dx_channel, UNIT, LAST, FAR)
             tl.store(at, (g * scale[None, :]).to(dx.dtype.element_ty), mask=mask)
         p0 += BP
-    at = block.to(tl.int64) * C + c0 + c
+    at = block.to(tl.int64) * C + c
     if weight_sums is not None:
         tl.store(weight_sums + at, tl.sum(weight_sum, 0) * rstd, mask=cmask)
     if bias_sums is not None:
@@ -211,11 +214,11 @@ def _split(samples: int, pixels: int, channel_blocks: int, bp: int, sums: bool) 
 
 
 def launch_batch_norm_eval(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, residual: Tensor | None,
-    bank: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, mean2: Tensor | None, var2: Tensor | None,
-    activation: str, eps: float,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    residual: Tensor | None, bank: Tensor | None, weight2: Tensor | None, bias2: Tensor | None, mean2: Tensor | None,
+    var2: Tensor | None, activation: str, eps: float,
 ) -> Tensor:
-    """The op on the GPU, arguments as there."""
+    """The op on the GPU, arguments as there; without mean and var `act(x * weight + bias + residual)`."""
     y = empty_output(x, x.shape, residual)
     if x.numel() == 0:
         return y
@@ -226,10 +229,11 @@ def launch_batch_norm_eval(
                    channels=channels, channels_last=int(adjacent), dtype=str(x.dtype))
     bp, channel_blocks = config["BP"], cdiv(channels, config["BC"])
     splits, tiles = _split(samples, pixels, channel_blocks, bp, sums=False)
+    channels, pixels, strides, form = arguments(channels, pixels, strides, bp)
     launch(
         batch_norm_eval_kernel, (samples * splits * channel_blocks,),
         x, y, residual, weight, bias, mean, var, weight2, bias2, mean2, var2, bank,
-        channels, pixels, splits, tiles, flag_stride(bank), *strides, eps, ACTIVATION=activation, **config,
+        channels, pixels, splits, tiles, flag_stride(bank), *strides, eps, ACTIVATION=activation, **form, **config,
     )
     return y
 
@@ -238,10 +242,9 @@ def _view(x: Tensor | None, name: str) -> View | None:
     return None if x is None else view_of_image(x, name)
 
 
-def _joined(x: Tensor, bank: Tensor | None, *views: View | None) -> tuple[int, int, list[int | None]]:
-    """Units of samples with one bank, pixels in each, strides of unit, pixel and channel of each view in a row."""
-    units, pixels, strides = joined(x.shape[0], x.shape[0] if flags_kind(bank) == PER_SAMPLE else 1, *views)
-    return units, pixels, [stride for three in strides for stride in three]
+def _joined(x: Tensor, bank: Tensor | None, *views: View | None) -> tuple[int, int, list[Strides]]:
+    """As `joined`: units of samples with one bank."""
+    return joined(x.shape[0], x.shape[0] if flags_kind(bank) == PER_SAMPLE else 1, *views)
 
 
 def launch_batch_norm_eval_backward(
@@ -271,7 +274,8 @@ def launch_batch_norm_eval_backward(
     channels, adjacent = dy.shape[1], view.channel == 1
     sums = train_weight or train_bias
     # Long loops of few programs where there are sums: those need loads in flight, others have many programs instead.
-    default = _tile(channels, pixels, adjacent, 8 if sums else 2 * x_dtype.itemsize) | {"STAGES": 3 if sums else 1}
+    default = _tile(channels, pixels, adjacent, 8 if sums else 2 * x_dtype.itemsize) | {
+        "STAGES": stages(dy.device, 3, 5) if sums else 1}
     config = tuned("batch_norm_eval_backward", dy.device, default, channels=channels, channels_last=int(adjacent),
                    sums=int(sums), dtype=str(x_dtype))
     bp, channel_blocks = config["BP"], cdiv(channels, config["BC"])
@@ -279,11 +283,12 @@ def launch_batch_norm_eval_backward(
     blocks = samples * splits
     weight_sums = dy.new_empty((blocks, channels), dtype=torch.float32) if train_weight else None
     bias_sums = dy.new_empty((blocks, channels), dtype=torch.float32) if train_bias else None
+    channels, pixels, strides, form = arguments(channels, pixels, strides, bp)
     launch(
         batch_norm_eval_backward_kernel, (blocks * channel_blocks,),
         dy, read_x, read_residual, dx, dresidual, weight_sums, bias_sums,
         weight, bias, mean, var, weight2, bias2, mean2, var2, bank, channels, pixels, splits, tiles, flag_stride(bank),
-        *strides, eps, ACTIVATION=activation, **config,
+        *strides, eps, ACTIVATION=activation, **form, **config,
     )
     for partial, total, total2 in ((weight_sums, dweight, dweight2), (bias_sums, dbias, dbias2)):
         if partial is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .bank import flag_stride
 from .launch import cdiv, launch
+from .view import unit_of
 
 
 @triton.jit
@@ -17,11 +18,14 @@ def column_sum_kernel(
     sums,  # float32 (blocks, C)
     total, total2,  # (C,), of the blocks of each bank; either may be None
     bank,  # int32, one for `splits` blocks by its stride, or None
-    C, blocks, splits,
+    C,  # divided by UNIT
+    blocks, splits,
     bank_stride,
+    UNIT: tl.constexpr,  # of `unit_of`
     BB: tl.constexpr,
     BC: tl.constexpr,
 ):
+    C *= UNIT
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     cmask = c < C
     first = tl.zeros([BB, BC], tl.float32)
@@ -48,5 +52,6 @@ def launch_column_sum(
 ) -> None:
     """Writes the totals of sums (..., C), `splits` of them in a row for each value of `bank`."""
     *rows, channels = sums.shape
-    launch(column_sum_kernel, (cdiv(channels, 16),), sums, total, total2, bank, channels, math.prod(rows), splits,
-           flag_stride(bank), BB=64, BC=16, num_warps=4)
+    unit = unit_of(channels)
+    launch(column_sum_kernel, (cdiv(channels, 16),), sums, total, total2, bank, channels // unit, math.prod(rows),
+           splits, flag_stride(bank), UNIT=unit, BB=64, BC=16, num_warps=4)

@@ -1,11 +1,13 @@
-"""Fused convolution by whichever implementation is fastest: cuDNN's fused one, the Triton kernels, or separate ops.
+"""Fused convolution by whichever implementation is fastest: cuDNN's fused one, the Triton kernels, or in two passes.
 
 Which, is a table of measured choices per shape (kernel "conv" of `launch.tuned`). Where nothing was measured:
 
-- 3x3 ReLU convolutions on folded weights (`fold`): cuDNN.
-- 1x1, 3x3 (`gemm.py`) and depthwise (`depthwise.py`) convolutions otherwise: Triton. It alone leaves out work on a
+- 3x3 ReLU convolutions on folded weights (`fold`): "cudnn".
+- 3x3 convolutions of a number of channels that 8 does not divide, as of an image: "unfused". The Triton kernel would
+  load each element by an address of its own, for three useful ones of sixteen in a product.
+- 1x1, 3x3 (`gemm.py`) and depthwise (`depthwise.py`) convolutions otherwise: "triton". It alone leaves out work on a
   device's flag, so with `active` it is taken whatever was measured.
-- Anything else, as grouped convolutions: separate ops.
+- Anything else, as grouped convolutions: "unfused", torch's convolution and then one pass for all that follows.
 
 All are for inference: nothing here has a backward.
 """
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.library import custom_op, triton_op
 
 from .bank import Vectors, banks
+from .batch_norm_eval import launch_batch_norm_eval
 from .depthwise import KERNEL_SIZES, launch_depthwise
 from .epilogue import (
     check_epilogue,
@@ -25,13 +28,12 @@ from .epilogue import (
     check_same_kind,
     conv_reference,
     empty_output,
-    epilogue_reference,
     in_autocast,
     write_active,
 )
 from .gemm import launch_gemm
 from .launch import on_gpu, tuned
-from .view import memory_format
+from .view import memory_format, stride_in
 
 BACKENDS = ("cudnn", "triton", "unfused")
 
@@ -205,9 +207,12 @@ def choose(
         return default
     by_cudnn = _refusal("cudnn", *call) is None
     channels, _, kh, kw = weight.shape
-    if kind == "gemm" and kh == 3 and activation == "relu" and by_cudnn:
-        default = "cudnn"
     n, depth, h, w = x.shape
+    if kind == "gemm" and kh == 3:
+        if activation == "relu" and by_cudnn:
+            default = "cudnn"
+        elif depth % 8:
+            default = "unfused"
     # Scale, bank and an output given say no more than that cuDNN is not among the candidates.
     measured = tuned(
         "conv", x.device, {"backend": default}, n=n, depth=depth, h=h, w=w, channels=channels, kh=kh, kw=kw,
@@ -223,14 +228,18 @@ def _unfused(
     shift2: Tensor | None, residual: Tensor | None, bank: Tensor | None, activation: str, stride: int, padding: int,
     groups: int,
 ) -> Tensor:
-    """One op after the other, as eager PyTorch would."""
+    """Torch's convolution, rounded, and one pass over it."""
     # The output has the layout of x if the weight has; no copy if it is kept so.
-    weight = weight.contiguous(memory_format=memory_format(x))
-    is_bias = scale is None and bank is None and shift is not None
-    z = F.conv2d(x, weight, shift.to(x.dtype) if is_bias else None, stride, padding, 1, groups)
-    y = epilogue_reference(z, scale, None if is_bias else shift, scale2, shift2, residual, bank, activation)
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return y.to(dtype, memory_format=memory_format(x))
+    form = memory_format(x)
+    # Without a bias, which would be a pass of its own. A copy only where cuDNN reads an ambiguous layout otherwise.
+    z = F.conv2d(x, weight.contiguous(memory_format=form), None, stride, padding, 1, groups).contiguous(
+        memory_format=form)
+    if activation == "identity" and scale is shift is residual is None:
+        return z
+    if residual is not None and residual.numel() and stride_in(residual, form == torch.channels_last) is None:
+        residual = residual.contiguous(memory_format=form)
+    return launch_batch_norm_eval(
+        z, scale, shift, None, None, residual, bank, scale2, shift2, None, None, activation, 0.0)
 
 
 def launch_conv(
@@ -297,9 +306,9 @@ def conv(
 ) -> Tensor:
     """`act(conv2d(x, weight, ...) * scale + shift + residual)` by the fastest backend, see the head of this module.
 
-    Rounded once, sums float32. Bytes and limits of the kernels are in the heads of `gemm.py` and `depthwise.py`; cuDNN
-    moves as much with ReLU, and without it the output three times if there is a residual; the unfused form moves the
-    output once more for each of scale and shift, residual, activation, twice if it reads and writes it.
+    Sums float32, rounded once (unfused: twice). Bytes and limits of the kernels are in the heads of `gemm.py` and
+    `depthwise.py`; cuDNN moves as much with ReLU, and without it the output three times if there is a residual; the
+    unfused form reads and writes the output once more if anything follows the convolution.
 
     Args:
         x: (N, K, H, W), any strides; NHWC is read in 16-byte pieces. fp32 (TF32 as `torch.backends.cudnn.conv` says),

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .launch import cdiv, launch, next_power_of_2, no_second_derivative, on_gpu, tuned
+from .view import unit_of
 
 MAX_LEVELS = 8  # of kernels; more take plain PyTorch
 
@@ -85,7 +86,8 @@ def deformable_attention_kernel(
     weights,  # (rows, LEVELS, POINTS)
     out,  # (rows, D)
     rows, rows_per_image, heads,
-    value_batch, value_token, value_head, value_channel,  # strides
+    value_batch, value_token, value_head,  # strides, divided by UNIT
+    value_channel,
     height0, height1, height2, height3, height4, height5, height6, height7,  # of the levels, 0 of those not there
     width0, width1, width2, width3, width4, width5, width6, width7,
     LEVELS: tl.constexpr,
@@ -94,6 +96,7 @@ def deformable_attention_kernel(
     ROWS: tl.constexpr,
     D: tl.constexpr,
     CHANNELS: tl.constexpr,  # D, rounded up to a power of two
+    UNIT: tl.constexpr,  # see `view.py`
 ):
     """One program per ROWS rows."""
     heights = (height0, height1, height2, height3, height4, height5, height6, height7)
@@ -103,7 +106,7 @@ def deformable_attention_kernel(
     row_mask = row < rows
     channel_mask = channel < D
     base = (row // rows_per_image).to(tl.int64) * value_batch + (row % heads).to(tl.int64) * value_head
-    at_channel = value + base[None, :, None] + (channel * value_channel)[None, None, :]
+    at_channel = value + base[None, :, None] * UNIT + (channel * value_channel)[None, None, :]
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     for start in range(0, LEVELS * POINTS, SAMPLES):
         sample = start + tl.arange(0, SAMPLES)
@@ -117,7 +120,7 @@ def deformable_attention_kernel(
         added = tl.zeros([SAMPLES, ROWS, CHANNELS], tl.float32)
         for corner in tl.static_range(4):
             token, exists, share_x, share_y = _corner(corner, x, y, beyond_x, beyond_y, height, width, first, mask)
-            v = tl.load(at_channel + (token.to(tl.int64) * value_token)[:, :, None],
+            v = tl.load(at_channel + (token.to(tl.int64) * value_token)[:, :, None] * UNIT,
                         mask=exists[:, :, None] & channel_mask[None, None, :], other=0.0).to(tl.float32)
             added += (weight * (share_x * share_y))[:, :, None] * v
         total += tl.sum(added, 0)
@@ -134,8 +137,10 @@ def deformable_attention_backward_kernel(
     shares,  # float32, like pixels: how much of `dout` that pixel receives
     dlocations, dweights,  # like locations and weights, each None if not wanted
     rows, rows_per_image, tokens, heads,
-    value_batch, value_token, value_head, value_channel,  # strides
-    dvalue_batch, dvalue_token, dvalue_head, dvalue_channel,
+    value_batch, value_token, value_head,  # strides, divided by UNIT
+    value_channel,
+    dvalue_batch, dvalue_token, dvalue_head,
+    dvalue_channel,
     height0, height1, height2, height3, height4, height5, height6, height7,
     width0, width1, width2, width3, width4, width5, width6, width7,
     LEVELS: tl.constexpr,
@@ -144,6 +149,7 @@ def deformable_attention_backward_kernel(
     ROWS: tl.constexpr,
     D: tl.constexpr,
     CHANNELS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """One program per ROWS rows."""
     heights = (height0, height1, height2, height3, height4, height5, height6, height7)
@@ -155,10 +161,10 @@ def deformable_attention_backward_kernel(
     image = (row // rows_per_image).to(tl.int64)
     head = row % heads
     base = image * value_batch + head.to(tl.int64) * value_head
-    at_channel = value + base[None, :, None] + (channel * value_channel)[None, None, :]
+    at_channel = value + base[None, :, None] * UNIT + (channel * value_channel)[None, None, :]
     if dvalue is not None:
         base = image * dvalue_batch + head.to(tl.int64) * dvalue_head
-        at_dchannel = dvalue + base[None, :, None] + (channel * dvalue_channel)[None, None, :]
+        at_dchannel = dvalue + base[None, :, None] * UNIT + (channel * dvalue_channel)[None, None, :]
     g = tl.load(dout + row.to(tl.int64)[:, None] * D + channel[None, :],
                 mask=row_mask[:, None] & channel_mask[None, :], other=0.0).to(tl.float32)
     for start in range(0, LEVELS * POINTS, SAMPLES):
@@ -177,14 +183,15 @@ def deformable_attention_backward_kernel(
             share = weight * (share_x * share_y)
             of_token = exists[:, :, None] & channel_mask[None, None, :]
             if dvalue is not None:
-                tl.atomic_add(at_dchannel + (token.to(tl.int64) * dvalue_token)[:, :, None],
+                tl.atomic_add(at_dchannel + (token.to(tl.int64) * dvalue_token)[:, :, None] * UNIT,
                               share[:, :, None] * g[None, :, :], mask=of_token, sem="relaxed")
             if pixels is not None:
                 tl.store(pixels + 4 * at + corner, tl.where(exists, token, tokens) * heads
                          + tl.where(exists, head[None, :], 0), mask=mask)
                 tl.store(shares + 4 * at + corner, share, mask=mask)
             if dlocations is not None or dweights is not None:
-                v = tl.load(at_channel + (token.to(tl.int64) * value_token)[:, :, None], mask=of_token, other=0.0)
+                at_token = at_channel + (token.to(tl.int64) * value_token)[:, :, None] * UNIT
+                v = tl.load(at_token, mask=of_token, other=0.0)
                 product = tl.sum(v.to(tl.float32) * g[None, :, :], 2)
                 dweight += share_x * share_y * product
                 dx += (share_y if corner % 2 == 1 else -share_y) * product
@@ -205,10 +212,12 @@ def deformable_attention_collect_kernel(
     dvalue,  # (B, pixels // heads, heads, D) by its strides
     rows, pixels, heads,  # rows: B * pixels
     entries, entries_per_row,
-    dvalue_batch, dvalue_token, dvalue_head, dvalue_channel,  # strides
+    dvalue_batch, dvalue_token, dvalue_head,  # strides, divided by UNIT
+    dvalue_channel,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     CHANNELS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """One program per ROWS pixels, a pixel being a head of a token: adds what each receives, always in the same
     order."""
@@ -233,7 +242,7 @@ def deformable_attention_collect_kernel(
         entry += 1
         left -= 1
     at = image * dvalue_batch + (pixel // heads) * dvalue_token + (pixel % heads) * dvalue_head
-    tl.store(dvalue + at[:, None] + (channel * dvalue_channel)[None, :], total.to(dvalue.dtype.element_ty),
+    tl.store(dvalue + at[:, None] * UNIT + (channel * dvalue_channel)[None, :], total.to(dvalue.dtype.element_ty),
              mask=row_mask[:, None] & channel_mask[None, :])
 
 
@@ -243,19 +252,28 @@ def _sizes(shapes: Sequence[int]) -> list[int]:
     return [*shapes[::2], *filled, *shapes[1::2], *filled]
 
 
-def _config(kernel: str, value: Tensor, **key: int) -> dict[str, int]:
-    """`D`, `CHANNELS` and what is tuned; with levels and points in `key` also how many samples are taken at once."""
+def _in_units(*values: Tensor) -> tuple[int, list[int]]:
+    """The unit of `view.py` of tensors (B, tokens, heads, D) in a row; and their strides, divided by it."""
+    strides = [stride for value in values for stride in value.stride()]
+    unit = unit_of(values[0].shape[-1], *(stride for axis, stride in enumerate(strides) if axis % 4 != 3))
+    if any(value.stride(-1) != 1 for value in values):
+        unit = 1
+    return unit, [stride if axis % 4 == 3 else stride // unit for axis, stride in enumerate(strides)]
+
+
+def _config(kernel: str, value: Tensor, unit: int, **key: int) -> dict[str, int]:
+    """`D`, `CHANNELS`, `UNIT` and what is tuned; with levels and points in `key` also how many samples are taken at
+    once."""
     dim = value.shape[-1]
     channels = next_power_of_2(dim)
     default = {"ROWS": max(1, min(8, 128 // channels)), "num_warps": 4}
     if key:
         # Backward holds the addresses it adds to, of narrow loads every one is held: that takes registers.
-        wide = dim % 16 == 0 and value.stride(-1) == 1
-        most = 512 if not wide else 1024 if kernel == "deformable_attention_backward" else 2048
+        most = 512 if unit < 8 else 1024 if kernel == "deformable_attention_backward" else 2048
         default["SAMPLES"] = max(1, min(next_power_of_2(key["levels"] * key["points"]),
                                         most // (default["ROWS"] * channels)))
     config = tuned(kernel, value.device, default, dim=dim, dtype=str(value.dtype), **key)
-    return {"D": dim, "CHANNELS": channels, **config}
+    return {"D": dim, "CHANNELS": channels, "UNIT": unit, **config}
 
 
 def launch_deformable_attention(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
@@ -265,11 +283,12 @@ def launch_deformable_attention(value: Tensor, shapes: Sequence[int], locations:
     out = value.new_empty((batch, queries, heads * dim))
     if out.numel() == 0:
         return out
-    config = _config("deformable_attention", value, levels=levels, points=points)
+    unit, strides = _in_units(value)
+    config = _config("deformable_attention", value, unit, levels=levels, points=points)
     rows = batch * queries * heads
     launch(
         deformable_attention_kernel, (cdiv(rows, config["ROWS"]),),
-        value, locations.contiguous(), weights.contiguous(), out, rows, queries * heads, heads, *value.stride(),
+        value, locations.contiguous(), weights.contiguous(), out, rows, queries * heads, heads, *strides,
         *_sizes(shapes), LEVELS=levels, POINTS=points, **config,
     )
     return out
@@ -294,12 +313,13 @@ def launch_deformable_attention_backward(
     elif needs[0]:
         dvalue = torch.empty_like(value, dtype=torch.float32).zero_()
     added = dvalue if needs[0] and not deterministic else None
-    config = _config("deformable_attention_backward", value, levels=levels, points=points)
+    unit, strides = _in_units(*((value,) if added is None else (value, added)))
+    config = _config("deformable_attention_backward", value, unit, levels=levels, points=points)
     launch(
         deformable_attention_backward_kernel, (cdiv(rows, config["ROWS"]),),
         value, locations, weights, dout, added, pixels, shares, dlocations if needs[1] else None,
-        dweights if needs[2] else None, rows, queries * heads, tokens, heads, *value.stride(),
-        *(added.stride() if added is not None else (0,) * 4), *_sizes(shapes), LEVELS=levels, POINTS=points, **config,
+        dweights if needs[2] else None, rows, queries * heads, tokens, heads, *strides,
+        *((0,) * 4 if added is None else ()), *_sizes(shapes), LEVELS=levels, POINTS=points, **config,
     )
     if pixels is not None:
         dvalue = torch.empty_like(value)
@@ -308,11 +328,12 @@ def launch_deformable_attention_backward(
         found, order = torch.sort(pixels, dim=1, stable=True)
         edges = torch.arange(count + 1, dtype=torch.int32, device=value.device).repeat(batch, 1)
         ends = torch.searchsorted(found, edges, out_int32=True)
-        config = _config("deformable_attention_collect", value)
+        unit, strides = _in_units(dvalue)
+        config = _config("deformable_attention_collect", value, unit)
         launch(
             deformable_attention_collect_kernel, (cdiv(batch * count, config["ROWS"]),),
             dout, shares, order, ends, dvalue, batch * count, count, heads, queries * heads * entries_per_row,
-            entries_per_row, *dvalue.stride(), **config,
+            entries_per_row, *strides, **config,
         )
     return dvalue.to(value.dtype), dlocations, dweights
 

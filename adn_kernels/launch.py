@@ -25,6 +25,11 @@ TABLES = Path(__file__).parent / "tables"
 # them. Fixed, so that the order of the sum, and with it every bit of the result, is the same on any device.
 SPLITS = 264
 
+# Whether a product and a sum that follows may be contracted to one operation, rounded once. Triton's default until 3.9,
+# which 3.10 changes; Inductor has no way to pass it on, so compiled code takes Triton's. Results are as exact either
+# way: where the contraction itself is wanted kernels say `tl.fma`, where it would do harm they keep the two apart.
+FP_FUSION = True
+
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
     """Run a Triton kernel on the device of its first argument.
@@ -35,13 +40,17 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
         args, options: its arguments, constexprs, and `num_warps`, `num_stages`.
     """
     # Only tracing needs the wrapper: it costs time, and modes that do not know of it (those of tests) refuse it.
-    plain = type(args[0]) is torch.Tensor and not torch.compiler.is_compiling()
-    run = (kernel if plain or not isinstance(kernel, triton.runtime.JITFunction) else wrap_triton(kernel))[tuple(grid)]
-    if plain and _device_count() > 1:
+    if type(args[0]) not in _NOT_TRACED or torch.compiler.is_compiling():
+        run = wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel
+        run[tuple(grid)](*args, **options)
+    elif _device_count() > 1:
         with torch.cuda.device(args[0].device):
-            run(*args, **options)
+            kernel[tuple(grid)](*args, enable_fp_fusion=FP_FUSION, **options)
     else:
-        run(*args, **options)
+        kernel[tuple(grid)](*args, enable_fp_fusion=FP_FUSION, **options)
+
+
+_NOT_TRACED = (torch.Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -95,15 +104,29 @@ def tuned(kernel: str, device: torch.device, default: dict[str, int], **key: Any
     """
     if override is not None:
         return override(kernel, default, key)
-    table = _table(_architecture(device.index))
+    table = _table(architecture(device))
     if not table or not all(isinstance(value, int | str) for value in key.values()):
         return default
     return table.get((kernel, *sorted(key.items())), default)
 
 
+def architecture(device: torch.device) -> str:
+    """"sm_90" or "gfx942", for instance; "none" where something is traced without a GPU."""
+    return _architecture(device.index)
+
+
+def stages(device: torch.device, usual: int, more: int) -> int:
+    """Of a loop over tiles that few programs run, each for long: how many it loads at once.
+
+    Two such programs on each multiprocessor of a Hopper or Blackwell GPU have 228 KB of shared memory for tiles that
+    wait, and take no more registers for it: then `more`.
+    """
+    return more if architecture(device) in ("sm_90", "sm_100", "sm_103") else usual
+
+
 @functools.cache
 def _architecture(index: int | None) -> str:
-    if not torch.cuda.is_available():  # tracing with fake tensors
+    if not torch.cuda.is_available():
         return "none"
     if torch.version.hip:
         return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]

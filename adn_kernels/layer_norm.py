@@ -36,22 +36,12 @@ from .launch import (
     next_power_of_2,
     no_second_derivative,
     on_gpu,
+    stages,
     tuned,
 )
-from .view import View, joined, view_of_tokens
+from .view import View, arguments, in_elements, joined, tile_at, view_of_tokens
 
 MAX_CHANNELS = 4096  # a row has to fit into the registers of one program
-
-
-@triton.jit
-def _at(x, unit, first, row, channel, unit_stride, row_stride, channel_stride, FAR: tl.constexpr):
-    """Pointers [ROWS, CHANNELS] to rows first + row of a unit."""
-    x += unit.to(tl.int64) * unit_stride + first.to(tl.int64) * row_stride
-    # Within a tile int32 mostly does, and takes half of the registers.
-    if FAR:
-        row = row.to(tl.int64)
-        channel = channel.to(tl.int64)
-    return x + ((row * row_stride)[:, None] + (channel * channel_stride)[None, :])
 
 
 @triton.jit
@@ -82,23 +72,25 @@ def layer_norm_kernel(
     eps,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,  # D, rounded up to a power of two
-    FAR: tl.constexpr,  # offsets within a tile can pass 2^31
+    UNIT: tl.constexpr, LAST: tl.constexpr, FAR: tl.constexpr,  # of `tile_at`
 ):
     """One program per tile; tiles end where units do, so that each has one bank and one flag."""
     unit = tl.program_id(0) // tiles
     if active is not None and tl.load(active + unit // units_per_flag) == 0:
         return
+    D, rows = in_elements(D, rows, UNIT, LAST)
     first = tl.program_id(0) % tiles * ROWS
     row = tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
     channel_mask = channel < D
     mask = (first + row < rows)[:, None] & channel_mask[None, :]
-    at = _at(x, unit, first, row, channel, x_unit, x_row, x_channel, FAR)
+    at = tile_at(x, unit, first, row, channel, x_unit, x_row, x_channel, UNIT, LAST, FAR)
     v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
-        at = _at(residual, unit, first, row, channel, residual_unit, residual_row, residual_channel, FAR)
+        at = tile_at(
+            residual, unit, first, row, channel, residual_unit, residual_row, residual_channel, UNIT, LAST, FAR)
         rounded = (v + tl.load(at, mask=mask, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
-        at = _at(total, unit, first, row, channel, total_unit, total_row, total_channel, FAR)
+        at = tile_at(total, unit, first, row, channel, total_unit, total_row, total_channel, UNIT, LAST, FAR)
         tl.store(at, rounded, mask=mask)
         # What was stored is normalised, for it is all that backward has.
         v = rounded.to(tl.float32)
@@ -110,7 +102,7 @@ def layer_norm_kernel(
         z = z * of_bank(weight, weight2, is_second, channel, channel_mask)[None, :]
     if bias is not None:
         z = z + of_bank(bias, bias2, is_second, channel, channel_mask)[None, :]
-    at = _at(y, unit, first, row, channel, y_unit, y_row, y_channel, FAR)
+    at = tile_at(y, unit, first, row, channel, y_unit, y_row, y_channel, UNIT, LAST, FAR)
     tl.store(at, z.to(y.dtype.element_ty), mask=mask)
 
 
@@ -137,9 +129,10 @@ def layer_norm_backward_kernel(
     CHANNELS: tl.constexpr,
     SUM_ROWS: tl.constexpr,  # add up the rows of each tile, not only at the end
     STAGES: tl.constexpr,  # tiles being loaded at once
-    FAR: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, FAR: tl.constexpr,
 ):
     """Program (part, split) takes `tiles_per_program` tiles in a row, all of one bank; statistics are computed anew."""
+    D, rows = in_elements(D, rows, UNIT, LAST)
     part = tl.program_id(0) // splits
     first_tile = tl.program_id(0) % splits * tiles_per_program
     row = tl.arange(0, ROWS)
@@ -164,9 +157,9 @@ def layer_norm_backward_kernel(
         # The last programs may have fewer tiles, or none.
         last = tl.where(tile < units_per_part * tiles, rows, 0)
         mask = (first + row < last)[:, None] & channel_mask[None, :]
-        at = _at(total, unit, first, row, channel, total_unit, total_row, total_channel, FAR)
+        at = tile_at(total, unit, first, row, channel, total_unit, total_row, total_channel, UNIT, LAST, FAR)
         v = tl.load(at, mask=mask, other=0.0)
-        at = _at(dy, unit, first, row, channel, dy_unit, dy_row, dy_channel, FAR)
+        at = tile_at(dy, unit, first, row, channel, dy_unit, dy_row, dy_channel, UNIT, LAST, FAR)
         g = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         z, rstd = _normalised(v.to(tl.float32), mask, D, eps)
         if dweight is not None:
@@ -174,28 +167,24 @@ def layer_norm_backward_kernel(
         if dbias is not None:
             sum_b += tl.sum(g, 0) if SUM_ROWS else g
         if weight is not None:
-            g = g * w[None, :]
+            # Chosen, so that the product is rounded before the mean is subtracted: contracted to one operation, what
+            # should cancel (of one channel all) would leave the product's rounding, times rstd.
+            g = tl.where(mask, g * w[None, :], 0.0)
         g = g - (tl.sum(g, 1) / D)[:, None] - z * (tl.sum(g * z, 1) / D)[:, None]
         g = g * rstd[:, None]
         if dtotal is not None:
-            at = _at(dtotal, unit, first, row, channel, dtotal_unit, dtotal_row, dtotal_channel, FAR)
+            at = tile_at(dtotal, unit, first, row, channel, dtotal_unit, dtotal_row, dtotal_channel, UNIT, LAST, FAR)
             g += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        at = _at(dx, unit, first, row, channel, dx_unit, dx_row, dx_channel, FAR)
+        at = tile_at(dx, unit, first, row, channel, dx_unit, dx_row, dx_channel, UNIT, LAST, FAR)
         tl.store(at, g.to(dx.dtype.element_ty), mask=mask)
         if dresidual is not None:
-            at = _at(dresidual, unit, first, row, channel, dx_unit, dx_row, dx_channel, FAR)
+            at = tile_at(dresidual, unit, first, row, channel, dx_unit, dx_row, dx_channel, UNIT, LAST, FAR)
             tl.store(at, g.to(dresidual.dtype.element_ty), mask=mask)
     at = tl.program_id(0) * D + channel
     if dweight is not None:
         tl.store(dweight + at, sum_w if SUM_ROWS else tl.sum(sum_w, 0), mask=channel_mask)
     if dbias is not None:
         tl.store(dbias + at, sum_b if SUM_ROWS else tl.sum(sum_b, 0), mask=channel_mask)
-
-
-def _far(config: dict[str, int], channels: int, *tensors: View | None) -> bool:
-    """Whether offsets within a tile can pass 2^31; of symbolic strides nobody knows."""
-    return not all(t is None or (isinstance(t.pixel, int) and isinstance(t.channel, int)
-                                 and config["ROWS"] * t.pixel + channels * t.channel < 2**31) for t in tensors)
 
 
 def _size(flags: Tensor | None) -> int:
@@ -221,7 +210,7 @@ def _config(kernel: str, x: Tensor, layout: View, **key: int) -> dict[str, int]:
     if backward:
         # Loads of the next tile wait in shared memory, of which some GPUs have 64 KB; narrow ones in registers.
         most = 16384 if adjacent else 8192 if wide else 0
-        default["num_stages"] = 2 if rows * channels * x.element_size() <= most else 1
+        default["num_stages"] = stages(x.device, 2, 4) if rows * channels * x.element_size() <= most else 1
     return tuned(kernel, x.device, default, channels=x.shape[-1], dtype=str(x.dtype).removeprefix("torch."),
                  channels_adjacent=int(adjacent), **key)
 
@@ -250,10 +239,11 @@ def launch_layer_norm(
     units, rows, strides = joined(samples, parts, *views)
     config = _config("layer_norm", x, view, residual=int(residual is not None))
     tiles = cdiv(rows, config["ROWS"])
+    width = next_power_of_2(channels)
+    channels, rows, strides, form = arguments(channels, rows, strides, config["ROWS"])
     launch(
         layer_norm_kernel, (units * tiles,), x, residual, total, y, weight, bias, weight2, bias2, bank, active, rows,
-        tiles, channels, units // _size(bank), units // _size(active), *(s for three in strides for s in three), eps,
-        CHANNELS=next_power_of_2(channels), FAR=_far(config, channels, *views), **config,
+        tiles, channels, units // _size(bank), units // _size(active), *strides, eps, CHANNELS=width, **form, **config,
     )
     return results
 
@@ -288,11 +278,11 @@ def launch_layer_norm_backward(
     sum_rows = layout.channel != 1 or width >= 256 * config["num_warps"]
     sums = [None if t is None else dx.new_empty((parts, splits, channels), dtype=torch.float32)
             for t in (dweight, dbias)]
+    channels, rows, strides, form = arguments(channels, rows, strides, config["ROWS"])
     launch(
         layer_norm_backward_kernel, (parts * splits,), dy, dtotal, total, dx, dresidual, weight, weight2, bank, *sums,
-        rows, tiles, channels, units // parts, splits, cdiv(units // parts * tiles, splits),
-        *(s for three in strides for s in three), eps, CHANNELS=width, SUM_ROWS=sum_rows,
-        STAGES=config["num_stages"], FAR=_far(config, channels, *layouts), **config,
+        rows, tiles, channels, units // parts, splits, cdiv(units // parts * tiles, splits), *strides, eps,
+        CHANNELS=width, SUM_ROWS=sum_rows, STAGES=config["num_stages"], **form, **config,
     )
     for partial, first, second in ((sums[0], dweight, dweight2), (sums[1], dbias, dbias2)):
         if partial is not None:

@@ -2,13 +2,20 @@
 
 Images (N, C, H, W) are NHWC, NCHW or a slice of channels of either, tokens (N, ..., D) have channels last; both are
 read in place. Convolutions take images of any strides (`pixel_strides`). Sizes and strides may be symbolic.
+
+Accesses are 16 bytes wide only where the compiler knows that 8 elements of half precision divide sizes and strides. Of
+an argument by itself it knows no more than whether 16 does. So kernels get them divided by a unit (`unit_of`), a
+constexpr, and multiply again: 24 or 40 channels are then read as fast as 32.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -113,6 +120,70 @@ def joined(samples: int, parts: int, *views: View | None) -> tuple[int, int, lis
     ]
 
 
+def arguments(
+    channels: int, pixels: int, views: list[Strides], tile: int
+) -> tuple[int, int, list[int | None], dict[str, Any]]:
+    """What kernels that use `tile_at` get.
+
+    Args:
+        channels, pixels: of a sample.
+        views: of each tensor the strides of sample, pixel and channel.
+        tile: pixels in one.
+
+    Returns:
+        Channels, pixels and all strides in a row, divided by the unit where `tile_at` multiplies; its constexprs UNIT,
+        LAST and FAR.
+    """
+    views_given = [view for view in views if view[0] is not None]
+    near = [isinstance(stride, int) and stride < 2**31 for view in views_given for stride in view[1:]]
+    far = not (all(near) and all(tile * pixel + channels * channel < 2**31 for _, pixel, channel in views_given))
+    last = all(channel == 1 for *_, channel in views_given)
+    whole = 2 if last else 1  # the stride that is not divided
+    unit = 1
+    if all(near) and (last or all(pixel == 1 for _, pixel, _ in views_given)):
+        unit = unit_of(channels if last else pixels, *(
+            stride for view in views_given for axis, stride in enumerate(view) if axis != whole))
+    flat = [stride if stride is None or axis == whole else stride // unit
+            for view in views for axis, stride in enumerate(view)]
+    if last:
+        channels //= unit
+    else:
+        pixels //= unit
+    return channels, pixels, flat, {"UNIT": unit, "LAST": last, "FAR": far}
+
+
+@triton.jit
+def in_elements(C, P, UNIT: tl.constexpr, LAST: tl.constexpr):
+    """Channels and pixels of `arguments`, multiplied again."""
+    if LAST:
+        C *= UNIT
+    else:
+        P *= UNIT
+    return C, P
+
+
+@triton.jit
+def tile_at(
+    x, sample, pixel,  # int32 or int64: where the tile begins
+    p, c,  # int32 [PIXELS] from there on, [CHANNELS]
+    sample_stride, pixel_stride, channel_stride,  # of `arguments`
+    UNIT: tl.constexpr,
+    LAST: tl.constexpr,  # channels are adjacent, not pixels
+    FAR: tl.constexpr,  # offsets within a tile can pass 2^31
+):
+    """Pointers [PIXELS, CHANNELS] to a tile."""
+    if LAST:
+        pixel_stride *= UNIT
+    else:
+        channel_stride *= UNIT
+    x += sample.to(tl.int64) * sample_stride * UNIT + pixel.to(tl.int64) * pixel_stride
+    # Within a tile int32 mostly does, and takes half of the registers.
+    if FAR:
+        p = p.to(tl.int64)
+        c = c.to(tl.int64)
+    return x + ((p * pixel_stride)[:, None] + (c * channel_stride)[None, :])
+
+
 def pixel_strides(h: int, w: int, strides: Strides) -> Strides:
     """Strides (N, C, H, W) of an image of h x w pixels, of a convolution.
 
@@ -126,24 +197,26 @@ def pixel_strides(h: int, w: int, strides: Strides) -> Strides:
     return strides
 
 
-def vector_unit(channels: int, depth: int, *operands: tuple[Tensor, Strides]) -> int:
-    """8 if channels can be read and written in blocks of 8, else 1.
+def unit_of(*sizes: int | None) -> int:
+    """The largest of 8, 4, 2 and 1 that is known to divide all sizes and strides (None: there is none)."""
+    known = [size for size in sizes if size is not None]
+    if all(isinstance(size, int) for size in known):
+        return math.gcd(8, *known)
+    return next((unit for unit in (8, 4, 2) if all(statically_known_true(size % unit == 0) for size in known)), 1)
 
-    Kernels get sizes and strides divided by it (`in_units`) and multiply again: so the compiler knows of the common
-    divisor also where it is 8, as with 24 channels. Of arguments by themselves it only knows whether 16 divides them.
+
+def vector_unit(channels: int, depth: int, *operands: tuple[Tensor, Strides]) -> int:
+    """8 if channels can be read and written in blocks of 8, else 1; sizes and strides are then passed `in_units`.
 
     Args:
         operands: x, weight, output, residual, each with its strides; that of its (input) channels is the second.
     """
-    if channels % 8 or depth % 8:
-        return 1
+    sizes = [channels, depth]
     for tensor, (first, channel, *rest) in operands:
-        if channel != 1 or tensor.storage_offset() % 8:
+        if channel != 1:
             return 1
-        for stride in (first, *rest):
-            if not (stride is None or statically_known_true(stride % 8 == 0)):
-                return 1
-    return 8
+        sizes += [tensor.storage_offset(), first, *rest]
+    return 8 if unit_of(*sizes) == 8 else 1
 
 
 def in_units(strides: Strides, unit: int) -> Strides:

@@ -49,9 +49,14 @@ class Launch:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[None]:
-    """Inside, tensors may be made on "cuda" without one: they have shapes and strides and no memory."""
-    with FakeTensorMode():
+def fake_cuda(architecture: str = "none") -> Iterator[None]:
+    """Inside, tensors may be made on "cuda" without one: they have shapes and strides and no memory.
+
+    Args:
+        architecture: that launchers choose configurations for.
+    """
+    with FakeTensorMode(), mock.patch.object(
+            adn_kernels.launch, "_architecture", return_value=architecture):
         yield
 
 
@@ -105,7 +110,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = dict(launch.options)
+    options = launch.options | {"enable_fp_fusion": adn_kernels.launch.FP_FUSION}
     if TARGETS[target].backend == "hip":
         options["num_stages"] = min(options.get("num_stages", 2), 2)
     binary = triton.compile(source, target=TARGETS[target], options=options)

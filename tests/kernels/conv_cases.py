@@ -13,7 +13,7 @@ from harness import Guards
 
 from adn_kernels.activation import ACTIVATIONS
 from adn_kernels.conv import out_shape
-from adn_kernels.gemm import TILES
+from adn_kernels.gemm import HOPPER_TILE, TILES
 
 ACT = {"identity": lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "gelu": F.gelu,
        "hardswish": F.hardswish}
@@ -22,7 +22,7 @@ assert set(ACT) == set(ACTIVATIONS)
 # Every tile an op may use, for tests whose few pixels would always get the smallest.
 CONFIGS = [
     *({"BM": bm, "BN": bn, "BK": bk, "num_warps": 8, "num_stages": 3}
-      for (bm, bn), bk in zip(TILES, (64, 32, 32, 16, 32))),
+      for (bm, bn), bk in zip((HOPPER_TILE, *TILES), (64, 64, 32, 32, 16, 32))),
     {"BM": 16, "BN": 16, "BK": 16, "num_warps": 4, "num_stages": 3},
 ]
 # `active` of six samples

@@ -170,8 +170,9 @@ def bytes_of(counts: Counter, *tensors: torch.Tensor) -> int:
 
 
 @contextlib.contextmanager
-def last_programs(count: int = 1) -> Iterator[None]:
-    """In the interpreter: of every grid only the last `count` programs of each axis run, under their own ids.
+def last_programs(count: int = 1, first: str | None = None) -> Iterator[None]:
+    """In the interpreter: of every grid only the last `count` programs of each axis run, under their own ids; of
+    kernels whose name has `first` in it, which go backwards, the first.
 
     With memory that is only committed where it is touched, this shows what happens beyond 2^31 elements.
     """
@@ -184,7 +185,7 @@ def last_programs(count: int = 1) -> Iterator[None]:
     def call_last(self: Any, *args: Any, **kwargs: Any) -> None:
         real = (*self.grid, 1, 1)[:3]
         self.grid = tuple(min(n, count) for n in real)
-        offset = [n - m for n, m in zip(real, self.grid)]
+        offset = [0 if first and first in self.fn.__name__ else n - m for n, m in zip(real, self.grid)]
         builder.set_grid_dim = lambda *_: set_dim(*real)
         builder.set_grid_idx = lambda *ids: set_idx(*(i + o for i, o in zip(ids, offset)))
         try:

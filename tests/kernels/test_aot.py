@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from aot import TARGETS, Launch, compile_launch, fake_cuda, record
+from conftest import few
 from harness import INTERPRETED
 
 from adn_kernels.activation import ACTIVATIONS
@@ -35,10 +36,10 @@ ONE = (torch.bfloat16, "silu", "sm_90")
 BANDWIDTH, RATE = 4.3e12, 790e12
 
 
-def launches(module: str, case: str, dtype: torch.dtype, activation: str) -> tuple[list[Launch], int, int]:
+def launches(module: str, case: str, dtype: torch.dtype, activation: str, target: str) -> tuple[list[Launch], int, int]:
     """Those of a case, the bytes they must move at least and their operations."""
     cost = []
-    with fake_cuda():
+    with fake_cuda(target):
         found = record(lambda: cost.append(MODULES[module].AOT[case](dtype, activation)))
     assert found
     return found, *cost[0]
@@ -49,7 +50,7 @@ def cases() -> Iterator[Any]:
     for module, tests in MODULES.items():
         seen = set()
         for case in tests.AOT:
-            names = {launch.name for launch in launches(module, case, *ONE[:2])[0]}
+            names = {launch.name for launch in launches(module, case, *ONE)[0]}
             yield pytest.param(module, case, names - seen, id=f"{module.removeprefix('test_')}-{case}")
             seen |= names
 
@@ -61,7 +62,7 @@ def check(module: str, case: str, jobs: Callable[[str], list[Job]], table: list[
     """Compile the launches of a case for the jobs of their kernels, given by name; those that are alike once."""
     seen, found, rows = set(), [], []
     for dtype, activation, target in FULL:
-        for launch in (some := launches(module, case, dtype, activation))[0]:
+        for launch in (some := launches(module, case, dtype, activation, target))[0]:
             if (dtype, activation, target) not in jobs(launch.name) or (key := (target, *_key(launch))) in seen:
                 continue
             seen.add(key)
@@ -117,6 +118,38 @@ def test_compiles(module: str, case: str, new: set[str], table: list[dict[str, A
 @pytest.mark.parametrize(("module", "case", "new"), CASES)
 def test_compiles_all(module: str, case: str, new: set[str], table: list[dict[str, Any]]) -> None:
     check(module, case, lambda _: FULL, table)
+
+
+# Of what they read little: float32 sums of few channels a program, or each pixel by itself.
+NARROW = ("batch_norm_finalize_kernel", "batch_norm_combine_kernel", "batch_norm_backward_finalize_kernel",
+          "deformable_attention_collect_kernel")
+
+
+@pytest.mark.parametrize("channels", few([24, 40], lambda c: c == 24))
+@pytest.mark.parametrize("module", MODULES)
+def test_wide_accesses(module: str, channels: int) -> None:
+    """Where 8 divides the channels and 16 does not, Triton by itself would access them 2 bytes at a time."""
+    seen = set()
+    for case in MODULES[module].AOT_OF_CHANNELS(channels):
+        with fake_cuda("sm_90"):
+            found = record(case, torch.bfloat16, "relu")
+        for launch in found:
+            row = compile_launch(launch, "sm_90")
+            seen.add(launch.name)
+            assert launch.name in NARROW or 16 in row["loads"], row
+            assert "wide_stores" not in MODULES[module].AOT_EXPECT[launch.name] or 16 in row["stores"], row
+    assert seen == set(MODULES[module].AOT_EXPECT)
+
+
+@pytest.mark.parametrize(("module", "case"), [
+    ("test_batch_norm", "forward"), ("test_batch_norm", "backward"),
+    ("test_layer_norm", "vit_768_backward_residual_banks")])
+def test_loads_in_flight(module: str, case: str) -> None:
+    """Of programs that each reduce over many tiles, two a multiprocessor of an H200: together 64 KB."""
+    found = [launch for launch in launches(module, case, *ONE)[0] if "STAGES" in launch.args]
+    assert found
+    for launch in found:
+        assert 2 * compile_launch(launch, "sm_90")["shared"] >= 64 * 1024, launch.name
 
 
 def test_problems_are_found() -> None:

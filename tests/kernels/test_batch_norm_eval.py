@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -425,12 +426,12 @@ def test_more_than_2_to_the_31_elements(layout: str) -> None:
 
 MISTAKES = {
     "swapped bank": ("is_second = tl.load(bank) != 0", "is_second = tl.load(bank) == 0"),
-    "bank of the first sample": ("bank += n * bank_stride", "bank += 0 * bank_stride"),
+    "bank of the first sample": ("bank += n.to(tl.int64) * bank_stride", "bank += 0 * bank_stride"),
     # By one, not by more: beyond the guards lies the memory of others.
     "one pixel too many": ("p0 + p < P)", "p0 + p < P + 1)"),
-    "one channel too few": ("cmask = c0 + c < C", "cmask = c0 + c < C - 1"),
+    "one channel too few": ("cmask = c < C", "cmask = c < C - 1"),
     "no mean": (".to(tl.float32) - mean[None, :]", ".to(tl.float32)"),
-    "residual of the first sample": ("residual += n * residual_sample", "residual += 0 * residual_sample"),
+    "residual of the first sample": ("tile_at(residual, n,", "tile_at(residual, n * 0,"),
     "unrelated gradient of the residual": ("tl.store(at, g.to(dresidual", "tl.store(at, (g * scale).to(dresidual"),
     "no derivative of the activation": ("g *= act_grad(z, ACTIVATION)", "g *= 1.0"),
     "gradient of the other bank": ("partial, total, total2, bank, splits", "partial, total2, total, bank, splits"),
@@ -748,3 +749,7 @@ AOT_EXPECT = {
     "batch_norm_eval_backward_kernel": {"wide_loads", "wide_stores"},
     "column_sum_kernel": {"wide_loads"},
 }
+
+def AOT_OF_CHANNELS(c: int) -> list[Callable]:
+    return [functools.partial(_launch, shape=(64, c, 56, 56), **kwargs) for kwargs in (
+        {}, {"nhwc": False}, {"backward": True}, {"backward": True, "affine": False})]

@@ -41,9 +41,10 @@ KINDS = {
 def make(
     kind: str = "3x3", *, n: int = 2, hw: tuple[int, int] = (5, 6), stride: int = 1, layout: int = 1,
     dtype: torch.dtype = torch.float32, activation: str = "relu", residual: bool = False, folded: bool = False,
-    bank: list[int] | None = None,
+    bank: list[int] | None = None, inputs: int | None = None,
 ) -> Case:
-    k, inputs, channels, groups = KINDS[kind]
+    k, depth, channels, groups = KINDS[kind]
+    inputs = inputs or depth
     case = conv_case(n, inputs, *hw, channels, k, dtype=dtype, bank=bank, residual=residual, groups=groups,
                      activation=activation, stride=stride, padding=k // 2)
     case.x = layouts(case.x)[layout]
@@ -134,7 +135,7 @@ def test_bypass(kind: str, backend: str, active: list[int] | None, accumulate: b
 
 @pytest.mark.launcher
 @pytest.mark.parametrize(("change", "inplace"), [
-    (("shift.to(x.dtype) if is_bias else None", "None"), False),
+    (("z, scale, shift, None, None, residual,", "z, scale, None, None, None, residual,"), False),
     (("kernel(y, x, weight, *vectors, residual,", "kernel(y, x, weight, *vectors, None,"), False),
     (("vectors = scale, shift,", "vectors = None, shift,"), False),
     (("bank, active, activation, stride, padding)\n    return y",
@@ -161,13 +162,16 @@ def test_mistakes_are_noticed(change: tuple[str, str], inplace: bool, tmp_path: 
 def test_default_choice() -> None:
     assert chosen(make("3x3", folded=True)) == "cudnn"
     assert chosen(make("3x3", folded=True, residual=True, layout=0)) == "cudnn"
-    for case in (
-        make("3x3"), make("3x3", folded=True, activation="silu"), make("3x3", folded=True, layout=3),
-        make("3x3", bank=[0, 1], folded=True), make("1x1"), make("1x1", folded=True), make("depthwise", folded=True),
-    ):
+    kinds = [{}, {"folded": True, "activation": "silu"}, {"folded": True, "layout": 3},
+             {"folded": True, "bank": [0, 1]}]
+    for case in (*(make("3x3", inputs=16, **kind) for kind in kinds), make("1x1"), make("1x1", folded=True),
+                 make("depthwise", folded=True)):
         assert chosen(case) == "triton"
-    assert chosen(make("3x3", folded=True), in_place=True) == "triton"
-    assert chosen(make("3x3", folded=True), in_place=True, bypassed=True) == "triton"
+    assert chosen(make("3x3", folded=True, inputs=16), in_place=True) == "triton"
+    for inputs, backend in ((3, "unfused"), (12, "unfused"), (24, "triton")):  # of 3 channels, as stems
+        for kind in kinds:
+            assert chosen(make("3x3", inputs=inputs, **kind)) == backend
+        assert chosen(make("3x3", inputs=inputs, folded=True), in_place=True, bypassed=True) == "triton"
     assert chosen(make("grouped", folded=True)) == chosen(make("7x7", folded=True)) == "unfused"
     assert chosen(replace(make("1x1"), padding=1)) == "unfused"
     assert chosen(replace(make("depthwise"), stride=3)) == "unfused"
@@ -513,12 +517,17 @@ def test_what_cudnn_does_not_compute(changes: dict[str, Any], message: str) -> N
 
 
 @pytest.mark.usefixtures("nothing_measured")
-@pytest.mark.parametrize(("kind", "launches"), [("1x1", 1), ("3x3", 1), ("depthwise", 1), ("grouped", 0)])
-def test_launches(kind: str, launches: int) -> None:
-    """On a GPU, one launch of ours for what Triton computes, none for the rest."""
-    case = make(kind)
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(("kind", "kernel"), [
+    ("1x1", "gemm_kernel"), ("3x3", "gemm_kernel"), ("depthwise", "depthwise_kernel"),
+    ("grouped", "batch_norm_eval_kernel"), ("stem", "batch_norm_eval_kernel")])
+def test_launches(kind: str, kernel: str, bare: bool) -> None:
+    """On a GPU, one launch of ours for what Triton computes, one for all that follows torch's convolution, if any."""
+    case = make("3x3", inputs=3) if kind == "stem" else make(kind, inputs=16 if kind == "3x3" else None)
+    if bare:
+        case = replace(case, scale=None, shift=None, activation="identity")
     with fake_cuda():
         placed = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda") if isinstance(a, Tensor) else a
                   for a in case.arguments]
         recorded = record(lambda: module.conv_op._init_fn(*placed, None))
-    assert len(recorded) == launches
+    assert [launch.name for launch in recorded] == ([] if bare and "norm" in kernel else [kernel])

@@ -571,6 +571,9 @@ AOT_EXPECT = {
     "deformable_attention_collect_kernel": set(),
 }
 
+def AOT_OF_CHANNELS(c: int) -> list[Callable]:
+    return [_aot(8, 300, 8, c, 4, RTDETR), _aot(8, 300, 8, c, 4, RTDETR, True)]
+
 
 def test_gathers_are_wide() -> None:
     """Of RT-DETR's heads, whose channels are known to be aligned; nothing in `AOT_EXPECT` can say it of one case."""

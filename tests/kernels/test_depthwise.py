@@ -324,6 +324,9 @@ AOT = {
 }
 AOT_EXPECT = {"depthwise_kernel": {"wide_loads", "wide_stores"}}
 
+def AOT_OF_CHANNELS(c: int) -> list[Callable]:
+    return [_aot(3, 1, c, 56), _aot(3, 2, c, 56), _aot(7, 1, c, 14, inference=True)]
+
 
 def test_one_launch() -> None:
     with fake_cuda():

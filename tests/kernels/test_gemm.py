@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from aot import fake_cuda, record
 from conv_cases import CONFIGS, MIXTURES, Conv, bits, configured, conv_case
 from harness import (
     DEVICE,
@@ -411,6 +412,13 @@ def case(kind: str, *args: int, **kwargs: int) -> Callable[[torch.dtype, str], t
     return lambda dtype, activation: aot(kind, dtype, activation, *args, **kwargs)
 
 
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80", "none"])
+def test_tiles_of_large_products(architecture: str) -> None:
+    with fake_cuda(architecture):
+        (launch,) = record(lambda: case("linear", 64, 384, 14, 1536)(torch.bfloat16, "silu"))
+    assert (launch.args["BM"], launch.args["BN"]) == ((128, 128) if architecture == "sm_90" else (128, 64))
+
+
 AOT = {
     "plain": case("conv", 64, 256, 56, 64),
     "bank per sample": case("conv", 64, 1024, 14, 256, per_sample=True),
@@ -425,3 +433,7 @@ AOT = {
     "3x3 batch 8": case("in place", 8, 512, 14, 256, size=3, per_sample=True),
 }
 AOT_EXPECT = {"gemm_kernel": {"dot", "wide_loads", "wide_stores"}}
+
+def AOT_OF_CHANNELS(c: int) -> list[Callable]:
+    return [case("conv", 64, c, 56, c), case("in place", 64, 144, 56, c), case("conv", 64, c, 56, c, size=3),
+            case("linear", 64, c, 14, c)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -61,6 +62,18 @@ def test_which_tensors_run_kernels() -> None:
     assert on_gpu(half, None, half)
     assert not on_gpu(half, double)
     assert not on_gpu(torch.zeros(2))
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+def test_on_the_device_of_the_first_tensor(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with floating-point contraction as stated, whatever Triton's default is."""
+    entered, launched = [], []
+    monkeypatch.setattr(launch, "_device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device)))
+    kernel = {(3, 2): lambda *args, **options: launched.append((args, options, list(entered)))}
+    x = torch.zeros(2).as_subclass(kind) if kind is torch.Tensor else kind(torch.zeros(2))
+    launch.launch(kernel, [3, 2], x, 5, num_warps=4)
+    assert launched == [((x, 5), {"num_warps": 4, "enable_fp_fusion": launch.FP_FUSION}, [x.device])]
 
 
 @pytest.fixture

@@ -832,6 +832,9 @@ AOT_EXPECT = {
     "column_sum_kernel": {"wide_loads"},
 }
 
+def AOT_OF_CHANNELS(c: int) -> list[Callable]:
+    return [_aot_forward((64, 56, 56, c)), _aot_backward((64, 56, 56, c), residual=True)]
+
 
 def _aot_forward(
     shape: tuple[int, ...], as_pixels: bool = False, residual: bool = False, banks: bool = False, active: bool = False
