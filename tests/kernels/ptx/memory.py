@@ -303,9 +303,10 @@ class Shared:
         memory = of_width(self.data, width)
         self._check_writable(at, width, me, text, memory[at] != items)
         memory[at] = items
-        if (memory[at] != items).any():
-            raise Fault(f"two threads store different values to one place: {text}")
         self._mark(self.written, at, width, me)
+        lost = memory[at] != items  # among the threads of a warp the last one wins
+        if lost.any() and _conflict(self._marks(self.written, at[lost], width), me[lost]).any():
+            raise Fault(f"two warps store different values to one place: {text}")
 
     def _check_writable(self, at: np.ndarray, width: int, me: np.ndarray, text: str, changes: np.ndarray) -> None:
         written, read = self._marks(self.written, at, width), self._marks(self.read, at, width)
