@@ -34,6 +34,11 @@ watches_interpreter = pytest.mark.skipif(not INTERPRETED, reason="watches Triton
 GUARD = 64  # elements before and after every buffer
 
 
+def examples(count: int) -> int:
+    """How many of these examples a test with random ones tries: with ADN_EXAMPLES no more than that."""
+    return min(count, int(os.environ.get("ADN_EXAMPLES", count)))
+
+
 def _loop_to_arguments() -> None:
     """Lets `range` take a kernel's argument with Triton 3.6 and NumPy 2.4, where an array of one is no index."""
     from triton.runtime import interpreter

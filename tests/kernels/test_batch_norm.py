@@ -21,10 +21,12 @@ from harness import (
     assert_accurate,
     assert_caught,
     bytes_of,
+    examples,
     last_programs,
     layouts,
     plant,
     traffic,
+    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -305,7 +307,7 @@ def test_outlier_first(layout: int) -> None:
 
 @pytest.mark.launcher
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=examples(20), deadline=None, derandomize=True)
 def test_any_shape(data: st.DataObject) -> None:
     groups = data.draw(st.integers(1, 3), "groups")
     n, c, h, w = (data.draw(st.integers(1, most), name) for name, most in zip("nchw", (4, 11, 9, 13)))
@@ -392,7 +394,7 @@ def test_deterministic(layout: int) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize("layout", [0, 1])
 @pytest.mark.parametrize("residual", [False, True])
 def test_passes_over_the_tensor(residual: bool, layout: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +418,7 @@ def test_passes_over_the_tensor(residual: bool, layout: int, monkeypatch: pytest
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize("residual", [False, True])
 def test_passes_with_few_rows(residual: bool) -> None:
     case = make(8, 32, 8, 8, residual=residual, activation="relu")
@@ -432,7 +434,7 @@ def test_passes_with_few_rows(residual: bool) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize(("few", "passes"), [(0, 5), (512, 3)])
 def test_residual_without_activation_is_not_read_again(
     few: int, passes: int, monkeypatch: pytest.MonkeyPatch
@@ -453,7 +455,7 @@ def test_residual_without_activation_is_not_read_again(
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize(("shape", "layout"), [((4, 64, 24, 24), 1), ((8, 16, 24, 24), 0)], ids=["NHWC", "NCHW"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_apply_moves_little_more_than_it_must(
@@ -484,7 +486,7 @@ def zeros(*shape: int, layout: int) -> Tensor:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="runs single programs")
+@watches_interpreter
 @pytest.mark.parametrize(("shape", "layout"), [
     ((3, 131072, 74, 74), 1), ((3, 131072, 74, 74), 0), ((1, 131136, 127, 129), 0),
     ((2, 131072, 128, 129), 0),  # from sample to sample more than 2^31
@@ -523,7 +525,7 @@ def test_beyond_32_bits(shape: tuple[int, ...], layout: int, monkeypatch: pytest
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs memory that is only committed where it is written")
+@watches_interpreter
 @pytest.mark.parametrize("few", [0, 512])
 @pytest.mark.parametrize("side", [1, 4])
 def test_slices_of_wide_buffers(side: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,8 @@ What it is blind to:
 - Fences between proxies (fence.proxy.async) and of memory (membar, fence): they do nothing here. Order between CTAs
   comes from the `.acquire`, `.release` and `.acq_rel` of atomics alone, each counted as that of its whole CTA: that a
   barrier stands between the other warps' accesses and the release is not checked.
-- Races between threads of one warp. Triton lets all lanes store what they hold of one reduced element; where it has
-  contracted the first step of the reduction into a fused multiply-add, they differ in the last bit. Here the last wins.
+- Races between threads of one warp, unless one instruction stores two values to one place. If these are alike but for
+  rounding, it is counted as contested: see `memory._alike`.
 - Races in global memory between warps of one CTA. Of warps that store the same value to one place none is reported.
 - Registers of a wgmma that are written before it has read them; wgmma.fence.
 - More than one kernel at a time: streams, graphs, programmatic dependent launch, clusters, TMA, mbarriers.

@@ -101,6 +101,6 @@ def _nothing(instruction: Instruction, form: Form) -> Run:
     return lambda machine, mask: None
 
 
-instruction("fence", (), "acq_rel sc cta gpu sys proxy async async::global async::shared::cta shared::cta")(_nothing)
+instruction("fence", (), "acq_rel sc cta gpu sys proxy async global async::global async::shared::cta shared::cta")(_nothing)
 instruction("membar", (), "cta gl sys")(_nothing)
 

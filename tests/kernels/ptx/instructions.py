@@ -18,12 +18,12 @@ def of_bits(value: np.ndarray) -> np.ndarray:
 
 
 def saturated(form: Form, value: np.ndarray) -> np.ndarray:
-    """`.sat` of floats: to 0 .. 1, NaN to 0."""
+    """`.sat` of floats: to 0 .. 1, NaN and -0 to 0."""
     if "sat" not in form.modifiers:
         return value
     if value.dtype.kind != "f":
         raise NotImplementedError("sat of integers")
-    return np.where(np.isnan(value), value.dtype.type(0), np.clip(value, 0, 1))
+    return np.where(value > 0, np.minimum(value, value.dtype.type(1)), value.dtype.type(0))
 
 
 # Arithmetic
@@ -61,11 +61,9 @@ def _high(form: Form, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return product if "wide" in form.modifiers else product >> wide.type(8 * size)
 
 
-@scalar("fma", "T T T T", FLOATS, "rn ftz sat")
+@scalar("fma", "T T T T", FLOATS.replace("f64 ", ""), "rn ftz sat")
 def fma(form: Form, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Rounded once: in float64 the product of two float32 is exact. Of f64 itself it is rounded twice."""
-    if form.types[0] == "f64":
-        raise NotImplementedError("fma.f64")
+    """Rounded once: in float64 the product of two float32 is exact."""
     product, c = a.astype(np.float64) * b, c.astype(np.float64)
     if form.types[0] != "f32":
         return saturated(form, rounded_to_odd(product, c))

@@ -29,11 +29,13 @@ class Count:
     Attributes:
         variants: hashes of what was compiled, each for other types, constants, alignments or options.
         instructions: executed, each counted once for each thread.
+        contested: threads whose store was lost to another, as `memory.Shared` says.
     """
 
     variants: set[str] = field(default_factory=set)
     launches: int = 0
     instructions: int = 0
+    contested: int = 0
 
 
 counts: defaultdict[str, Count] = defaultdict(Count)  # by module and name
@@ -115,3 +117,4 @@ def launch(name: str, kernel: Any, grid: Sequence[int], arguments: dict[str, Any
         raise
     finally:
         count.instructions += machine.executed
+        count.contested += machine.contested

@@ -51,19 +51,21 @@ class Machine:
         self.random = np.random.default_rng(seed)
         self.granule = min((w for w in map(movement.shared_width, program.code) if w), default=16)
         self.executed = 0  # instructions, each counted once for each thread
+        self.contested = 0  # see `Shared`
 
     def run(self, grid: tuple[int, ...], parameters: list[float], memory: Global) -> None:
         """parameters: numbers, those of pointers the addresses. CTAs run in batches, in an order drawn at random. Raises Fault."""
         self.grid = (*grid, 1, 1)[:3]
         self.memory = memory
-        self.parameters = np.concatenate([
-            _parameter(type, value) for type, value in zip(self.program.parameters.values(), parameters, strict=True)])
+        self.parameters = np.concatenate([np.empty(0, np.uint8), *(
+            _parameter(type, value) for type, value in zip(self.program.parameters.values(), parameters, strict=True))])
         order = self.random.permutation(int(np.prod(self.grid)))
         batch = max(1, THREADS // self.program.threads)
         with np.errstate(all="ignore"):
             for first in range(0, len(order), batch):
                 self._start(order[first:first + batch])
                 self._run_batch()
+                self.contested += self.shared.contested
         memory.check()
 
     def _start(self, ctas: np.ndarray) -> None:

@@ -1,0 +1,74 @@
+"""Runs the tests of launchers on what Triton compiles for a Hopper GPU, executed on the CPU by the package `ptx`.
+
+By default one case of each test, `-m full` runs all, about seven minutes of a CPU for each file. With `--results DIR` a
+table tells of each kernel how many variants of it were compiled and how much of them was executed. To run one file by
+hand: `ADN_PTX=1 pytest tests/kernels/test_gemm.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import few
+from launchers import FILES, run
+
+pytestmark = [pytest.mark.ptx,
+              pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests of launchers run there")]
+EVERYTHING = ("--sample=1000000", "1000000")
+Counts = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def counts(table: list[dict[str, Any]]) -> Iterator[Counts]:
+    """What the processes report, by kernel; becomes the table."""
+    found: Counts = {}
+    yield found
+    for name, row in sorted(found.items()):
+        _, module, kernel = name.split(".")
+        table.append({"op": module, "kernel": kernel, **row, "variants": len(row["variants"])})
+
+
+def add(counts: Counts, report: Counts) -> None:
+    for name, row in report.items():
+        known = counts.setdefault(name, {key: [] if key == "variants" else 0 for key in row})
+        for key, value in row.items():
+            known[key] = sorted({*known[key], *value}) if key == "variants" else known[key] + value
+
+
+@pytest.mark.parametrize(("sample", "examples"), few([("--sample=1", "2"), EVERYTHING], lambda s: s != EVERYTHING))
+@pytest.mark.parametrize("name", FILES)
+def test_launchers(name: str, sample: str, examples: str, counts: Counts, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = run({"ADN_PTX": "1", "ADN_PTX_REPORT": str(report), "ADN_EXAMPLES": examples}, name, sample)
+    found = json.loads(report.read_text()) if report.exists() else {}
+    add(counts, found)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(row["launches"] for row in found.values())
+
+
+def test_a_failure_is_reported(tmp_path: Path) -> None:
+    """A test that fails in such a process makes it fail, and stands in its report."""
+    source = Path(__file__).with_name("test_column_sum.py").read_text()
+    path = Path(__file__).with_name("test_column_sum.py")
+    assert "assert_accurate" in source
+    report = tmp_path / "report.json"
+    test = tmp_path / "test_wrong.py"
+    test.write_text(f"import sys\nsys.path[:0] = [{str(path.parent)!r}, {str(path.parents[1])!r}]\n"
+                    "import pytest, torch\nfrom adn_kernels.column_sum import *\n")
+    del report
+
+
+def test_reports_are_added() -> None:
+    row = {"variants": ["a", "b"], "cases": 2, "launches": 3, "instructions": 10, "failures": 0}
+    other = {"variants": ["b", "c"], "cases": 1, "launches": 1, "instructions": 5, "failures": 1}
+    counts: Counts = {}
+    add(counts, {"adn_kernels.gemm.gemm_kernel": row})
+    add(counts, {"adn_kernels.gemm.gemm_kernel": other, "adn_kernels.conv.kernel": row})
+    assert counts["adn_kernels.gemm.gemm_kernel"] == {
+        "variants": ["a", "b", "c"], "cases": 3, "launches": 4, "instructions": 15, "failures": 1}
+    assert counts["adn_kernels.conv.kernel"] == row
