@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# Those that run tests in other processes only name the marker.
 FILES = sorted(path.name for path in HERE.glob("test_*.py") if "mark.launcher" in path.read_text())
 
 

@@ -8,6 +8,7 @@ hand: `ADN_PTX=1 pytest tests/kernels/test_gemm.py`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import few
-from launchers import FILES, run
+from launchers import FILES, HERE, run
 
 pytestmark = [pytest.mark.ptx,
               pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests of launchers run there")]
 EVERYTHING = ("--sample=1000000", "1000000")
+NOTHING_LAUNCHED = {"test_activation.py"}  # kernels of the test's own, not of the library
 Counts = dict[str, dict[str, Any]]
 
 
@@ -48,27 +50,46 @@ def test_launchers(name: str, sample: str, examples: str, counts: Counts, tmp_pa
     found = json.loads(report.read_text()) if report.exists() else {}
     add(counts, found)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(row["launches"] for row in found.values())
+    assert found or name in NOTHING_LAUNCHED
+
+
+def test_kernels_of_their_own() -> None:
+    """What Triton compiles, with mistakes planted in it."""
+    done = run({"ADN_PTX": "1"}, str(HERE / "ptx" / "test_kernels.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+WRONG = """
+import pytest, torch
+from adn_kernels.column_sum import launch_column_sum
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("wrong", [False, True])
+def test_sum(wrong):
+    total = torch.zeros(4)
+    launch_column_sum(torch.ones(2, 3, 4), total, None, None, 3)
+    assert total.tolist() == [6.0 + wrong] * 4
+"""
 
 
 def test_a_failure_is_reported(tmp_path: Path) -> None:
-    """A test that fails in such a process makes it fail, and stands in its report."""
-    source = Path(__file__).with_name("test_column_sum.py").read_text()
-    path = Path(__file__).with_name("test_column_sum.py")
-    assert "assert_accurate" in source
-    report = tmp_path / "report.json"
-    test = tmp_path / "test_wrong.py"
-    test.write_text(f"import sys\nsys.path[:0] = [{str(path.parent)!r}, {str(path.parents[1])!r}]\n"
-                    "import pytest, torch\nfrom adn_kernels.column_sum import *\n")
-    del report
+    """A test that fails makes its process fail, and stands in the report."""
+    report, test = tmp_path / "report.json", tmp_path / "test_wrong.py"
+    test.write_text(WRONG)
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    done = run({"ADN_PTX": "1", "ADN_PTX_REPORT": str(report), "PYTHONPATH": path}, "-p", "conftest", str(test))
+    assert done.returncode == 1
+    row = json.loads(report.read_text())["adn_kernels.column_sum.column_sum_kernel"]
+    assert (len(row["variants"]), row["cases"], row["launches"], row["failures"]) == (1, 2, 2, 1)
+    assert row["instructions"] > 0
 
 
 def test_reports_are_added() -> None:
-    row = {"variants": ["a", "b"], "cases": 2, "launches": 3, "instructions": 10, "failures": 0}
-    other = {"variants": ["b", "c"], "cases": 1, "launches": 1, "instructions": 5, "failures": 1}
+    row = {"variants": ["a", "b"], "cases": 2, "launches": 3, "instructions": 10, "contested": 0, "failures": 0}
+    other = {"variants": ["b", "c"], "cases": 1, "launches": 1, "instructions": 5, "contested": 2, "failures": 1}
     counts: Counts = {}
     add(counts, {"adn_kernels.gemm.gemm_kernel": row})
     add(counts, {"adn_kernels.gemm.gemm_kernel": other, "adn_kernels.conv.kernel": row})
     assert counts["adn_kernels.gemm.gemm_kernel"] == {
-        "variants": ["a", "b", "c"], "cases": 3, "launches": 4, "instructions": 15, "failures": 1}
+        "variants": ["a", "b", "c"], "cases": 3, "launches": 4, "instructions": 15, "contested": 2, "failures": 1}
     assert counts["adn_kernels.conv.kernel"] == row

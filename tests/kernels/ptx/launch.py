@@ -20,6 +20,7 @@ from .memory import Global
 from .program import Program
 
 TARGET = GPUTarget("cuda", 90, 32)
+SEED = int(os.environ.get("ADN_PTX_SEED", "0"))
 
 
 @dataclass
@@ -85,18 +86,30 @@ def install() -> None:
 
 
 def launch(name: str, kernel: Any, grid: Sequence[int], arguments: dict[str, Any]) -> None:
-    """Executes a compiled kernel.
-
-    Args:
-        arguments: by name; tensors on the CPU, numbers.
-    """
+    """Executes a compiled kernel and counts that."""
     if kernel.hash not in _programs:
         _programs[kernel.hash] = prepare(kernel.asm["ptx"])
-    program = _programs[kernel.hash]
     count = counts[name]
     count.variants.add(kernel.hash)
     count.launches += 1
     random_state["launches"] += 1
+    machine = Machine(_programs[kernel.hash], kernel.metadata.shared, [SEED, random_state["launches"]])
+    try:
+        execute(machine, kernel, grid, arguments)
+    except Exception as error:
+        error.add_note(f"in {name}, grid {tuple(grid)}")
+        raise
+    finally:
+        count.instructions += machine.executed
+        count.contested += machine.contested
+
+
+def execute(machine: Machine, kernel: Any, grid: Sequence[int], arguments: dict[str, Any]) -> None:
+    """A compiled kernel's program, which the machine has.
+
+    Args:
+        arguments: by name; tensors on the CPU, numbers.
+    """
     memory, given = Global(int(np.prod(grid))), []
     for parameter, type in kernel.src.signature.items():
         if type == "constexpr":
@@ -107,14 +120,6 @@ def launch(name: str, kernel: Any, grid: Sequence[int], arguments: dict[str, Any
             memory.add(storage.data_ptr(), storage.nbytes(), value.element_size())
             value = value.data_ptr()
         given.append(value)
-    given += [0] * (len(program.parameters) - len(given))  # memory for scratch and profiles, which no kernel here asks for
-    seed = [int(os.environ.get("ADN_PTX_SEED", "0")), random_state["launches"]]
-    machine = Machine(program, kernel.metadata.shared, seed)
-    try:
-        machine.run(tuple(grid), given, memory)
-    except Exception as error:
-        error.add_note(f"in {name}, grid {tuple(grid)}")
-        raise
-    finally:
-        count.instructions += machine.executed
-        count.contested += machine.contested
+    # Then come memory for scratch and for profiles, for which no kernel here asks.
+    given += [0] * (len(machine.program.parameters) - len(given))
+    machine.run(tuple(grid), given, memory)
