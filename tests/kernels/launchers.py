@@ -1,5 +1,5 @@
-"""Runs the tests of launchers without a GPU, in processes of their own: how is chosen by the environment when kernels are
-defined, so it cannot share a process with tests that compile them."""
+"""Runs the tests of launchers without a GPU, in processes of their own: what executes kernels is chosen by the
+environment when they are defined, so it cannot share a process with tests that compile them."""
 
 from __future__ import annotations
 

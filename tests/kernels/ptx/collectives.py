@@ -32,7 +32,7 @@ def _whole_warps(instruction: Instruction, members: Operand) -> Run:
 
 @instruction("shfl", ("b32",), "sync bfly idx up down")
 def shfl(instruction: Instruction, form: Form) -> Run:
-    """The lane to read from, by the manual's rule of segments and bounds; a thread whose lane is outside keeps its own."""
+    """By the manual's rule of segments and bounds; a thread whose source is outside of them keeps its own value."""
     destination, *sources, members = instruction.operands
     check = _whole_warps(instruction, members)
     value, step, control = (reader(source, "b32") for source in sources)
@@ -101,6 +101,7 @@ def _nothing(instruction: Instruction, form: Form) -> Run:
     return lambda machine, mask: None
 
 
-instruction("fence", (), "acq_rel sc cta gpu sys proxy async global async::global async::shared::cta shared::cta")(_nothing)
+instruction("fence", (), "acq_rel sc cta gpu sys proxy async global shared::cta async::global async::shared::cta")(
+    _nothing)
 instruction("membar", (), "cta gl sys")(_nothing)
 

@@ -12,7 +12,6 @@ from .formats import SIZE
 from .machine import Machine, prepare
 from .memory import Global
 
-WHOLE = {"b": "u", "u": "u", "s": "s"}
 REGISTER = {0: "%p", 1: "%rs", 2: "%rs", 4: "%r", 8: "%rd"}  # by size
 
 
@@ -50,7 +49,9 @@ def at(pointer: int, size: int, to: int) -> str:
     return f"mad.wide.u32 %rd{to}, %r1, {size}, %rd{pointer};\n"
 
 
-def evaluate(text: str, results: tuple[str, ...], sources: list[tuple[str, list[int]]], rest: str = "") -> list[list[int]]:
+def evaluate(
+    text: str, results: tuple[str, ...], sources: list[tuple[str, list[int]]], rest: str = ""
+) -> list[list[int]]:
     """Of an instruction like "add.s32" the results (bits) of each thread.
 
     Args:

@@ -182,7 +182,8 @@ def setp(form: Form, a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None) 
     found = _compared(form.one_of(*RELATIONS, *UNSIGNED_RELATIONS, *UNORDERED, "num", "nan"), a, b)
     if c is None:
         return found
-    return {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[form.one_of("and", "or", "xor")](found, c)
+    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+    return combine[form.one_of(*combine)](found, c)
 
 
 def _compared(relation: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:

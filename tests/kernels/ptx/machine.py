@@ -54,7 +54,9 @@ class Machine:
         self.contested = 0  # see `Shared`
 
     def run(self, grid: tuple[int, ...], parameters: list[float], memory: Global) -> None:
-        """parameters: numbers, those of pointers the addresses. CTAs run in batches, in an order drawn at random. Raises Fault."""
+        """parameters: numbers, for pointers addresses. CTAs run in batches, in an order drawn at random.
+
+        Raises Fault for what no program may do."""
         self.grid = (*grid, 1, 1)[:3]
         self.memory = memory
         self.parameters = np.concatenate([np.empty(0, np.uint8), *(

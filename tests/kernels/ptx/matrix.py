@@ -104,7 +104,8 @@ def mma(instruction: Instruction, form: Form) -> Run:
     if form.types[2] != type or k != 32 // SIZE[type]:
         raise NotImplementedError(text)
     d = instruction.operands[0]
-    a, b, c = ([reader(one, t) for one in operand] for operand, t in zip(instruction.operands[1:], ("b32", "b32", "f32")))
+    a, b, c = ([reader(one, of) for one in operand] for operand, of in zip(
+        instruction.operands[1:], ("b32", "b32", "f32")))
     step = k // 2
 
     def run(machine: Machine, mask: Mask) -> None:

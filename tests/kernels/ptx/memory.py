@@ -108,7 +108,9 @@ class Global:
         self.buffers.insert(at, Buffer(start, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(start)),
                                        granule))
 
-    def _find(self, addresses: np.ndarray, width: int, text: str) -> list[tuple[Buffer, np.ndarray | slice, np.ndarray]]:
+    def _find(
+        self, addresses: np.ndarray, width: int, text: str
+    ) -> list[tuple[Buffer, np.ndarray | slice, np.ndarray]]:
         """(buffer, which of the addresses, their offsets) of each buffer that they are in."""
         if (addresses & np.int64(width - 1)).any():
             raise Fault(f"misaligned access of {width} bytes: {text}")
@@ -272,8 +274,8 @@ class Shared:
     def load_as(
         self, base: np.ndarray, me: np.ndarray, address: np.ndarray, width: int, text: str, reading: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """By whoever `me` (lanes,) says. Items (lanes,) and where they are; with `reading` the caller is under way until
-        it calls `has_read` with that."""
+        """By whoever `me` (lanes,) says. Items (lanes,) and where they are; with `reading` the caller goes on reading
+        until it calls `has_read` with that."""
         at = self._at(base, address, width, text)
         me = me[:, None]
         marks = self._marks(self.written, at, width)
@@ -327,7 +329,7 @@ class Shared:
         """A copy to there begins; until `copied` it may or may not have come."""
         at, me = self._at(self.base[lanes], address, width, text), self.me[lanes][:, None]
         self._check_writable(at, width, me, text, np.ones(len(at), bool))
-        of_width(self.data, width)[at] = np.full((len(at), width), 0xFF, np.uint8).view(np.dtype((np.void, width)))[:, 0]
+        of_width(self.data, width)[at] = np.void(b"\xff" * width)
         self._mark(self.written, at, width, COMING)
 
     def copied(self, lanes: np.ndarray, address: np.ndarray, items: np.ndarray) -> None:
@@ -345,8 +347,8 @@ def _conflict(marks: np.ndarray, me: np.ndarray) -> np.ndarray:
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether items are the same but for the rounding of float32.
 
-    Triton lets all threads store what they hold of one reduced element. Where the compiler has contracted the first step
-    of the reduction into a fused multiply-add, it is fma(x, x, y * y) in one of them and fma(y, y, x * x) in another.
+    Triton lets all threads store what they hold of one reduced element. Where the compiler has contracted the first
+    step of the reduction into a fused multiply-add, that is fma(x, x, y * y) in one and fma(y, y, x * x) in another.
     """
     if a.dtype.itemsize % 4:
         return False
@@ -355,7 +357,7 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 class Groups:
-    """Asynchronous operations, in groups that those who began them commit and wait for (agents: threads, warpgroups)."""
+    """Asynchronous operations, in groups that their agents (threads or warpgroups) commit and wait for."""
 
     def __init__(self, agents: int) -> None:
         self.committed = np.zeros(agents, np.int64)

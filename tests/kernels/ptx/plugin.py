@@ -40,9 +40,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
 
 def report() -> dict[str, dict[str, Any]]:
     """By kernel of the library; without those of modules with a planted mistake."""
-    return {name: {"variants": sorted(count.variants), "cases": _cases[name], "launches": count.launches,
-                   "instructions": count.instructions, "contested": count.contested, "failures": _failures[name]}
-            for name, count in sorted(launch.counts.items()) if name.startswith("adn_kernels.") and ".planted" not in name}
+    return {
+        name: {"variants": sorted(count.variants), "cases": _cases[name], "launches": count.launches,
+               "instructions": count.instructions, "contested": count.contested, "failures": _failures[name]}
+        for name, count in sorted(launch.counts.items())
+        if name.startswith("adn_kernels.") and ".planted" not in name}
 
 
 def pytest_sessionfinish() -> None:

@@ -64,8 +64,8 @@ def _form(opcode: str, parts: tuple[str, ...]) -> Form | None:
     types = tuple(part for part in parts if part in SIZE)
     modifiers = frozenset(part for part in parts if part not in SIZE)
     entry = TABLE.get(opcode)
-    if entry is None or not modifiers <= entry.modifiers or entry.types is not None and (
-            len(types) != len(entry.types) or not all(t in allowed for t, allowed in zip(types, entry.types))):
+    if entry is None or not modifiers <= entry.modifiers or (entry.types is not None and (
+            len(types) != len(entry.types) or not all(t in allowed for t, allowed in zip(types, entry.types)))):
         return None
     return Form(opcode, modifiers, types)
 

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.ptx
 MODES = ("up", "down", "bfly", "idx")
 REDUCTIONS = [(name, type) for name in ("add", "min", "max") for type in ("s32", "u32")]
 REDUCTIONS += [(name, "b32") for name in ("and", "or", "xor")]
-FENCES = ["fence.acq_rel.gpu", "fence.sc.cta", "fence.acq_rel.sys", "fence.proxy.async", "fence.proxy.async.shared::cta",
-          "fence.proxy.async.global", "fence.proxy.async.async::global", "fence.proxy.async.async::shared::cta", "membar.cta",
-          "membar.gl", "membar.sys"]
+FENCES = ["fence.acq_rel.gpu", "fence.sc.cta", "fence.acq_rel.sys", "membar.cta", "membar.gl", "membar.sys",
+          "fence.proxy.async", *(f"fence.proxy.async.{space}" for space in (
+              "global", "shared::cta", "async::global", "async::shared::cta"))]
 FORMS = [f"shfl.sync.{mode}.b32" for mode in MODES] + [f"redux.sync.{name}.{type}" for name, type in REDUCTIONS]
 FORMS += ["vote.sync.any.pred", "vote.sync.all.pred", "vote.sync.ballot.b32", "bar.warp.sync", *FENCES]
 
@@ -25,12 +25,8 @@ def source_lane(mode: str, lane: int, b: int, c: int) -> tuple[int, bool]:
     bval, cval, segmask = b & 31, c & 31, c >> 8 & 31
     maxlane = (lane & segmask) | (cval & ~segmask & 31)
     minlane = lane & segmask
-    j, inside = {
-        "up": (lane - bval, lane - bval >= maxlane), "down": (lane + bval, lane + bval <= maxlane),
-        "bfly": (lane ^ bval, lane ^ bval <= maxlane),
-        "idx": (minlane | (bval & ~segmask & 31), (minlane | (bval & ~segmask & 31)) <= maxlane),
-    }[mode]
-    inside = {"bfly": (lane ^ bval) <= maxlane}.get(mode, inside)
+    j = {"up": lane - bval, "down": lane + bval, "bfly": lane ^ bval, "idx": minlane | (bval & ~segmask & 31)}[mode]
+    inside = j >= maxlane if mode == "up" else j <= maxlane
     return (j if inside else lane), inside
 
 
@@ -66,7 +62,8 @@ def test_vote() -> None:
     ballots = [sum(flags[32 * w + i] << i for i in range(32)) for w in range(3)]
     assert evaluate("vote.sync.any.pred", ("pred",), [("pred", flags)], ", -1") == [[0] * 32 + [1] * 64]
     assert evaluate("vote.sync.all.pred", ("pred",), [("pred", flags)], ", -1") == [[0] * 32 + [1] * 32 + [0] * 32]
-    assert evaluate("vote.sync.ballot.b32", ("b32",), [("pred", flags)], ", -1") == [[b for b in ballots for _ in range(32)]]
+    assert evaluate("vote.sync.ballot.b32", ("b32",), [("pred", flags)], ", -1") == [
+        [ballots[i // 32] for i in range(96)]]
 
 
 @pytest.mark.parametrize("fence", [*FENCES, "bar.warp.sync -1"])

@@ -42,8 +42,8 @@ def samples(type: str, n: int, seed: int) -> list[int]:
         infinity = ((1 << exponent) - 1) << fraction
         one = ((1 << exponent - 1) - 1) << fraction
         smallest = 1 << fraction
-        values = [0, one, one + 1, one - 1, smallest, smallest - 1, 1, infinity, infinity - 1, infinity | 1 << fraction - 1,
-                  one + (1 << fraction), one - (3 << fraction)]
+        values = [0, one, one + 1, one - 1, smallest, smallest - 1, 1, infinity, infinity - 1,
+                  infinity | 1 << fraction - 1, one + (1 << fraction), one - (3 << fraction)]
         values += [value | 1 << (width - 1) for value in values]
         # Of like size, so that sums do not lose one of them
         values += [one + random_.randrange(-(3 << fraction), 3 << fraction) for _ in range(n // 3)]
@@ -292,7 +292,8 @@ def forms() -> list[tuple[str, str, tuple[str, ...]]]:
     for name in ("min", "max"):
         add(f"{name}.ftz.f32", "f32", "f32", "f32")
         add(f"{name}.f32", "f32", "f32", "f32", "f32")
-    for name in ("neg", "abs", "sqrt.rn", "sqrt.approx", "rsqrt.approx", "rcp.rn", "rcp.approx", "ex2.approx", "lg2.approx"):
+    for name in ("neg", "abs", "sqrt.rn", "sqrt.approx", "rsqrt.approx", "rcp.rn", "rcp.approx", "ex2.approx",
+                 "lg2.approx"):
         if name not in ("neg", "abs"):
             add(f"{name}.f32", "f32", "f32")
         add(f"{name}.ftz.f32", "f32", "f32")
@@ -349,7 +350,7 @@ def parsed(text: str) -> tuple[str, frozenset[str], tuple[str, ...]]:
 def flush(value: Number) -> Number:
     """Of f32."""
     small = math.isfinite(value) and abs(Fraction(value)) < Fraction(2) ** -126
-    return math.copysign(0.0, -1.0 if value < 0 or (value == 0 and math.copysign(1, value) < 0) else 1.0) if small else value
+    return math.copysign(0.0, value) if small else value
 
 
 def expected(text: str, result: str, sources: tuple[str, ...], given: tuple[int, ...]) -> int:
@@ -421,14 +422,15 @@ def test_both_predicates_of_setp() -> None:
 
 
 def test_halfway_is_rounded_once() -> None:
-    """Of fma the exact sum lies just beside halfway between two numbers, where float64 rounds it to halfway."""
-    a, c = 0x3F800001, 0x3F800000  # 1 + 2^-23, 1
-    tiny = [0x00000001, 0x80000001]
-    for sign in tiny:
-        # (1 + 2^-23) * 2^-24 + 1 is just above halfway, with the sign of tiny below it
-        b = 0x33800000 if sign == 1 else 0x337FFFFE
-        (got,), = evaluate("fma.rn.f32", ("f32",), [("f32", [a]), ("f32", [b]), ("f32", [c])])
-        assert got == expected("fma.rn.f32", "f32", ("f32",) * 3, (a, b, c))
+    """The exact a * b + c is just beside halfway between two float32, and halfway once it is rounded to float64; also
+    where they are subnormal."""
+    above = encoded(1 + 2.0**-23, "f32"), encoded(2.0**-24 * (1 + 2.0**-23), "f32")  # 2^-24 + 2^-46 + 2^-70
+    below = encoded(1 + 2.0**-23, "f32"), encoded(2.0**-24 * (1 - 2.0**-23), "f32")  # 2^-24 - 2^-70
+    tiny = encoded(2.0**-75, "f32"), encoded(2.0**-75, "f32")
+    for (a, b), c in ((above, 1.0), (below, 1.0), (above, -1.0), (below, -1.0), (tiny, 2.0**-126), (tiny, 0.0)):
+        given = a, b, encoded(c, "f32")
+        ((got,),) = evaluate("fma.rn.f32", ("f32",), [("f32", [bits]) for bits in given])
+        assert got == expected("fma.rn.f32", "f32", ("f32",) * 3, given)
 
 
 def test_every_entry_is_tested() -> None:

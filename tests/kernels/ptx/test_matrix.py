@@ -92,8 +92,9 @@ def row_and_column(lane: int, i: int) -> tuple[int, int]:
 def test_mma(type: str) -> None:
     k = TYPES[type][1]
     a, b, c = drawn(16, k), drawn(k, 8, seed=1), drawn(16, 8, seed=2)
-    given = np.array([[*fragment_of_a(a, lane, type), *fragment_of_b(b, lane, type),
-                       *(int(c[row_and_column(lane, i)].view(np.uint32)) for i in range(4))] for lane in range(32)], np.uint32)
+    given = np.array([
+        [*fragment_of_a(a, lane, type), *fragment_of_b(b, lane, type),
+         *(int(c[row_and_column(lane, i)].view(np.uint32)) for i in range(4))] for lane in range(32)], np.uint32)
     to = np.zeros((32, 4), np.float32)
     loads = "".join(f"ld.global.b32 %r{40 + i}, [%rd10+{4 * i}];" for i in range(10))
     execute(f"""{at(1, 40, 10)} {loads} mma.sync.aligned.m16n8k{k}.row.col.f32.{type}.{type}.f32
@@ -110,8 +111,8 @@ MODE = {128: 1, 64: 2, 32: 3}
 def laid_out(matrix: np.ndarray, type: str, line: int, along_rows: bool, room: int) -> tuple[np.ndarray, int, int]:
     """Bytes of a matrix (rows, k) as wgmma reads it, and the leading and the stride offset.
 
-    Lines of `line` bytes, 8 of them an atom; in line i of an atom the piece of 16 bytes at place p lies at p ^ i, p ^ i/2
-    or p ^ i/4 for lines of 128, 64 or 32 bytes. Atoms follow each other first along the lines, then across.
+    Lines of `line` bytes, 8 of them an atom; in line i of an atom the piece of 16 bytes at place p lies at p ^ i,
+    p ^ i/2 or p ^ i/4 for lines of 128, 64 or 32 bytes. Atoms follow each other first along the lines, then across.
     """
     raw = packed(matrix.T if along_rows else matrix, type)  # lines, elements of a line
     size = raw.dtype.itemsize
@@ -132,10 +133,10 @@ def descriptor(start: int, leading: int, stride: int, line: int) -> int:
 
 def product(type: str, n: int, a: np.ndarray, descriptors: tuple[int | None, int], shared: np.ndarray, flags: str,
             accumulate: bool = True, before: str = "") -> np.ndarray:
-    """(64, n) by a warpgroup, of 1 + A B, or of A B without `accumulate`. A is given in registers where its descriptor is
-    None. before: what comes between the product and the wait for it."""
+    """(64, n) by a warpgroup, of 1 + A B, or of A B without `accumulate`. A is given in registers where its descriptor
+    is None. before: what comes between the product and the wait for it."""
     k, count = TYPES[type][1], n // 2
-    given = np.array([fragment_of_a(a[16 * (t // 32):16 * (t // 32) + 16], t % 32, type) for t in range(128)], np.uint32)
+    given = np.array([fragment_of_a(rows, lane, type) for rows in np.split(a, 4) for lane in range(32)], np.uint32)
     to = np.zeros((128, count), np.float32)
     registers = [f"%r{60 + i}" for i in range(count)]
     start = "".join(f"mov.b32 {r}, 0f3F800000;" for r in registers)
@@ -144,7 +145,8 @@ def product(type: str, n: int, a: np.ndarray, descriptors: tuple[int | None, int
     execute(f"""mov.b32 %r20, {len(shared) // 512}; {to_shared()} {at(1, 16, 10)} {start}
         ld.global.v4.b32 {{%r40, %r41, %r42, %r43}}, [%rd10]; setp.eq.b32 %p1, %r1, {"%r1" if accumulate else -1};
         mov.b64 %rd20, {descriptors[0] or 0}; mov.b64 %rd21, {descriptors[1]}; wgmma.fence.sync.aligned;
-        wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{type}.{type} {{{','.join(registers)}}}, {left}, %rd21, %p1, {flags};
+        wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{type}.{type}
+        {{{','.join(registers)}}}, {left}, %rd21, %p1, {flags};
         wgmma.commit_group.sync.aligned; {before} wgmma.wait_group.sync.aligned 0; {at(3, 4 * count, 12)} {stores}""",
             given, shared.view(np.uint32), to, threads=128, shared=len(shared))
     out = np.zeros((64, n), np.float32)
@@ -167,7 +169,8 @@ def test_wgmma(type: str, a_along_rows: int | None, b_along_rows: int, n: int, l
     first, *offsets_a = laid_out(a, type, line, bool(a_along_rows), 16384)
     second, *offsets_b = laid_out(b, type, line, bool(b_along_rows), 32768)
     shared = np.concatenate([first, second])
-    descriptors = (None if a_along_rows is None else descriptor(0, *offsets_a, line), descriptor(16384, *offsets_b, line))
+    descriptors = (None if a_along_rows is None else descriptor(0, *offsets_a, line),
+                   descriptor(16384, *offsets_b, line))
     flags = "1, 1" if type == "tf32" else f"1, 1, {b_along_rows}" if a_along_rows is None else (
         f"1, 1, {a_along_rows}, {b_along_rows}")
     for accumulate in (True, False):

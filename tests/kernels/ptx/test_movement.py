@@ -9,9 +9,9 @@ import random
 import numpy as np
 import pytest
 
+from .definitions import UPDATES, chain
 from .formats import SIZE
 from .handwritten import REGISTER, at, decoded, encoded, evaluate, execute
-from .definitions import UPDATES, chain
 
 pytestmark = pytest.mark.ptx
 
@@ -33,9 +33,9 @@ FORMS += [f"{op}.global.gpu.{order}.{name}.{type}" for op in ("atom", "red") for
           for order in ORDERS]
 FORMS += [f"{op}.global.gpu.relaxed.add.v{n}.f32" for op in ("atom", "red") for n in (2, 4, 8)]
 FORMS += ["atom.global.gpu.relaxed.cas.b32", "red.global.gpu.relaxed.cas.b32"]
-FORMS += ["cp.async.ca.shared.global", "cp.async.cg.shared.global", "cp.async.cg.shared::cta.global", "cp.async.commit_group",
-          "cp.async.wait_group", "cp.async.wait_all"]
-FORMS += [f"mov.{type}" for type in ("pred", "f32", "f64", *(f"{kind}{bits}" for kind in "bus" for bits in (16, 32, 64)))]
+FORMS += ["cp.async.ca.shared.global", "cp.async.cg.shared.global", "cp.async.cg.shared::cta.global",
+          "cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all"]
+FORMS += [f"mov.{type}" for type in ("pred", *TYPES) if SIZE[type] != 1 or type == "pred"]
 FORMS += ["cvta.to.global.u64", "cvta.global.u64", "createpolicy.fractional.L2::evict_first.b64"]
 
 
@@ -90,8 +90,8 @@ def test_parameters(type: str) -> None:
     wide, size = np.zeros(32, np.uint64), SIZE[type]
     register = {1: "%r", 2: "%r"}.get(size, REGISTER[size])
     back = f"{'cvt.u64.u32 %rd9, %r9' if register == '%r' else 'mov.b64 %rd9, %rd8'};"
-    execute(f"ld.param.{type} {register}{8 if size == 8 else 9}, [p0]; {back} {at(1, 8, 10)} st.global.b64 [%rd10], %rd9;",
-            wide)
+    execute(f"""ld.param.{type} {register}{8 if size == 8 else 9}, [p0]; {back} {at(1, 8, 10)}
+        st.global.b64 [%rd10], %rd9;""", wide)
     assert set(wide.tolist()) == {decoded(wide.ctypes.data % 2**(8 * size), type if type[0] != "f" else f"b{8 * size}")
                                   % 2**(64 if size == 8 else 32)}
     first, second = np.zeros(32, np.uint64), np.zeros(32, np.uint64)
@@ -111,7 +111,8 @@ def test_atomics(order: str, name: str, type: str, op: str) -> None:
         value = [encoded(float(v), type.removesuffix("x2")) * (0x10001 if type.endswith("x2") else 1) for v in value]
     source, places, seen = np.array(value, f"u{size}"), np.zeros(4, f"u{size}"), np.zeros(64, f"u{size}")
     if op == "atom":
-        act = f"{op}.global.gpu.{order}.{name}.{type} {register}22, [%rd11], {register}21; st.global.b{8 * size} [%rd13], {register}22;"
+        act = f"""{op}.global.gpu.{order}.{name}.{type} {register}22, [%rd11], {register}21;
+            st.global.b{8 * size} [%rd13], {register}22;"""
     else:
         act = f"{op}.global.gpu.{order}.{name}.{type} [%rd11], {register}21;"
     execute(f"""mov.u32 %r2, %ctaid.x; shl.b32 %r3, %r2, 5; add.s32 %r1, %r1, %r3; {at(1, size, 10)} {at(3, size, 13)}
@@ -136,7 +137,8 @@ def test_atomics(order: str, name: str, type: str, op: str) -> None:
 def test_vectors_of_atomics(n: int, op: str) -> None:
     places = np.zeros(2 * n, np.float32)
     registers = ", ".join(f"%r{10 + i}" for i in range(n))
-    values = "".join(f"cvt.rn.f32.u32 %r{10 + i}, %r1; add.f32 %r{10 + i}, %r{10 + i}, {float_constant(i)};" for i in range(n))
+    values = "".join(f"cvt.rn.f32.u32 %r{10 + i}, %r1; add.f32 %r{10 + i}, %r{10 + i}, {float_constant(i)};"
+                     for i in range(n))
     results = f"{{{', '.join(f'%r{30 + i}' for i in range(n))}}}, " if op == "atom" else ""
     execute(f"""{values} and.b32 %r2, %r1, 1; mul.wide.u32 %rd10, %r2, {4 * n}; add.s64 %rd10, %rd10, %rd1;
         {op}.global.gpu.relaxed.add.v{n}.f32 {results}[%rd10], {{{registers}}};""", places)
@@ -199,7 +201,8 @@ def test_parts_of_registers(whole: str, part: str, n: int) -> None:
     parts = [f"{REGISTER[SIZE[part]]}{20 + i}" for i in range(n)]
     a, b = (f"{REGISTER[SIZE[whole]]}{30 + i}" for i in range(2))
     execute(f"""{at(1, SIZE[whole], 10)} ld.global.{whole} {a}, [%rd10]; mov.{whole} {{{', '.join(parts)}}}, {a};
-        mov.{whole} {b}, {{{', '.join(parts[::-1])}}}; {at(2, SIZE[whole], 10)} st.global.{whole} [%rd10], {b};""", source, to)
+        mov.{whole} {b}, {{{', '.join(parts[::-1])}}}; {at(2, SIZE[whole], 10)} st.global.{whole} [%rd10], {b};""",
+            source, to)
     assert (to.view(f"u{SIZE[part]}").reshape(32, n) == source.view(f"u{SIZE[part]}").reshape(32, n)[:, ::-1]).all()
 
 
