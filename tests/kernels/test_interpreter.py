@@ -1,7 +1,8 @@
 """Runs the tests of launchers in Triton's interpreter.
 
-By default one case of each test, `-m full` runs all; more of them are run by `test_ptx.py`, what only this interpreter
-can show is not. To run one file by hand: `TRITON_INTERPRET=1 pytest tests/kernels/test_gemm.py`.
+By default two cases of each test, `-m full` runs all. What watches this interpreter (bytes moved, the last programs of
+a large grid) runs here alone, the rest in `test_ptx.py` too. To run one file by hand:
+`TRITON_INTERPRET=1 pytest tests/kernels/test_gemm.py`.
 """
 
 from __future__ import annotations

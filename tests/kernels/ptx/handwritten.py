@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from fractions import Fraction
 
 import numpy as np
@@ -136,7 +135,3 @@ def is_nan(bits: int, type: str) -> bool:
 
 def halves(bits: int) -> tuple[int, int]:
     return bits & 0xFFFF, bits >> 16
-
-
-def as_float(bits: int) -> float:
-    return struct.unpack("<f", struct.pack("<I", bits))[0]

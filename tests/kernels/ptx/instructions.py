@@ -22,7 +22,7 @@ def saturated(form: Form, value: np.ndarray) -> np.ndarray:
     if "sat" not in form.modifiers:
         return value
     if value.dtype.kind != "f":
-        raise NotImplementedError("sat of integers")
+        raise NotImplementedError(form.name)
     return np.where(value > 0, np.minimum(value, value.dtype.type(1)), value.dtype.type(0))
 
 
@@ -55,7 +55,7 @@ def _high(form: Form, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The whole product, or its upper half."""
     size = SIZE[form.types[0]]
     if size == 8:
-        raise NotImplementedError("the upper half of 128 bits")
+        raise NotImplementedError(form.name)
     wide = (SIGNED if form.types[0][0] == "s" else UNSIGNED)[2 * size]
     product = a.astype(wide) * b.astype(wide)
     return product if "wide" in form.modifiers else product >> wide.type(8 * size)
@@ -312,28 +312,28 @@ def cvt(form: Form, a: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
     """To an integer what is too large becomes the nearest one, NaN 0. To a pair, a becomes its upper half."""
     to, integral = form.types[0], form.one_of(*TO_INTEGRAL)
     if (to in PAIRS) != (b is not None) or (to in PAIRS and form.types[1] != "f32"):
-        raise NotImplementedError(f"cvt to {to}")
+        raise NotImplementedError(form.name)
     if b is not None:
         return np.stack(np.broadcast_arrays(b, a))
     if to == "tf32":
         return _to_tf32(form, a)
     if a.dtype.kind != "f":
         if "sat" in form.modifiers:
-            raise NotImplementedError("cvt.sat of integers")
+            raise NotImplementedError(form.name)
         return a.astype(_float(to) if is_float(to) else _integer(to))
     if integral:
         a = TO_INTEGRAL[integral](a)
     if is_float(to):
         return saturated(form, a if to in HALVES else a.astype(_float(to)))
     if integral is None:
-        raise NotImplementedError("cvt to an integer without rounding to one")
+        raise NotImplementedError(form.name)
     return _to_integer(a.astype(np.float64), _integer(to))
 
 
 def _to_tf32(form: Form, a: np.ndarray) -> np.ndarray:
     """To nearest, ties away from zero."""
     if "rna" not in form.modifiers:
-        raise NotImplementedError("cvt to tf32 other than rna")
+        raise NotImplementedError(form.name)
     return ((of_bits(a) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 

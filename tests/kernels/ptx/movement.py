@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Run = Callable[["Machine", Mask], None]
 ANY = "b8 b16 b32 b64 u8 u16 u32 u64 s8 s16 s32 s64 f32 f64"
-VECTORS = "v2 v4 v8"
+VECTORS = "v2 v4"
 
 
 def _width(form: Form) -> int:
@@ -28,7 +28,7 @@ def shared_width(instruction: Instruction) -> int:
     """Bytes of an access to shared memory that are not a multiple of 16; 0 if there is none."""
     if instruction.opcode in ("ld", "st") and any(part.startswith("shared") for part in instruction.parts):
         types = tuple(part for part in instruction.parts if part in SIZE)
-        return min(16, _width(Form("", frozenset(instruction.parts), types)))
+        return min(16, _width(Form("", "", frozenset(instruction.parts), types)))
     return int(instruction.operands[2].text, 0) if instruction.opcode == "cp" and instruction.operands[2:] else 0
 
 

@@ -21,8 +21,9 @@ WIDE = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
 @dataclass(frozen=True)
 class Form:
-    """What stands behind an opcode, sorted: `cvt.rn.ftz.f32.s32` has modifiers {rn, ftz} and types (f32, s32)."""
+    """Of an instruction, sorted: `cvt.rn.ftz.f32.s32` has modifiers {rn, ftz} and types (f32, s32)."""
 
+    name: str
     opcode: str
     modifiers: frozenset[str]
     types: tuple[str, ...]
@@ -67,7 +68,7 @@ def _form(opcode: str, parts: tuple[str, ...]) -> Form | None:
     if entry is None or not modifiers <= entry.modifiers or (entry.types is not None and (
             len(types) != len(entry.types) or not all(t in allowed for t, allowed in zip(types, entry.types)))):
         return None
-    return Form(opcode, modifiers, types)
+    return Form(".".join((opcode, *parts)), opcode, modifiers, types)
 
 
 def instruction(opcode: str, types: tuple[str, ...] | None = None, modifiers: str = "") -> Callable:

@@ -244,7 +244,7 @@ def test_unknown_instructions() -> None:
     for text in ("tcgen05.wait.sync", "add.rz.f32 %r2, %r1, %r1", "add.rn.f32.bf16 %r2, %rs1, %r1",
                  "ld.local.b32 %r2, [0]", "mul.hi.s64 %rd2, %rd1, %rd1", "mov.u32 %r2, %clock",
                  "cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r1"):
-        with pytest.raises(NotImplementedError, match=f"%clock|{re.escape(text)}"):
+        with pytest.raises(NotImplementedError, match=f"%clock|{re.escape(text.split()[0])}"):
             execute(f"{text};", words(1))
 
 

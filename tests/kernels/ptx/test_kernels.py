@@ -88,7 +88,7 @@ def execute(kernel: Any, text: str, grid: Sequence[int], arguments: dict[str, An
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_missing_barrier(case: str) -> None:
-    """Each of them is noticed, but for one that is not needed: it stands between copies to two places."""
+    """Each of them is noticed, but for one that is not needed, between copies to two places; Triton 3.9 sets none."""
     kernel, grid, arguments, _ = compiled(case)
     text = kernel.asm["ptx"]
     barriers = list(re.finditer(r"bar\.sync\s+0;", text))
@@ -100,7 +100,7 @@ def test_a_missing_barrier(case: str) -> None:
         except Fault:
             pass
     assert len(barriers) >= 2
-    assert missed == ([0] if case == "dot" else [])
+    assert missed == [] or (case == "dot" and missed == [0])
 
 
 def test_copies_not_waited_for() -> None:
