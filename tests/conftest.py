@@ -36,12 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     # Shells ignore it for what runs in the background, and so would everything that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.environ.get("ADN_PTX") == "1":
+        sys.path.append(str(ROOT / "tests" / "kernels"))
+        config.pluginmanager.import_plugin("ptx.plugin")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of launchers run on a GPU, or in Triton's interpreter and then alone (see tests/kernels/harness.py)."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    """Tests of launchers run on a GPU, or in an interpreter and then alone (see tests/kernels/harness.py)."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ADN_PTX") == "1"
     on_gpu = torch.cuda.is_available() and not interpreted
     chosen = []
     for item in items:

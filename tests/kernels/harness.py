@@ -1,8 +1,9 @@
-"""How kernels are tested, on a GPU or, without one, by Triton's interpreter.
+"""How kernels are tested, on a GPU or, without one, by Triton's interpreter and by executing their PTX.
 
 A test marked `launcher` calls launchers, never ops: on CPU tensors an op is its reference and would be compared with
-itself. With a GPU such a test runs there; without one `TRITON_INTERPRET=1 pytest tests/kernels` runs it in the
-interpreter (`test_interpreter.py` does that in processes of their own).
+itself. With a GPU such a test runs there. Without one `TRITON_INTERPRET=1 pytest tests/kernels` runs it in Triton's
+interpreter and `ADN_PTX=1 pytest tests/kernels` compiles for sm_90 and executes the result in that of the package `ptx`
+(`test_interpreter.py` and `test_ptx.py` do so in processes of their own).
 """
 
 from __future__ import annotations
@@ -19,14 +20,23 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-# The interpreter computes bfloat16 wrongly without an error.
-DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
+PTX = os.environ.get("ADN_PTX") == "1"
+DEVICE = "cpu" if INTERPRETED or PTX or not torch.cuda.is_available() else "cuda"
+# Triton's interpreter computes bfloat16 wrongly without an error.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if PTX or DEVICE == "cuda" else (torch.float32, torch.float16)
+# Of tests that use `traffic` or `last_programs`, which are made of Triton's interpreter.
+watches_interpreter = pytest.mark.skipif(not INTERPRETED, reason="watches Triton's interpreter")
 GUARD = 64  # elements before and after every buffer
+
+
+def examples(count: int) -> int:
+    """How many of these examples a test with random ones tries: with ADN_EXAMPLES no more than that."""
+    return min(count, int(os.environ.get("ADN_EXAMPLES", count)))
 
 
 def _loop_to_arguments() -> None:

@@ -22,10 +22,12 @@ from harness import (
     assert_accurate,
     assert_caught,
     bytes_of,
+    examples,
     last_programs,
     layouts,
     plant,
     traffic,
+    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -306,7 +308,7 @@ def test_outlier_first(layout: int) -> None:
 
 @pytest.mark.launcher
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=examples(20), deadline=None, derandomize=True)
 def test_any_shape(data: st.DataObject) -> None:
     groups = data.draw(st.integers(1, 3), "groups")
     n, c, h, w = (data.draw(st.integers(1, most), name) for name, most in zip("nchw", (4, 11, 9, 13)))
@@ -393,7 +395,7 @@ def test_deterministic(layout: int) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize("layout", [0, 1])
 @pytest.mark.parametrize("residual", [False, True])
 def test_passes_over_the_tensor(residual: bool, layout: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +419,7 @@ def test_passes_over_the_tensor(residual: bool, layout: int, monkeypatch: pytest
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize("residual", [False, True])
 def test_passes_with_few_rows(residual: bool) -> None:
     case = make(8, 32, 8, 8, residual=residual, activation="relu")
@@ -433,7 +435,7 @@ def test_passes_with_few_rows(residual: bool) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize(("few", "passes"), [(0, 5), (512, 3)])
 def test_residual_without_activation_is_not_read_again(
     few: int, passes: int, monkeypatch: pytest.MonkeyPatch
@@ -454,7 +456,7 @@ def test_residual_without_activation_is_not_read_again(
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize(("shape", "layout"), [((4, 64, 24, 24), 1), ((8, 16, 24, 24), 0)], ids=["NHWC", "NCHW"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_apply_moves_little_more_than_it_must(
@@ -477,7 +479,7 @@ def test_apply_moves_little_more_than_it_must(
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="runs single programs")
+@watches_interpreter
 def test_apply_begins_where_the_reduction_ends() -> None:
     """Which is what L2 holds then: with the last rows of each group, of which all parts take tiles in turn."""
     case = make(8, 64, 16, 16, groups=2, activation="relu")
@@ -505,7 +507,7 @@ def zeros(*shape: int, layout: int) -> Tensor:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="runs single programs")
+@watches_interpreter
 @pytest.mark.parametrize(("shape", "layout"), [
     ((3, 131072, 74, 74), 1), ((3, 131072, 74, 74), 0), ((1, 131136, 127, 129), 0),
     ((2, 131072, 128, 129), 0),  # from sample to sample more than 2^31
@@ -544,7 +546,7 @@ def test_beyond_32_bits(shape: tuple[int, ...], layout: int, monkeypatch: pytest
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs memory that is only committed where it is written")
+@watches_interpreter
 @pytest.mark.parametrize("few", [0, 512])
 @pytest.mark.parametrize("side", [1, 4])
 def test_slices_of_wide_buffers(side: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,12 @@ from harness import (
     assert_accurate,
     assert_caught,
     bytes_of,
+    examples,
     last_programs,
     max_error,
     plant,
     traffic,
+    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -133,7 +135,7 @@ def test_sizes(sizes: tuple[int, ...], shapes: Sequence[tuple[int, int]], dtype:
 
 
 @pytest.mark.launcher
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=examples(20), deadline=None, derandomize=True)
 @given(batch=st.integers(1, 2), queries=st.integers(1, 5), heads=st.integers(1, 3), dim=st.integers(1, 20),
        points=st.integers(1, 5), margin=st.sampled_from([0.0, 0.5, 3.0]), deterministic=st.booleans(),
        shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=8),
@@ -273,7 +275,7 @@ def test_more_samples_than_are_taken_at_once(deterministic: bool, monkeypatch: p
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted by the interpreter")
+@watches_interpreter
 def test_traffic() -> None:
     """Four pixels for each point inside, locations and weights once; nothing but the output is written."""
     case = build(2, 4, 2, 16, margin=0.0)
@@ -301,7 +303,7 @@ def test_traffic() -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter can run single programs")
+@watches_interpreter
 def test_value_beyond_2_31_elements() -> None:
     """The last token is a level of its own; the point in the other level lies outside."""
     height, dim = 2**21 + 7, 1030
@@ -324,7 +326,7 @@ def test_value_beyond_2_31_elements() -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter can run single programs")
+@watches_interpreter
 def test_locations_beyond_2_31_elements() -> None:
     queries = 2**30 + 3
     value = torch.tensor([2.0]).half().reshape(1, 1, 1, 1)

@@ -20,10 +20,12 @@ from harness import (
     assert_accurate,
     assert_caught,
     bytes_of,
+    examples,
     last_programs,
     layouts,
     plant,
     traffic,
+    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,7 +105,7 @@ def test_odd_shapes(sizes: tuple[int, int, int, int], layout: int) -> None:
 
 
 @pytest.mark.launcher
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=examples(20), deadline=None, derandomize=True)
 @given(
     n=st.integers(1, 2), c=st.integers(1, 20), h=st.integers(1, 6), w=st.integers(1, 6), k=st.sampled_from([3, 5, 7]),
     stride=st.sampled_from([1, 2]), padding=st.integers(3, 4), layout=st.sampled_from(LAYOUTS), residual=st.booleans(),
@@ -211,7 +213,7 @@ def test_deterministic() -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted by the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize(("k", "stride", "factor"), [(3, 1, 3.9), (5, 1, 7.9), (7, 1, 13), (3, 2, 1.9)])
 @pytest.mark.parametrize("layout", [0, 1])
 def test_traffic(layout: int, k: int, stride: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +234,7 @@ def test_traffic(layout: int, k: int, stride: int, factor: float, monkeypatch: p
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter can run single programs")
+@watches_interpreter
 @pytest.mark.parametrize("layout", [0, 1])
 def test_beyond_2_31_elements(layout: int) -> None:
     """In a sample. Memory is committed where the last program touches it."""

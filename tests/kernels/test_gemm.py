@@ -14,15 +14,16 @@ from conv_cases import CONFIGS, MIXTURES, Conv, bits, configured, conv_case
 from harness import (
     DEVICE,
     DTYPES,
-    INTERPRETED,
     Guards,
     assert_accurate,
     assert_caught,
     bytes_of,
+    examples,
     last_programs,
     layouts,
     plant,
     traffic,
+    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -165,7 +166,7 @@ def test_without_epilogue(size: int) -> None:
 
 
 @launcher
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=examples(50), deadline=None, derandomize=True)
 @given(
     n=st.integers(1, 5), k=st.integers(1, 40), h=st.integers(1, 8), w=st.integers(1, 8), c=st.integers(1, 50),
     size=st.sampled_from([1, 3]), stride=st.integers(1, 3), padding=st.integers(1, 2),
@@ -242,7 +243,7 @@ def test_bypass_layouts(size: int, layout: int, dtype: torch.dtype) -> None:
 
 
 @launcher
-@pytest.mark.skipif(not INTERPRETED, reason="counts loads in the interpreter")
+@watches_interpreter
 @both_sizes
 def test_bypassed_programs_read_nothing(size: int) -> None:
     case = conv_case(4, 32, 4, 4, 32, size, padding=size // 2)
@@ -262,7 +263,7 @@ def test_deterministic(size: int) -> None:
 
 
 @launcher
-@pytest.mark.skipif(not INTERPRETED, reason="counts loads in the interpreter")
+@watches_interpreter
 @pytest.mark.parametrize("stride", [1, 2])
 def test_traffic(stride: int) -> None:
     """With all channels in one column of tiles x, residual and y are moved once; the weight once per row of tiles."""
@@ -283,7 +284,7 @@ def test_traffic(stride: int) -> None:
 
 
 @launcher
-@pytest.mark.skipif(not INTERPRETED, reason="counts loads in the interpreter")
+@watches_interpreter
 def test_traffic_3x3() -> None:
     """y and the residual are moved once, the weight once per row of tiles, x once per tap less what is padding."""
     n, k, side, c = 2, 64, 16, 64
@@ -299,7 +300,7 @@ def test_traffic_3x3() -> None:
 
 
 @launcher
-@pytest.mark.skipif(not INTERPRETED, reason="runs the last programs only")
+@watches_interpreter
 @pytest.mark.parametrize("channels_last", [False, True])
 @both_sizes
 def test_beyond_2_31_elements(size: int, channels_last: bool) -> None:

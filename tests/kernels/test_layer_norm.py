@@ -17,14 +17,15 @@ from aot import compile_launch, fake_cuda, record
 from harness import (
     DEVICE,
     DTYPES,
-    INTERPRETED,
     Guards,
     assert_accurate,
     assert_caught,
     bytes_of,
+    examples,
     last_programs,
     plant,
     traffic,
+    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -276,7 +277,7 @@ def test_expanded_gradients(few_splits: None, axes: tuple[int, ...], x: Tensor) 
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
+@watches_interpreter
 @pytest.mark.parametrize("make", [tokens, pixels])
 def test_gradients_are_not_copied(few_splits: None, make: Callable) -> None:
     """Contiguous ones, whatever lies how in x, and any stride of an axis of one element."""
@@ -288,7 +289,7 @@ def test_gradients_are_not_copied(few_splits: None, make: Callable) -> None:
 
 
 @pytest.mark.launcher
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(deadline=None, derandomize=True, max_examples=examples(25))
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 70), st.booleans(), st.booleans(), st.data())
 def test_any_shape(n: int, rows: int, d: int, as_pixels: bool, residual: bool, data: st.DataObject) -> None:
     parts = data.draw(st.sampled_from([p for p in range(1, n + 1) if n % p == 0]))
@@ -451,7 +452,7 @@ def test_deterministic(few_splits: None, make: Callable) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
+@watches_interpreter
 @pytest.mark.parametrize("make", [tokens, pixels])
 def test_traffic(make: Callable) -> None:
     """Each tensor is touched once. Every program reads the parameters, but they are small and stay in the cache."""
@@ -468,7 +469,7 @@ def test_traffic(make: Callable) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
+@watches_interpreter
 @pytest.mark.parametrize("make", [tokens, pixels])
 def test_traffic_backward(few_splits: None, make: Callable) -> None:
     """Three passes, four with a gradient of the sum, and the sums of each program.
@@ -488,7 +489,7 @@ def test_traffic_backward(few_splits: None, make: Callable) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.skipif(not INTERPRETED, reason="relies on memory committed where it is touched")
+@watches_interpreter
 @pytest.mark.parametrize("make", ["tokens", "pixels", "one_sample"])
 def test_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch, make: str) -> None:
     """`one_sample`: a tile of its own goes that far."""

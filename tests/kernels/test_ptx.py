@@ -1,0 +1,98 @@
+"""Runs the tests of launchers on what Triton compiles for a Hopper GPU, executed on the CPU by the package `ptx`.
+
+By default one case of each test, `-m full` runs all, about seven minutes of a CPU for each file. With `--results DIR` a
+table tells of each kernel how many variants of it were compiled and how much of them was executed. To run one file by
+hand: `ADN_PTX=1 pytest tests/kernels/test_gemm.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import few
+from launchers import FILES, HERE, run
+
+pytestmark = [pytest.mark.ptx,
+              pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests of launchers run there")]
+SOME, ALL = "--sample=1", "--sample=1000000"
+NOTHING_LAUNCHED = {"test_activation.py"}  # kernels of the test's own, not of the library
+Counts = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def counts(table: list[dict[str, Any]]) -> Iterator[Counts]:
+    """What the processes report, by kernel; becomes the table."""
+    found: Counts = {}
+    yield found
+    for name, row in sorted(found.items()):
+        _, module, kernel = name.split(".")
+        table.append({"op": module, "kernel": kernel, **row, "variants": len(row["variants"])})
+
+
+def add(counts: Counts, report: Counts) -> None:
+    for name, row in report.items():
+        known = counts.setdefault(name, {key: [] if key == "variants" else 0 for key in row})
+        for key, value in row.items():
+            known[key] = sorted({*known[key], *value}) if key == "variants" else known[key] + value
+
+
+@pytest.mark.parametrize("sample", few([SOME, ALL], lambda sample: sample == SOME))
+@pytest.mark.parametrize("name", FILES)
+def test_launchers(name: str, sample: str, counts: Counts, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    environment = {"ADN_PTX": "1", "ADN_PTX_REPORT": str(report)}
+    if sample == SOME:
+        environment["ADN_EXAMPLES"] = "2"
+    done = run(environment, name, sample)
+    found = json.loads(report.read_text()) if report.exists() else {}
+    add(counts, found)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert found or name in NOTHING_LAUNCHED
+
+
+def test_kernels_of_their_own() -> None:
+    """What Triton compiles, with mistakes planted in it."""
+    done = run({"ADN_PTX": "1"}, str(HERE / "ptx" / "test_kernels.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+WRONG = """
+import pytest, torch
+from adn_kernels.column_sum import launch_column_sum
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("wrong", [False, True])
+def test_sum(wrong):
+    total = torch.zeros(4)
+    launch_column_sum(torch.ones(2, 3, 4), total, None, None, 3)
+    assert total.tolist() == [6.0 + wrong] * 4
+"""
+
+
+def test_a_failure_is_reported(tmp_path: Path) -> None:
+    """A test that fails makes its process fail, and stands in the report."""
+    report, test = tmp_path / "report.json", tmp_path / "test_wrong.py"
+    test.write_text(WRONG)
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    done = run({"ADN_PTX": "1", "ADN_PTX_REPORT": str(report), "PYTHONPATH": path}, "-p", "conftest", str(test))
+    assert done.returncode == 1
+    row = json.loads(report.read_text())["adn_kernels.column_sum.column_sum_kernel"]
+    assert (len(row["variants"]), row["cases"], row["launches"], row["failures"]) == (1, 2, 2, 1)
+    assert row["instructions"] > 0
+
+
+def test_reports_are_added() -> None:
+    row = {"variants": ["a", "b"], "cases": 2, "launches": 3, "instructions": 10, "contested": 0, "failures": 0}
+    other = {"variants": ["b", "c"], "cases": 1, "launches": 1, "instructions": 5, "contested": 2, "failures": 1}
+    counts: Counts = {}
+    add(counts, {"adn_kernels.gemm.gemm_kernel": row})
+    add(counts, {"adn_kernels.gemm.gemm_kernel": other, "adn_kernels.conv.kernel": row})
+    assert counts["adn_kernels.gemm.gemm_kernel"] == {
+        "variants": ["a", "b", "c"], "cases": 3, "launches": 4, "instructions": 15, "contested": 2, "failures": 1}
+    assert counts["adn_kernels.conv.kernel"] == row
