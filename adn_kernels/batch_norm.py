@@ -109,8 +109,8 @@ def batch_norm_moments_kernel(
     for i in tl.range(0, full, num_stages=STAGES):
         v = tl.load(start + i * step + tile, mask=mask, other=0.0).to(tl.float32)
         d = v - mean
-        mean += d * (1.0 / (i + 1))
-        m2 += d * (v - mean)
+        mean = tl.fma(d, 1.0 / (i + 1), mean)
+        m2 = tl.fma(d, v - mean, m2)
     # What is left, less than BM rows, is whose turn it is: only the lanes that have one go on.
     left = tl.where(part == tiles % parts, rows - tiles * BM, 0)
     count = (full + (lane < left)).to(tl.float32)[:, None]
@@ -159,7 +159,7 @@ def batch_norm_moments_planes_kernel(
         row = (r * BM + lane).to(tl.int64)[:, None] * stride
         v = tl.load(start + row + at[None, :], mask=mask, other=0.0).to(tl.float32)
         d = tl.where(mask, v - mean, 0.0)
-        mean += d * (1.0 / (b * hits + r + 1))
+        mean = tl.fma(d, 1.0 / (b * hits + r + 1), mean)
         m2 += tl.where(mask, d * (v - mean), 0.0)
     partial = ((block + blocks - 1) * BI + i < inner)[None, :] & (blocks > 0)
     count = (hits * (tl.maximum(blocks - 1, 0) + partial)).to(tl.float32)

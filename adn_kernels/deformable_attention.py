@@ -122,7 +122,7 @@ def deformable_attention_kernel(
             token, exists, share_x, share_y = _corner(corner, x, y, beyond_x, beyond_y, height, width, first, mask)
             v = tl.load(at_channel + (token.to(tl.int64) * value_token)[:, :, None] * UNIT,
                         mask=exists[:, :, None] & channel_mask[None, None, :], other=0.0).to(tl.float32)
-            added += (weight * (share_x * share_y))[:, :, None] * v
+            added = tl.fma((weight * (share_x * share_y))[:, :, None], v, added)
         total += tl.sum(added, 0)
     tl.store(out + row.to(tl.int64)[:, None] * D + channel[None, :], total.to(out.dtype.element_ty),
              mask=row_mask[:, None] & channel_mask[None, :])

@@ -25,10 +25,11 @@ TABLES = Path(__file__).parent / "tables"
 # them. Fixed, so that the order of the sum, and with it every bit of the result, is the same on any device.
 SPLITS = 264
 
-# Whether a product and a sum that follows may be contracted to one operation, rounded once. Triton's default until 3.9,
-# which 3.10 changes; Inductor has no way to pass it on, so compiled code takes Triton's. Results are as exact either
-# way: where the contraction itself is wanted kernels say `tl.fma`, where it would do harm they keep the two apart.
-FP_FUSION = True
+# Whether a product and a sum that follows may be contracted to one operation, rounded once; kernels say `tl.fma` where
+# they want that. In a reduction the compiler's own contractions give the lanes that hold a sum different last bits, of
+# which PTX does not say which is stored. Triton's default is True until 3.9. Inductor has no way to pass another one
+# on: there results are as exact, and may differ in the last bit.
+FP_FUSION = False
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:

@@ -98,9 +98,12 @@ def layer_norm_kernel(
     is_second = False
     if bank is not None:
         is_second = tl.load(bank + unit // units_per_bank) != 0
-    if weight is not None:
+    if weight is not None and bias is not None:
+        w = of_bank(weight, weight2, is_second, channel, channel_mask)[None, :]
+        z = tl.fma(z, w, of_bank(bias, bias2, is_second, channel, channel_mask)[None, :])
+    elif weight is not None:
         z = z * of_bank(weight, weight2, is_second, channel, channel_mask)[None, :]
-    if bias is not None:
+    elif bias is not None:
         z = z + of_bank(bias, bias2, is_second, channel, channel_mask)[None, :]
     at = tile_at(y, unit, first, row, channel, y_unit, y_row, y_channel, UNIT, LAST, FAR)
     tl.store(at, z.to(y.dtype.element_ty), mask=mask)
@@ -167,8 +170,8 @@ def layer_norm_backward_kernel(
         if dbias is not None:
             sum_b += tl.sum(g, 0) if SUM_ROWS else g
         if weight is not None:
-            # Chosen, so that the product is rounded before the mean is subtracted: contracted to one operation, what
-            # should cancel (of one channel all) would leave the product's rounding, times rstd.
+            # Chosen, so that in compiled code too the product is rounded before the mean is subtracted: contracted to
+            # one operation, what should cancel (of one channel all) would leave the product's rounding, times rstd.
             g = tl.where(mask, g * w[None, :], 0.0)
         g = g - (tl.sum(g, 1) / D)[:, None] - z * (tl.sum(g * z, 1) / D)[:, None]
         g = g * rstd[:, None]

@@ -1,7 +1,7 @@
 """Types of PTX: arrays of the bits of registers to arrays of values, and back.
 
-Values of f16 and bf16 are float32 (or float64, until they are rounded); those of f16x2 and bf16x2 have a leading
-dimension of two, low half first.
+Values of f16 and bf16 are float32 (or float64, until they are rounded); those of f16x2, bf16x2, s16x2 and u16x2 have a
+leading dimension of two, low half first.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ NATIVE = {  # types whose values NumPy computes with as they lie in a register
 }
 HALVES = ("f16", "bf16")
 PAIRS = ("f16x2", "bf16x2")
-SIZE = {**{name: dtype.itemsize for name, dtype in NATIVE.items()}, "f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4,
-        "tf32": 4}
+INTEGER_PAIRS = ("s16x2", "u16x2")
+SIZE = {**{name: dtype.itemsize for name, dtype in NATIVE.items()}, "f16": 2, "bf16": 2, "tf32": 4,
+        **dict.fromkeys(PAIRS + INTEGER_PAIRS, 4)}
 
 
 def is_float(type: str) -> bool:
@@ -41,8 +42,10 @@ def values(bits: np.ndarray, type: str) -> np.ndarray:
         return bits.view(native)
     if type == "tf32":  # a multiplier reads no more of it
         return (bits & np.uint32(0xFFFFE000)).view(np.float32)
-    if type in PAIRS:
+    if type in PAIRS or type in INTEGER_PAIRS:
         bits = np.stack([bits.astype(np.uint16), (bits >> np.uint32(16)).astype(np.uint16)])
+    if type in INTEGER_PAIRS:
+        return bits.view(NATIVE[type[:3]])
     return from_bf16(bits) if type.startswith("bf16") else bits.view(np.float16).astype(np.float32)
 
 
@@ -50,8 +53,9 @@ def bits(value: np.ndarray, type: str, size: int) -> np.ndarray:
     """The inverse, rounded to the type and extended by its sign to registers of `size` bytes (0: a predicate)."""
     if size == 0:
         return value
-    if type in PAIRS or type in HALVES:
-        half = to_bf16(value) if type.startswith("bf16") else value.astype(np.float16).view(np.uint16)
+    if type in PAIRS or type in HALVES or type in INTEGER_PAIRS:
+        half = (value.view(np.uint16) if type in INTEGER_PAIRS else to_bf16(value) if type.startswith("bf16") else
+                value.astype(np.float16).view(np.uint16))
         raw = half if type in HALVES else half[0] | half[1].astype(np.uint32) << np.uint32(16)
     else:
         native = NATIVE["f32" if type == "tf32" else type]

@@ -29,7 +29,7 @@ def saturated(form: Form, value: np.ndarray) -> np.ndarray:
 # Arithmetic
 
 
-@scalar("add", "T T T", f"{INTEGERS} {FLOATS}", "rn ftz sat")
+@scalar("add", "T T T", f"{INTEGERS} {FLOATS} s16x2 u16x2", "rn ftz sat")
 def add(form: Form, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return saturated(form, a + b)
 

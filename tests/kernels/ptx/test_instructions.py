@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ptx
 Number = int | float | Fraction | bool
 SIGNED, UNSIGNED = ("s16", "s32", "s64"), ("u16", "u32", "u64")
 INTEGERS, FLOATS, BITS = SIGNED + UNSIGNED, ("f32", "f64", "f16", "bf16"), ("b16", "b32", "b64")
-PAIRS = ("f16x2", "bf16x2")
+PAIRS, INTEGER_PAIRS = ("f16x2", "bf16x2"), ("s16x2", "u16x2")
 THREADS = 160
 WIDE = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
@@ -32,7 +32,7 @@ def samples(type: str, n: int, seed: int) -> list[int]:
     random_ = random.Random(f"{type} {seed}")
     if type == "pred":
         return [random_.randrange(2) for _ in range(n)]
-    if type in PAIRS:
+    if type in PAIRS + INTEGER_PAIRS:
         low, high = (samples(type[:-2], n, 2 * seed + i) for i in range(2))
         return [a | b << 16 for a, b in zip(low, high)]
     width = 8 * SIZE[type]
@@ -261,6 +261,8 @@ def forms() -> list[tuple[str, str, tuple[str, ...]]]:
             add(f"mad.wide.{t}", WIDE[t], t, t, WIDE[t])
         if SIZE[t] > 2:
             add(f"bfe.{t}", t, t, "u32", "u32")
+    for t in INTEGER_PAIRS:
+        add(f"add.{t}", t, t, t)
     for t in SIGNED:
         for name in ("neg", "abs"):
             add(f"{name}.{t}", t, t)
@@ -356,7 +358,7 @@ def flush(value: Number) -> Number:
 def expected(text: str, result: str, sources: tuple[str, ...], given: tuple[int, ...]) -> int:
     """Bits, from the bits of the sources."""
     opcode, modifiers, types = parsed(text)
-    if result in PAIRS:
+    if result in PAIRS + INTEGER_PAIRS:
         return sum(expected(text.replace("x2", ""), result[:-2], tuple(s[:-2] for s in sources),
                             tuple(halves(bits)[i] for bits in given)) << 16 * i for i in range(2))
     numbers = [decoded(bits, type) for bits, type in zip(given, sources)]
