@@ -50,7 +50,7 @@ from tqdm import tqdm
 import adn
 from adn.measure.accuracy import read_depths
 from adn.runtime.fuse import fuse
-from adn_kernels.launch import cdiv
+from adn_kernels.launch import cdiv, next_power_of_2
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
 import aot
@@ -74,6 +74,7 @@ TILES = [dict(zip(("BM", "BN", "BK", "num_warps", "num_stages"), tile)) for tile
     (64, 64, 64, 4, 4), (128, 64, 64, 8, 3), (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 3),
     (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (256, 64, 64, 8, 3), (128, 256, 64, 8, 3),
     (256, 128, 64, 8, 3))]
+LARGE = TILES[11]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,10 +395,14 @@ def product(case: Case) -> Launch | None:
 
 
 def tiles(batches: Iterable[int], networks: Iterable[str]) -> Iterator[dict[str, object]]:
-    """For each product the tile that the model finds fastest, and the default; none that spills. What is compiled of a
-    tile is the same for all products with as many taps, with or without a residual: with SiLU, the longest epilogue."""
-    seen: set[tuple] = set()
+    """For each class of products the tile that the model finds fastest for all of them together, and the defaults; none
+    that spills. Classes are of taps, residual, pixels and channels.
+
+    What is compiled of a tile is the same for all products with as many taps, with or without a residual: with SiLU,
+    the longest epilogue. `channels_to`: 256 and more.
+    """
     likes: dict[tuple, Launch] = {}
+    classes: dict[tuple, dict[tuple, dict[str, Node]]] = {}
     for batch in batches:
         for case in cases_of(["conv", "linear"], networks, batch, torch.bfloat16):
             if case.op not in ("conv1x1", "conv3x3", "linear") or FORWARD not in case.costs:
@@ -406,24 +411,24 @@ def tiles(batches: Iterable[int], networks: Iterable[str]) -> Iterator[dict[str,
             if launch is None or launch.args["UNIT"] == 1:
                 continue
             a = launch.args
-            kind = a["TAPS"], a["residual"] is not None
-            key = *kind, a["M"], a["C"], a["K"]
-            if key in seen:
-                continue
-            seen.add(key)
+            kind, channels = (a["TAPS"], a["residual"] is not None), a["C"] * a["UNIT"]
             like = likes.setdefault(kind, dataclasses.replace(launch, args={**a, "ACTIVATION": "silu"}))
             default = {name: {**a, **launch.options}[name] for name in TILES[0]}
-            tried = {text(tile): (with_tile(launch, tile), code(with_tile(like, tile)))
-                     for tile in (default, *TILES) if tile["BN"] < 2 * max(a["C"] * a["UNIT"], 32)}
-            nodes = {name: node(*each) for name, each in tried.items() if not each[1].spills}
-            best = min(nodes, key=lambda name: nodes[name].estimate)
-            yield {"op": case.op, "layer": f"{case.network} {case.layer}", "pixels": a["M"],
-                   "channels": a["C"] * a["UNIT"], "depth": a["K"] * a["UNIT"], "residual": int(kind[1]),
-                   "floor_us": f"{nodes[best].floor:.1f}", "default": text(default),
-                   "default_us": f"{nodes[text(default)].estimate:.1f}" if text(default) in nodes else "",
-                   "default_limit": nodes[text(default)].limit if text(default) in nodes else "spills",
-                   "best": best, "best_us": f"{nodes[best].estimate:.1f}", "best_limit": nodes[best].limit,
-                   "measured_us": ""}
+            tried = {"default": default} | {text(tile): tile for tile in TILES}
+            made = {name: (with_tile(launch, tile), code(with_tile(like, tile))) for name, tile in tried.items()}
+            group = *kind, 10 ** (len(str(a["M"])) - 1), min(next_power_of_2(channels), 256)
+            classes.setdefault(group, {})[a["M"], channels, a["K"]] = {
+                name: node(*each) for name, each in made.items() if not each[1].spills}
+    for (taps, residual, pixels, channels), products in sorted(classes.items()):
+        common = set.intersection(*(set(nodes) for nodes in products.values()))
+        totals = {name: sum(nodes[name].estimate for nodes in products.values()) for name in common}
+        best = min(totals.keys() - {"default"}, key=totals.__getitem__)
+        longest = max((nodes[best] for nodes in products.values()), key=lambda each: each.estimate)
+        yield {"taps": taps, "residual": int(residual), "pixels_from": pixels, "channels_to": channels,
+               "products": len(products), "floor_us": f"{sum(nodes[best].floor for nodes in products.values()):.1f}",
+               "default_us": f"{totals['default']:.1f}" if "default" in totals else "spills",
+               "128x128x64_us": f"{totals.get(text(LARGE), float('nan')):.1f}", "best": best,
+               "best_us": f"{totals[best]:.1f}", "limit": longest.limit, "measured_us": ""}
 
 
 def text(tile: Mapping[str, int]) -> str:

@@ -209,7 +209,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="by default in bench/results, named by the device; of "
                         "a dry run a temporary one")
-    parser.add_argument("--seconds", type=float, default=540, help="time limit of the whole")
+    parser.add_argument("--seconds", type=float, help="time limit of the whole, by default 540, of a dry run 3600")
     parser.add_argument("--again", action="store_true", help="repeat steps that passed; rows that are there stay")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
@@ -235,7 +235,7 @@ def walk(chosen: list[Step], out: Path, passed: Path, args: argparse.Namespace) 
     log.touch()
     rows: dict[str, dict[str, Any]] = {row["step"]: row for row in (read_rows(ends) if ends.exists() else [])}
     chosen = [step for step in chosen if rows.get(step.name, {}).get("result") != "passed"]
-    deadline = time.monotonic() + args.seconds
+    deadline = time.monotonic() + (args.seconds or (3600 if args.dry_run else 540))
     for i, step in enumerate(chosen):
         print(f"\n=== {step.name}", flush=True)
         passed.write_text("\n".join(tests_that("PASSED", log.read_text(errors="replace"))))
