@@ -114,11 +114,12 @@ class Results:
         key: the columns that say what a row measures.
         device: for the head of a new file.
         seconds: after which nothing more is begun.
+        head: more for the head of a new file.
     """
 
     def __init__(self, path: Path | None, key: Sequence[str], device: torch.device | str,
-                 seconds: float = math.inf) -> None:
-        self.path, self.key, self.device = path, key, device
+                 seconds: float = math.inf, **head: str) -> None:
+        self.path, self.key, self.device, self.head = path, key, device, head
         self.rows: list[Mapping[str, object]] = list(read_rows(path)) if path and path.exists() else []
         self.done = set(map(self._key, self.rows))
         self.deadline = time.monotonic() + seconds
@@ -128,7 +129,7 @@ class Results:
         self.rows.append(row)
         self.done.add(self._key(row))
         if self.path and len(self.rows) == 1:
-            write_rows(self.path, self.rows, header(self.device))
+            write_rows(self.path, self.rows, header(self.device) | self.head)
         elif self.path:
             append_rows(self.path, [row])
 

@@ -16,7 +16,7 @@ do not appear.
     python bench/estimate.py --csv bench/results/estimate_h200.csv      # ops on all layers, nets at all depths
     python bench/estimate.py --tiles                                    # tiles that the model would choose
 
-Triton keeps what it has compiled: a second run takes less, and one that was stopped goes on.
+A run with a file that exists goes on with what is missing in it; Triton keeps what it has compiled.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from cases import BACKWARD, FORWARD, Case, dtype_name
-from common import columns, header, write_rows
+from common import Results, columns
 from detectors import DEPTHS, detector
 from kernels import OPS, cases_of, in_order
 from shapes import NETWORKS
@@ -68,6 +68,7 @@ NETS = ("resnet50", "mobilenetv2_100", "swin_tiny_patch4_window7_224", "anydepth
 FIELDS = ("op", "network", "layer", "count", "batch", "shape", "dtype", "direction", "launches", "bytes", "flops",
           "floor_us", "limit", "programs", "programs_per_sm", "registers", "in_flight_kb", "instructions",
           "estimate_us", "measured_us")
+KEY = ("op", "network", "layer", "batch", "direction")
 # Tried by `--tiles`: rows and columns, depth, warps, stages.
 TILES = [dict(zip(("BM", "BN", "BK", "num_warps", "num_stages"), tile)) for tile in (
     (16, 32, 128, 4, 4), (32, 32, 128, 4, 4), (64, 32, 64, 4, 3), (64, 32, 64, 4, 4), (64, 64, 64, 4, 3),
@@ -338,10 +339,13 @@ def row(nodes: list[Node], **what: object) -> dict[str, object]:
         "estimate_us": f"{sum(each.estimate for each in nodes):.2f}"}
 
 
-def of_case(case: Case) -> Iterator[dict[str, object]]:
-    """A row for each direction, with the floor of the benchmark."""
+def of_case(case: Case, results: Results) -> Iterator[dict[str, object]]:
+    """A row for each direction, with the floor of the benchmark; unless they are there."""
     what = {"op": case.op, "network": case.network, "layer": case.layer, "count": case.count, "batch": case.batch,
             "shape": case.shape, "dtype": dtype_name(case.dtype)}
+    wanted = {FORWARD, BACKWARD} & case.costs.keys()
+    if not results.lacks(*([(what | {"direction": direction})[name] for name in KEY] for direction in wanted)):
+        return
     with (mode := Noting()), torch.set_grad_enabled(bool(case.grads)):
         args, outputs = make_inputs(case), []
         nodes = recorded(lambda: outputs.extend(as_tuple(case.contenders["ours"](*args))), mode)
@@ -357,13 +361,14 @@ def of_case(case: Case) -> Iterator[dict[str, object]]:
                 "bytes": least.bytes, "flops": least.flops, "floor_us": f"{floor:.2f}"}
 
 
-def of_net(name: str, batch: int) -> Iterator[dict[str, object]]:
-    """A row for each depth of the deploy form, of detectors for those that are measured."""
+def of_net(name: str, batch: int, results: Results) -> Iterator[dict[str, object]]:
+    """A row for each depth of the deploy form, of detectors for those that are measured; unless they are there."""
     net, side = (detector(name), 640) if "detr" in name else (adn.convert(timm.create_model(name).eval()), 224)
     with (mode := Noting()), torch.no_grad():
         fused = fuse(in_fakes(net, torch.bfloat16))
         x = torch.empty(batch, side, side, 3, dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
         depths = read_depths(fused, DEPTHS) if "detr" in name else adn.depths(fused)
+        depths = [depth for depth in depths if results.lacks(("net", name, depth, batch, "forward"))]
         for again, depth in itertools.product((False, True), depths):
             adn.set_depth(fused, depth)
             if not again:  # what is done once, as folding norms
@@ -446,18 +451,20 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    results = Results(None if args.tiles else args.csv, () if args.tiles else KEY, "cpu", values=LABEL,
+                      target="sm_90, H200")
     if args.tiles:
-        rows = list(tqdm(tiles(args.batches, args.networks), disable=None))
+        found = tiles(args.batches, args.networks)
     else:
         cases = in_order(case for batch in args.batches
                          for case in cases_of(args.ops, args.networks, batch, torch.bfloat16))
-        rows = [row for case in tqdm([case for case in cases if {FORWARD, BACKWARD} & case.costs.keys()], disable=None)
-                for row in of_case(case)]
-        rows += [row for net in args.nets for batch in args.batches for row in of_net(net, batch)]
-    shown = [[*row.values()] for row in rows if args.tiles or row["op"] == "net"]
-    print(f"{LABEL}\n{columns([[*rows[0]], *shown])}")
-    if args.csv:
-        write_rows(args.csv, rows, header() | {"values": LABEL, "device": "H200, not used", "target": "sm_90"})
+        found = itertools.chain(
+            *(of_net(net, batch, results) for net, batch in itertools.product(args.nets, args.batches)),
+            *(of_case(case, results) for case in cases if {FORWARD, BACKWARD} & case.costs.keys()))
+    for each in tqdm(found, disable=None):
+        results.add(each)
+    shown = [list(row.values()) for row in results.rows if args.tiles or row["op"] == "net"]
+    print(f"{LABEL}\n{columns([list(results.rows[0]), *shown])}")
 
 
 if __name__ == "__main__":
