@@ -3,14 +3,17 @@ copy of the repository, not installed."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -19,6 +22,7 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+UNFINISHED = 76  # exit code of a benchmark that had no time for all of its rows
 sys.path.insert(0, str(ROOT))
 
 
@@ -92,27 +96,65 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [row for row in rows if None not in row.values()]
 
 
+def failure(error: Exception) -> str:
+    """What to write down of it. Raises AcceleratorError if a kernel has left the process without a working device.
+
+    A text, as the exception would keep the tensors of its frames alive, which matters where memory has run out.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 class Results:
-    """Rows of a file, which a run goes on with: those that are there, and those that it adds.
+    """Rows of a file, which a run goes on with: those that are there, and those that it adds, each written as it comes.
 
     Args:
         path: None = no file.
         key: the columns that say what a row measures.
         device: for the head of a new file.
+        seconds: after which nothing more is begun.
+        head: more for the head of a new file.
     """
 
-    def __init__(self, path: Path | None, key: Sequence[str], device: torch.device | str) -> None:
-        self.path, self.key, self.device = path, key, device
+    def __init__(self, path: Path | None, key: Sequence[str], device: torch.device | str,
+                 seconds: float = math.inf, **head: str) -> None:
+        self.path, self.key, self.device, self.head = path, key, device, head
         self.rows: list[Mapping[str, object]] = list(read_rows(path)) if path and path.exists() else []
         self.done = set(map(self._key, self.rows))
+        self.deadline = time.monotonic() + seconds
+        self.failed = self.unfinished = False
 
     def add(self, row: Mapping[str, object]) -> None:
         self.rows.append(row)
         self.done.add(self._key(row))
         if self.path and len(self.rows) == 1:
-            write_rows(self.path, self.rows, header(self.device))
+            write_rows(self.path, self.rows, header(self.device) | self.head)
         elif self.path:
             append_rows(self.path, [row])
+
+    def lacks(self, *keys: Sequence[object]) -> bool:
+        """Whether one of these rows is still to be measured, and there is time for it."""
+        return not all(tuple(map(str, key)) in self.done for key in keys) and not self.late()
+
+    def late(self) -> bool:
+        """To be asked where something is left to be measured: whether the time is over."""
+        self.unfinished = self.unfinished or time.monotonic() > self.deadline
+        return self.unfinished
+
+    @contextlib.contextmanager
+    def attempt(self, *what: object) -> Iterator[None]:
+        """Says what failed inside, and goes on: what is measured next does not depend on it."""
+        try:
+            yield
+        except Exception as error:
+            print(", ".join(map(str, what)), failure(error), sep=": ", file=sys.stderr, flush=True)
+            self.failed = True
+
+    @property
+    def code(self) -> int:
+        """For the end of the process."""
+        return 1 if self.failed or not self.rows else UNFINISHED if self.unfinished else 0
 
     def _key(self, row: Mapping[str, object]) -> tuple[str, ...]:
         return tuple(str(row[name]) for name in self.key)

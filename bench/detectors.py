@@ -29,7 +29,6 @@ import copy
 import functools
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -132,7 +131,7 @@ def summary(rows: list[dict]) -> str:
     return f"{columns(lines)}\n\nslowest depth / fastest\n{columns(extremes)}"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--size", type=int, default=640, help="side of the images")
@@ -145,35 +144,30 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    deadline = time.monotonic() + args.seconds
     device = torch.device(args.device)
-    results = Results(args.csv, KEY, device)
+    results = Results(args.csv, KEY, device, args.seconds)
     torch._dynamo.config.recompile_limit = 64
     cases = list(itertools.product(args.dtypes, args.batch_sizes, args.models))
     with torch.inference_mode(), tqdm(cases, disable=None, leave=False) as bar:
         for dtype, batch, name in bar:
             bar.set_postfix_str(f"{name}, {dtype}, batch {batch}")
-            if time.monotonic() > deadline:
+            if results.late():
                 break
-            net = detector(name)
-            depths = read_depths(net, args.depths)
-            x = torch.rand(batch, 3, args.size, args.size, device=device, dtype=getattr(torch, dtype))
-            case = Case(copy.deepcopy(net).to(device, x.dtype), net.double().to(device),
-                        x.contiguous(memory_format=torch.channels_last))
-            for names, depth in itertools.product((QUICK, CONTENDERS), depths):
-                chosen = [each for each in names if each in args.contenders]
-                if all((name, dtype, str(batch), str(depth), each) in results.done for each in chosen):
-                    continue
-                if time.monotonic() > deadline:
-                    print("no time left", file=sys.stderr)
-                    break
-                for row in case.rows(depth, chosen, args.rounds):
-                    results.add({"model": name, "dtype": dtype, "batch": batch} | row)
+            with results.attempt(name, dtype, f"batch {batch}"):
+                net = detector(name)
+                depths = read_depths(net, args.depths)
+                x = torch.rand(batch, 3, args.size, args.size, device=device, dtype=getattr(torch, dtype))
+                case = Case(copy.deepcopy(net).to(device, x.dtype), net.double().to(device),
+                            x.contiguous(memory_format=torch.channels_last))
+                for names, depth in itertools.product((QUICK, CONTENDERS), depths):
+                    chosen = [each for each in names if each in args.contenders]
+                    if results.lacks(*((name, dtype, batch, depth, each) for each in chosen)):
+                        for row in case.rows(depth, chosen, args.rounds):
+                            results.add({"model": name, "dtype": dtype, "batch": batch} | row)
             torch._dynamo.reset()
-    if not results.rows:
-        sys.exit("nothing was measured")
-    print(summary(results.rows))
+    print(summary([row for row in results.rows if row["model"] in args.models]))
+    return results.code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

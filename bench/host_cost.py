@@ -23,10 +23,10 @@ from unittest import mock
 
 import torch
 from cases import Case
-from common import append_rows, columns, header, write_rows
+from common import append_rows, columns, failure, header, write_rows
 from kernels import OPS
 from shapes import Block, Conv, Deformable, Layer, LayerNorm, Linear, Norm
-from timing import failure, make_inputs, set_up
+from timing import make_inputs, set_up
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -4,7 +4,7 @@
     python bench/kernels.py --csv bench/results/kernels_h200.csv [--seconds 240] [--ops conv blocks]
     python bench/kernels.py --summary bench/results/kernels_h200.csv    # which targets are met, by how much
     python bench/kernels.py --dry-run                                   # without a GPU: everything but the timing
-    python bench/kernels.py --small                                     # small layers, for sanitizers
+    python bench/kernels.py --small                                     # small layers, against exact results
 
 Measured is what fits into the time, beginning with one layer of every op, direction, batch and network; what targets
 speak of comes most often. Half of the time goes to comparisons with `torch.compile`, the last part to max-autotune. A
@@ -34,10 +34,10 @@ from typing import Any
 
 import torch
 from cases import FORWARD, NONE_ACTIVE, Case, dtype_name
-from common import RESULTS, ROOT, append_rows, header, read_head, read_rows, write_rows
+from common import RESULTS, ROOT, UNFINISHED, append_rows, failure, header, read_head, read_rows, write_rows
 from kernels_summary import numel, summary
 from shapes import BATCHES, NETWORKS, Deformable, Layer, layers
-from timing import Dry, Gpu, Measurement, allowed, check, failure, make_inputs, results, set_up
+from timing import Dry, Gpu, Measurement, allowed, check, make_inputs, results, set_up
 
 sys.path[:0] = [str(Path(__file__).parent / "ops"), str(ROOT / "tests" / "kernels")]
 
@@ -52,7 +52,7 @@ OVERTIME_S = 15  # after the end of the time, for a case that has begun
 CRASHES = 12
 CRASHES_OF_OP = 2  # in one direction, after which no more of its cases are tried
 RESTART = 75  # exit code of a child that has written all it measured and wants to be started again
-WORKERS = 4
+WORKERS = min(4, os.cpu_count() or 1)
 # Of the head of a result file: if one of these differs, its numbers do not belong with new ones.
 SAME = ("device", "driver", "torch", "triton", "code")
 
@@ -214,6 +214,17 @@ def begin(args: argparse.Namespace, jobs: list[Job], head: dict[str, str]) -> No
                head, FIELDS)
 
 
+def first_of_each(cases: Iterable[Case], most: int) -> list[Case]:
+    """At most so many of each op and direction."""
+    counts: Counter = Counter()
+    chosen = []
+    for case in cases:
+        counts[case.op, *case.costs] += 1
+        if counts[case.op, *case.costs] <= most:
+            chosen.append(case)
+    return chosen
+
+
 def take_turns(queues: Sequence[deque[Job]], deadline: float, do: Callable[[Job], None]) -> None:
     """Do the next of the queue that has had least time, until all are empty or the time is over."""
     spent = [0.0] * len(queues)
@@ -260,7 +271,7 @@ def run(args: argparse.Namespace, jobs: list[Job], bench: Gpu | Dry, deadline: f
 def supervise(args: argparse.Namespace, jobs: list[Job]) -> None:
     """Run the child that measures, and start it again, after the case that ended it, until all is done; then write down
     what was not measured."""
-    begin(args, jobs, header("cuda") | {"code": code_hash()})
+    begin(args, jobs, header(args.device) | {"code": code_hash()})
     deadline, current = time.monotonic() + args.seconds, args.csv.with_suffix(".case")
     by_name = {job.name: job for job in jobs}
     child, why = None, "too many crashes"
@@ -325,66 +336,41 @@ def work(args: argparse.Namespace, jobs: list[Job]) -> None:
 
     def call(job: Job) -> None:
         try:
-            results(job.contenders()[job.opponent or "ours"], make_inputs(job.case), job.case)
+            results(job.contenders()[job.opponent or "ours"], make_inputs(job.case, args.device), job.case)
         except Exception as error:
             print(f"{job.name}: {failure(error)}", flush=True)
         torch.cuda.empty_cache()
 
-    done = recorded(kept_rows(args.csv, header("cuda") | {"code": code_hash()}))
+    done = recorded(kept_rows(args.csv, header(args.device) | {"code": code_hash()}))
     queues = [deque([job for job in jobs if job.opponent == opponent and not job.keys & done][i::n])
               for opponent in ("", "compile")]
     take_turns(queues, time.monotonic() + args.seconds, call)
 
 
-def small(args: argparse.Namespace, device: str) -> int:
-    """Small layers only. Without a GPU, ops (which then compute their references) and eager expressions are compared
-    with exact results; on a GPU ours runs alone, for a sanitizer to watch."""
+def small(args: argparse.Namespace) -> int:
+    """Small layers only, each contender compared with exact results; without a GPU an op computes its reference. With
+    `--alone` ours runs alone, for a sanitizer to watch."""
     set_up()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    wrong = done = 0
-    known: dict[tuple, int] = defaultdict(int)
-    for case in cases_of(args.ops, args.networks, 2, dtype, shrunk):
-        kind, key = (case.op, *case.costs), (case.op, case.shape, *case.costs.items())
-        if known[key] or (args.cases and known[kind] >= args.cases):
-            continue
-        known[key] += 1
-        known[kind] += 1
-        inputs = make_inputs(case, device)
-        if device == "cuda":
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    different = {(case.op, case.shape, *case.costs.items()): case
+                 for case in cases_of(args.ops, args.networks, 2, dtype, shrunk)}
+    cases = first_of_each(different.values(), args.cases)
+    wrong = 0
+    for case in cases:
+        inputs = make_inputs(case, args.device)
+        if args.alone:
             found = results(case.contenders["ours"], inputs, case)
-            errors, limit = {"ours": 0.0 if all(bool(y.isfinite().all()) for y in found) else float("inf")}, 0.0
+            errors, limit = {"ours": 0.0 if all(bool(y.isfinite().all()) for y in found) else math.inf}, 0.0
         else:
-            errors = check(case, {name: f for name, f in case.contenders.items() if name != "cudnn"}, inputs)
+            errors = check(case, case.contenders, inputs)
             eager = errors.get("eager")
             limit = allowed(case, eager if isinstance(eager, float) else None)
         for name, error in errors.items():
             if not isinstance(error, float) or error > limit:
-                print(f"{case} {name}: {error!r}, allowed {limit:.2g}")
+                print(f"{case} {name}: {error!r}, allowed {limit:.2g}", flush=True)
                 wrong += 1
-        done += 1
-    print(f"{done} small cases, {wrong} wrong")
+    print(f"{len(cases)} small cases, {wrong} wrong")
     return bool(wrong)
-
-
-def dry_run(args: argparse.Namespace, cases: list[Case]) -> int:
-    """Everything but the timing, without a GPU: see `Dry` and `small`; the result file goes to a temporary folder."""
-    import aot
-
-    if args.cases:
-        chosen = defaultdict(list)
-        for case in cases:
-            chosen[case.op, tuple(case.costs)].append(case)
-        cases = [case for group in chosen.values() for case in group[:args.cases]]
-    with tempfile.TemporaryDirectory() as folder:
-        args.csv = args.csv or Path(folder) / "kernels.csv"
-        write_rows(args.csv, [], header(), FIELDS)
-        run(args, list(map(Job, cases)), Dry(aot.record, aot.fake_cuda), math.inf)
-        args.csv.with_suffix(".case").unlink(missing_ok=True)
-        rows = read_rows(args.csv)
-        print(summary(rows))
-    failed = [row for row in rows if row["status"].startswith("failed")]
-    print(f"{len(cases)} cases, {len(rows)} rows, {len(failed)} failed")
-    return small(args, "cpu") or bool(failed)
 
 
 def main() -> int:
@@ -398,10 +384,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240, help="time limit")
     parser.add_argument("--autotune-seconds", type=float, default=45, help="of it, at the end, for max-autotune")
     parser.add_argument("--fresh", action="store_true", help="do not go on with an earlier run's result file")
-    parser.add_argument("--cases", type=int, help="of --dry-run and --small: at most so many per op")
+    parser.add_argument("--targets", action="store_true", help="only what targets speak of")
+    parser.add_argument("--cases", type=int, default=sys.maxsize, help="at most so many of each op and direction")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="without a GPU; the result file, if --csv names none, goes to a temporary folder")
+    parser.add_argument("--alone", action="store_true", help="of --small: run only ours, compare with nothing")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--summary", type=Path, metavar="CSV", help="read a result file instead of measuring")
-    mode.add_argument("--dry-run", action="store_true")
     mode.add_argument("--small", action="store_true")
     mode.add_argument("--precompile", action="store_true", help="only fill the caches of compilers")
     mode.add_argument("--child", type=float, metavar="DEADLINE", help=argparse.SUPPRESS)
@@ -412,29 +401,49 @@ def main() -> int:
             parser.error(f"there is no file {args.summary}; --csv writes one")
         print(summary(read_rows(args.summary)))
         return 0
-    dtype = getattr(torch, args.dtype)
+    on_gpu = torch.cuda.is_available() and not args.dry_run
+    args.device = "cuda" if on_gpu else "cpu"
     if args.small:
-        return small(args, "cuda" if torch.cuda.is_available() else "cpu")
-    cases = in_order(case for batch in args.batches for case in cases_of(args.ops, args.networks, batch, dtype))
-    if args.dry_run:
-        return dry_run(args, cases)
-    if not torch.cuda.is_available():
+        return small(args)
+    if not on_gpu and not args.dry_run:
         parser.error("no CUDA device; --dry-run and --small need none")
-    name = torch.cuda.get_device_name().lower().replace(" ", "_")
-    args.csv = (args.csv or RESULTS / f"kernels_{name}.csv").absolute()
-    jobs = jobs_of(cases)
-    if args.worker:
-        work(args, jobs)
-    elif args.precompile:
-        precompile()
-    elif args.child:
-        run(args, jobs, Gpu(), args.child)
-    else:
-        supervise(args, jobs)
-        rows = read_rows(args.csv)
-        print(summary(rows))
-        return any(row["status"].startswith(("failed", "wrong")) for row in rows if row["contender"] in ("ours", "all"))
+    # On a CPU what compiles ahead has no time for large layers.
+    change = shrunk if args.worker and args.dry_run else lambda layer: layer
+    cases = in_order(case for batch in args.batches
+                     for case in cases_of(args.ops, args.networks, batch, getattr(torch, args.dtype), change))
+    if args.targets:
+        cases = [case for case in cases if of_target(case) or NONE_ACTIVE in case.costs]
+    jobs = jobs_of(first_of_each(cases, args.cases))
+    with tempfile.TemporaryDirectory() as folder:
+        name = torch.cuda.get_device_name().lower().replace(" ", "_") if on_gpu else "none"
+        args.csv = (args.csv or (RESULTS if on_gpu else Path(folder)) / f"kernels_{name}.csv").absolute()
+        if args.worker:
+            work(args, jobs)
+        elif args.precompile:
+            precompile()
+        elif args.child:
+            run(args, jobs, dry() if args.dry_run else Gpu(), args.child)
+        else:
+            return measure(args, jobs)
     return 0
+
+
+def measure(args: argparse.Namespace, jobs: list[Job]) -> int:
+    """The exit code."""
+    supervise(args, jobs)
+    rows = read_rows(args.csv)
+    print(summary(rows))
+    failed = [row for row in rows if row["contender"] in ("ours", "all")
+              and row["status"].startswith(("failed", "wrong"))]
+    print(f"{len(jobs)} jobs, {len(rows)} rows, {len(failed)} failed")
+    unfinished = any(row["status"].startswith(UNMEASURED) for row in rows)
+    return 1 if failed else UNFINISHED if unfinished else 0
+
+
+def dry() -> Dry:
+    import aot
+
+    return Dry(aot.record, aot.fake_cuda)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Contenders, for every model, type, batch size and depth:
 
 - `fused`: `adn.fuse(net)` at that depth. `fused, compiled`: with its paths compiled, for nets without batch norm.
 - `eager`: the extracted static network, channels last.
-- `compiled`: `torch.compile` of it; on a GPU in mode max-autotune.
+- `compiled`: `torch.compile` of it. `max-autotune`: the same in that mode, by default on a GPU only.
 - `floor`: no program, but what to compare with: for each convolution and linear layer the time its bytes (input,
   output, weight) or its products take, whichever is more, at what a copy of large tensors and a large matrix product
   (on a CPU: convolution) reach in the same process. Tensors that stay in a cache may be faster.
@@ -16,7 +16,8 @@ contenders in an order drawn anew. `error` is the largest difference from the fl
     python bench/models.py --device cuda --dtypes bfloat16 float16 --csv bench/results/models_h200.csv --seconds 300
     python bench/models.py --models resnet50 --depths all --plot bench/results/latency_by_depth.png
 
-A run with a file that exists goes on with what is missing in it.
+Each depth is first measured without what compiles, then with it, and last with what compiles for minutes; of two rows
+the later one counts. A run with a file that exists goes on with what is missing in it.
 """
 
 from __future__ import annotations
@@ -46,9 +47,12 @@ from adn.runtime.fuse import FusedNet, fuse
 from adn.runtime.layers import ConvNormAct
 
 MODELS = ("resnet50", "mobilenetv2_100", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
-CONTENDERS = ("fused", "fused, compiled", "eager", "compiled")
+# In the order of the time they take to compile.
+CONTENDERS = ("fused", "eager", "compiled", "fused, compiled", "max-autotune")
+PASSES = tuple(CONTENDERS[:n] for n in (2, 3, 5))
 KEY = ("model", "dtype", "batch", "depth", "contender")
 ROUND_US = 200_000  # of replays in a row
+TUNED = "max-autotune-no-cudagraphs"  # captured like all others, so not in the mode that captures by itself
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -116,13 +120,12 @@ def at(fused: FusedNet, depth: adn.Depth, x: Tensor) -> Tensor:
 def contenders(net: nn.Module, x: Tensor, depth: adn.Depth, fused: FusedNet, compiled: FusedNet, names: Iterable[str]
                ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     static = adn.extract(net, depth).to(memory_format=torch.channels_last)
-    # Captured like all others, so not in the mode that captures by itself.
-    options = {"mode": "max-autotune-no-cudagraphs"} if x.is_cuda else {}
     made = {
         "fused": functools.partial(at, fused, depth, x),
         "fused, compiled": functools.partial(at, compiled, depth, x),
         "eager": functools.partial(static, x),
-        "compiled": functools.partial(torch.compile(copy.deepcopy(static), **options), x),
+        "compiled": functools.partial(torch.compile(copy.deepcopy(static)), x),
+        "max-autotune": functools.partial(torch.compile(copy.deepcopy(static), mode=TUNED), x),
     }
     yield from ((name, made[name]) for name in names)
 
@@ -168,35 +171,32 @@ def timed_on_gpu(calls: dict[str, Callable[[], object]], rounds: int, launching:
     return times
 
 
-def measure(net: nn.Module, exact: nn.Module, x: Tensor, depths: list[adn.Depth], names: list[str], rounds: int,
-            speeds: tuple[float, float], done: set[tuple], key: tuple, deadline: float) -> Iterator[dict[str, object]]:
-    """Rows of one model, type and batch size; a depth is measured as a whole or not at all."""
-    fused, compiled = fuse(net), fuse(net)
-    if any(isinstance(layer, ConvNormAct) for layer in fused.modules()):
-        names = [name for name in names if name != "fused, compiled"]
-    compiled.compile(**({"mode": "max-autotune-no-cudagraphs"} if x.is_cuda else {}))
-    for depth in depths:
-        if all((*key, str(depth), name) in done for name in (*names, "floor")):
-            continue
-        if time.monotonic() > deadline:
-            print("no time left", file=sys.stderr)
-            return
-        with adn.at_depth(exact, depth):
-            wanted = exact(x[:1].double())
-        calls, errors = {}, {}
-        for name, call in contenders(net, x, depth, fused, compiled, names):
-            y = call()[:1].double()
-            calls[name], errors[name] = call, ((y - wanted).abs().max() / wanted.abs().max()).item()
-        times = (timed_on_gpu if x.is_cuda else timed)(calls, rounds)
-        static = adn.extract(net, depth)
-        row = dict(zip(KEY, (*key, str(depth))))
-        yield {**row, "contender": "floor", "p50_ms": round(floor_ms(static, x, speeds), 5), "p99_ms": "", "error": ""}
-        for name, each in times.items():
-            p50, p99 = np.percentile(each, [50, 99])
-            yield {**row, "contender": name, "p50_ms": round(p50, 5), "p99_ms": round(p99, 5),
-                   "error": f"{errors[name]:.1e}"}
-        torch._dynamo.reset()
-        compiled.compile(**({"mode": "max-autotune-no-cudagraphs"} if x.is_cuda else {}))
+def measure(net: nn.Module, exact: nn.Module, x: Tensor, depth: adn.Depth, fused: FusedNet, compiled: FusedNet,
+            names: Iterable[str], rounds: int, speeds: tuple[float, float]) -> Iterator[dict[str, object]]:
+    """Rows of one depth, without what is the same in all of its model."""
+    compiled.compile(**({"mode": TUNED} if x.is_cuda else {}))
+    with adn.at_depth(exact, depth):
+        wanted = exact(x[:1].double())
+    calls, errors = {}, {}
+    for name, call in contenders(net, x, depth, fused, compiled, names):
+        y = call()[:1].double()
+        calls[name], errors[name] = call, ((y - wanted).abs().max() / wanted.abs().max()).item()
+    times = (timed_on_gpu if x.is_cuda else timed)(calls, rounds)
+    floor = floor_ms(adn.extract(net, depth), x, speeds)
+    row = {"depth": str(depth)}
+    yield {**row, "contender": "floor", "p50_ms": round(floor, 5), "p99_ms": "", "error": ""}
+    for name, each in times.items():
+        p50, p99 = np.percentile(each, [50, 99])
+        yield {**row, "contender": name, "p50_ms": round(p50, 5), "p99_ms": round(p99, 5),
+               "error": f"{errors[name]:.1e}"}
+    torch._dynamo.reset()
+
+
+def choose(net: nn.Module, text: str) -> list[adn.Depth]:
+    try:
+        return choose_depths(net, text)
+    except ValueError:
+        return choose_depths(net, "super,base")
 
 
 def summary(rows: list[dict]) -> str:
@@ -244,7 +244,7 @@ def plot(rows: list[dict], path: Path, machine: str) -> None:
     print(f"written: {path}")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--size", type=int, default=224, help="side of the images")
@@ -253,45 +253,46 @@ def main() -> None:
     parser.add_argument("--depths", default="FFFF,TTFF,TTTT",
                         help='"all", "chain", or depths with commas between them; of nets with another number of '
                         "stages their super-net and base-net")
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further depth after this")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path, help="figure of latency by depth, of the first model")
     args = parser.parse_args()
-    deadline = time.monotonic() + args.seconds
     device = torch.device(args.device)
-    results = Results(args.csv, KEY, device)
+    wanted = args.contenders or CONTENDERS[:None if device.type == "cuda" else -1]
+    results = Results(args.csv, KEY, device, args.seconds)
     torch._dynamo.config.recompile_limit = 64
     cases = list(itertools.product(args.dtypes, args.batch_sizes, args.models))
     with torch.inference_mode(), tqdm(cases, disable=None, leave=False) as bar:
         speeds = {}
         for dtype, batch, name in bar:
             bar.set_postfix_str(f"{name}, {dtype}, batch {batch}")
-            if time.monotonic() > deadline:
+            if results.late():
                 break
-            model = randomised(timm.create_model(name).eval())
-            exact = adn.convert(copy.deepcopy(model).double()).to(device)
-            net = adn.convert(model).to(device, getattr(torch, dtype))
-            x = torch.randn(batch, 3, args.size, args.size, device=device, dtype=getattr(torch, dtype))
-            x = x.contiguous(memory_format=torch.channels_last)
-            if dtype not in speeds:
-                speeds[dtype] = reach(device, x.dtype)
-            try:
-                depths = choose_depths(net, args.depths)
-            except ValueError:
-                depths = choose_depths(net, "super,base")
-            new = measure(net, exact, x, depths, list(args.contenders), args.rounds, speeds[dtype], results.done,
-                          (name, dtype, str(batch)), deadline)
-            for row in new:
-                results.add(row)
-    if not results.rows:
-        sys.exit("nothing was measured")
-    print(summary(results.rows))
+            with results.attempt(name, dtype, f"batch {batch}"):
+                model = randomised(timm.create_model(name).eval())
+                exact = adn.convert(copy.deepcopy(model).double()).to(device)
+                net = adn.convert(model).to(device, getattr(torch, dtype))
+                x = torch.randn(batch, 3, args.size, args.size, device=device, dtype=getattr(torch, dtype))
+                x = x.contiguous(memory_format=torch.channels_last)
+                if dtype not in speeds:
+                    speeds[dtype] = reach(device, x.dtype)
+                fused, compiled = fuse(net), fuse(net)
+                folded = any(isinstance(layer, ConvNormAct) for layer in fused.modules())
+                for each, depth in itertools.product(PASSES, choose(net, args.depths)):
+                    names = [who for who in each if who in wanted and not (folded and who == "fused, compiled")]
+                    key = name, dtype, batch, depth
+                    if results.lacks(*((*key, who) for who in (*names, "floor"))):
+                        for row in measure(net, exact, x, depth, fused, compiled, names, args.rounds, speeds[dtype]):
+                            results.add(dict(zip(KEY, key)) | row)
+    rows = [row for row in results.rows if row["model"] in args.models]
+    print(summary(rows))
     if args.plot:
-        plot(results.rows, args.plot, device_name(device))
+        plot(rows, args.plot, device_name(device))
+    return results.code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

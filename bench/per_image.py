@@ -13,6 +13,7 @@ of the two that was measured to be faster.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,14 @@ from unittest import mock
 import numpy as np
 import timm
 import torch
-from common import columns, header, write_rows
+from common import Results, columns
 from models import at, randomised, timed, timed_on_gpu
 
 import adn
 from adn.runtime.fuse import FusedNet, fuse
 
 MODELS = ("resnet50", "mobilenetv2_100", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
+KEY = ("model", "batch", "dtype", "way", "share_bypassed")
 
 
 def ways(fused: FusedNet, x: torch.Tensor, shares: Iterable[float]) -> dict[str, Callable[[], object]]:
@@ -46,7 +48,7 @@ def ways(fused: FusedNet, x: torch.Tensor, shares: Iterable[float]) -> dict[str,
     return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--size", type=int, default=224, help="side of the images")
@@ -57,23 +59,26 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    rows = []
+    results = Results(args.csv, KEY, args.device)
     for name in args.models:
-        dtype = getattr(torch, args.dtype)
-        net = adn.convert(randomised(timm.create_model(name).eval())).to(args.device, dtype)
-        x = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device, dtype=dtype)
-        calls = ways(fuse(net), x, args.shares)
-        with torch.inference_mode():
-            measured = (timed_on_gpu if x.is_cuda else timed)(calls, args.rounds)
-        ms = {call: float(np.median(each)) for call, each in measured.items()}
-        full, base = ms["one depth 0"], ms["one depth 1"]
-        for call, each in ms.items():
-            way, share = call.rsplit(" ", 1)
-            rows.append({"model": name, "batch": len(x), "dtype": args.dtype, "way": way, "share_bypassed": share,
-                         "p50_ms": round(each, 4), "refinement": round((each - base) / (full - base), 3)})
-    print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
-    if args.csv:
-        write_rows(args.csv, rows, header(args.device))
+        key = name, args.batch_size, args.dtype
+        if not results.lacks(*((*key, "mask", share) for share in args.shares)):
+            continue
+        with results.attempt(name):
+            dtype = getattr(torch, args.dtype)
+            net = adn.convert(randomised(timm.create_model(name).eval())).to(args.device, dtype)
+            x = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device, dtype=dtype)
+            calls = ways(fuse(net), x, args.shares)
+            with torch.inference_mode():
+                measured = (timed_on_gpu if x.is_cuda else timed)(calls, args.rounds)
+            ms = {call: float(np.median(each)) for call, each in measured.items()}
+            full, base = ms["one depth 0"], ms["one depth 1"]
+            for call, each in ms.items():
+                results.add(dict(zip(KEY, (*key, *call.rsplit(" ", 1)))) | {
+                    "p50_ms": round(each, 4), "refinement": round((each - base) / (full - base), 3)})
+    if results.rows:
+        print(columns([list(results.rows[0]), *(list(row.values()) for row in results.rows)]))
+    return results.code
 
 
 def split_only(fused: FusedNet, x: torch.Tensor, depths: list[adn.Depth]) -> object:
@@ -82,4 +87,4 @@ def split_only(fused: FusedNet, x: torch.Tensor, depths: list[adn.Depth]) -> obj
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from common import columns, header, write_rows
+from common import Results, columns
 from tqdm import tqdm
 
 import adn
 from adn.measure.accuracy import choose_depths
 
+KEY = ("model", "dtype", "batch", "size", "depth")
 IN_A_ROW = 5  # counted calls of a depth in a round, in either way
 
 
@@ -51,7 +53,7 @@ def measure(engine: adn.Engine, x: torch.Tensor, depths: list[adn.Depth], rounds
     return {way: np.array(per_depth) for way, per_depth in times.items()}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet18"])
     parser.add_argument("--size", type=int, default=64, help="side of the images")
@@ -62,34 +64,37 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    rows = []
+    results = Results(args.csv, KEY, args.device)
     for name in args.models:
-        dtype = getattr(torch, args.dtype)
-        net = adn.convert(timm.create_model(name)).eval().to(args.device, dtype, memory_format=torch.channels_last)
-        x = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device, dtype=dtype)
-        engine = adn.Engine(adn.fuse(net))
-        depths = choose_depths(net, args.depths)
-        engine.warm(x, depths=depths)
-        captured = engine.info()["captures"]
-        times = measure(engine, x, depths, args.rounds)
-        if engine.info()["captures"] != captured:
-            raise RuntimeError("a depth was captured while calls were timed")
-        print(engine)
-        for i, depth in enumerate(depths):
-            row = {"model": name, "dtype": args.dtype, "batch": args.batch_size, "size": args.size, "depth": str(depth),
-                   "calls": times["storm"].shape[1]}
-            for percentile in (50, 99):
-                storm, fixed = (np.percentile(times[way][i], percentile) for way in ("storm", "fixed"))
-                row |= {f"fixed_p{percentile}_ms": round(fixed, 4), f"storm_p{percentile}_ms": round(storm, 4),
-                        f"p{percentile}_ratio": round(storm / fixed, 4)}
-            rows.append(row)
-    print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
-    for percentile in (50, 99):
-        ratios = [row[f"p{percentile}_ratio"] for row in rows]
-        print(f"p{percentile}, storm / fixed: median {np.median(ratios):.4f}, highest {max(ratios):.4f}")
-    if args.csv:
-        write_rows(args.csv, rows, header(args.device))
+        with results.attempt(name):
+            dtype = getattr(torch, args.dtype)
+            net = adn.convert(timm.create_model(name)).eval().to(args.device, dtype, memory_format=torch.channels_last)
+            depths = choose_depths(net, args.depths)
+            key = name, args.dtype, args.batch_size, args.size
+            if not results.lacks(*((*key, depth) for depth in depths)):
+                continue
+            x = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device, dtype=dtype)
+            engine = adn.Engine(adn.fuse(net))
+            engine.warm(x, depths=depths)
+            captured = engine.info()["captures"]
+            times = measure(engine, x, depths, args.rounds)
+            if engine.info()["captures"] != captured:
+                raise RuntimeError("a depth was captured while calls were timed")
+            print(engine)
+            for i, depth in enumerate(depths):
+                row = dict(zip(KEY, (*key, str(depth)))) | {"calls": times["storm"].shape[1]}
+                for percentile in (50, 99):
+                    storm, fixed = (np.percentile(times[way][i], percentile) for way in ("storm", "fixed"))
+                    row |= {f"fixed_p{percentile}_ms": round(fixed, 4), f"storm_p{percentile}_ms": round(storm, 4),
+                            f"p{percentile}_ratio": round(storm / fixed, 4)}
+                results.add(row)
+    if results.rows:
+        print(columns([list(results.rows[0]), *(list(row.values()) for row in results.rows)]))
+        for percentile in (50, 99):
+            ratios = [float(row[f"p{percentile}_ratio"]) for row in results.rows]
+            print(f"p{percentile}, storm / fixed: median {np.median(ratios):.4f}, highest {max(ratios):.4f}")
+    return results.code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

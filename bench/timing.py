@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from cases import BACKWARD, Case, Function
+from common import failure
 from torch import Tensor
 
 Call = Callable[[], Any]
@@ -47,8 +48,10 @@ def set_up() -> None:
     torch.backends.cudnn.benchmark = True
     # A backward is captured, and so run, many times.
     torch._functorch.config.donated_buffer = False
-    for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
-        backend.fp32_precision = "ieee"
+    # Not by `fp32_precision` of each: that of convolutions alone, or even with that of recurrent nets, leaves a state
+    # in which reading `cudnn.allow_tf32` raises, as Inductor does under max-autotune.
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        backend.allow_tf32 = False
 
 
 def make_inputs(case: Case, device: str = "cuda") -> list[Tensor | None]:
@@ -104,16 +107,6 @@ def deviation(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
         ratio = float(torch.linalg.vector_norm(a.to(e.dtype) - e) / size)
         worst = max(worst, math.inf if math.isnan(ratio) else ratio)
     return worst
-
-
-def failure(error: Exception) -> str:
-    """What to write down of it. Raises AcceleratorError if a kernel has left the process without a working device.
-
-    A text, as the exception would keep the tensors of its frames alive, which matters where memory has run out.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check(case: Case, contenders: Mapping[str, Function], args: Sequence[Tensor | None]

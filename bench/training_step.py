@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from common import columns, header, write_rows
+from common import Results, columns
 
 import adn
 
@@ -32,6 +33,7 @@ VARIANTS = {
     "one pass, accelerated, compiled": (True, True, True),
     "one pass, compiled": (True, False, True),
 }
+KEY = ("model", "size", "batch", "dtype", "variant")
 CPU = {"models": ["resnet18"], "size": 64, "batch_size": 16, "variants": ["one pass"], "dtype": "float32"}
 CUDA = {"models": ["resnet50", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"], "size": 224, "batch_size": 64,
         "variants": list(VARIANTS)[1:], "dtype": "bfloat16"}
@@ -90,7 +92,7 @@ def _peak(step: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--models", nargs="+")
@@ -104,24 +106,29 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     variants = [next(iter(VARIANTS)), *args.variants]
-    rows = []
+    results = Results(args.csv, KEY, device)
     for name in args.models:
-        sized = {"img_size": args.size} if name.startswith(("vit", "deit", "swin")) else {}
-        net = adn.convert(timm.create_model(name, **sized)).train().to(device)
-        x = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
-        if device.type == "cuda":
-            net, x = (t.to(memory_format=torch.channels_last) for t in (net, x))
-        y = torch.randint(0, 1000, (args.batch_size,), device=device)
-        times, peaks = measure([a_step(net, variant, x, y, dtype) for variant in variants], device, args.rounds)
-        for variant, ms, peak in zip(variants, times, peaks, strict=True):
-            rows.append({"model": name, "size": args.size, "batch": args.batch_size, "dtype": args.dtype,
-                         "variant": variant, "step_ms": round(np.median(ms), 2),
-                         "ratio": round(np.median(ms / times[0]), 3), "peak_mib": round(peak)})
-            print(columns([list(rows[-1].values())]), flush=True)
-    print(columns([list(rows[0]), *(list(row.values()) for row in rows)]))
-    if args.csv:
-        write_rows(args.csv, rows, header(device))
+        key = name, args.size, args.batch_size, args.dtype
+        if not results.lacks(*((*key, variant) for variant in variants)):
+            continue
+        with results.attempt(name):
+            sized = {"img_size": args.size} if name.startswith(("vit", "deit", "swin")) else {}
+            net = adn.convert(timm.create_model(name, **sized)).train().to(device)
+            x = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
+            if device.type == "cuda":
+                net, x = (t.to(memory_format=torch.channels_last) for t in (net, x))
+            y = torch.randint(0, 1000, (args.batch_size,), device=device)
+            times, peaks = measure([a_step(net, variant, x, y, dtype) for variant in variants], device, args.rounds)
+            for variant, ms, peak in zip(variants, times, peaks, strict=True):
+                row = dict(zip(KEY, (*key, variant))) | {
+                    "step_ms": round(np.median(ms), 2), "ratio": round(np.median(ms / times[0]), 3),
+                    "peak_mib": round(peak)}
+                results.add(row)
+                print(columns([list(row.values())]), flush=True)
+    if results.rows:
+        print(columns([list(results.rows[0]), *(list(row.values()) for row in results.rows)]))
+    return results.code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

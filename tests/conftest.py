@@ -41,8 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("ptx.plugin")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Types by name, for `-k bfloat16`."""
+    return str(val) if isinstance(val, torch.dtype) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Tests of launchers run on a GPU, or in an interpreter and then alone (see tests/kernels/harness.py)."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ADN_PTX") == "1"
     on_gpu = torch.cuda.is_available() and not interpreted
@@ -53,7 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("cuda")
         if of_launcher if interpreted else (on_gpu or not of_launcher):
             chosen.append(item)
-    items[:] = sample(chosen, config.getoption("--sample"))
+    passed = config.getoption("--but")
+    but = set(passed.read_text().splitlines()) if passed else set()
+    items[:] = [item for item in chosen if item.nodeid not in but]
+    yield
+    items[:] = sample(items, config.getoption("--sample"))  # of what `-k` and `-m` have left
 
 
 def sample(items: list[pytest.Item], n: int | None) -> list[pytest.Item]:
@@ -86,6 +95,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, metavar="N", help="of each test, run at most N of its cases")
+    parser.addoption("--but", type=Path, metavar="FILE", help="run none of the tests named in this file, one a line")
     parser.addoption("--results", type=Path, metavar="DIR", help="write tables of what the tests found to this folder")
 
 

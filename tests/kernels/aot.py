@@ -31,6 +31,8 @@ TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
     torch.uint8: "u8", torch.bool: "i1",
 }
+# Of an H200: bytes per second of a copy, operations per second of a bf16 product. What a kernel should take at best.
+BANDWIDTH, RATE = 4.3e12, 790e12
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -48,15 +50,20 @@ class Launch:
         return self.kernel.__name__
 
 
+class FakeMode(FakeTensorMode):
+    def __deepcopy__(self, memo: dict) -> FakeMode:
+        return self  # with a copy of a net; tensors of two modes do not go together
+
+
 @contextmanager
-def fake_cuda(architecture: str = "none") -> Iterator[None]:
+def fake_cuda(architecture: str = "none", mode: FakeMode | None = None) -> Iterator[None]:
     """Inside, tensors may be made on "cuda" without one: they have shapes and strides and no memory.
 
     Args:
         architecture: that launchers choose configurations for.
+        mode: to be used, one that notes what is called for instance.
     """
-    with FakeTensorMode(), mock.patch.object(
-            adn_kernels.launch, "_architecture", return_value=architecture):
+    with mode or FakeMode(), mock.patch.object(adn_kernels.launch, "_architecture", return_value=architecture):
         yield
 
 
@@ -83,12 +90,19 @@ def record(launcher: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Laun
 
 
 def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
-    """Compile as the run time would: same specialisation of arguments equal to 1 or divisible by 16.
+    """What is compiled of a launch.
 
     Returns:
         kernel, target, registers, spills (bytes of stack and spilled registers), shared (bytes), `loads`, `stores`:
         {width in bytes: count} of global memory accesses, `mma`: count of tensor-core instructions.
     """
+    binary = binary_of(launch, target)
+    found = _read_amd(binary) if TARGETS[target].backend == "hip" else _read_nvidia(binary)
+    return {"kernel": launch.name, "target": target, "shared": binary.metadata.shared, **found}
+
+
+def binary_of(launch: Launch, target: str) -> Any:
+    """Compiled as the run time would: same specialisation of arguments equal to 1 or divisible by 16."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         name = parameter.name
@@ -113,18 +127,19 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     options = launch.options | {"enable_fp_fusion": adn_kernels.launch.FP_FUSION}
     if TARGETS[target].backend == "hip":
         options["num_stages"] = min(options.get("num_stages", 2), 2)
-    binary = triton.compile(source, target=TARGETS[target], options=options)
-    found = _read_amd(binary) if TARGETS[target].backend == "hip" else _read_nvidia(binary)
-    return {"kernel": launch.name, "target": target, "shared": binary.metadata.shared, **found}
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def _read_nvidia(binary: Any) -> dict[str, Any]:
+def dumped(binary: Any, what: str) -> str:
+    """What cuobjdump says of a binary for NVIDIA: "--dump-resource-usage", or "-sass", its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True,
-                               check=True).stdout
-        sass = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _read_nvidia(binary: Any) -> dict[str, Any]:
+    usage, sass = (dumped(binary, what) for what in ("--dump-resource-usage", "-sass"))
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     operations = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL|LDGSTS|HMMA|HGMMA|UTC\w*MMA|UTMALDG)[\w.]*)", sass))
     return {

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compile_launch, fake_cuda, record
+from aot import BANDWIDTH, RATE, TARGETS, Launch, compile_launch, fake_cuda, record
 from conftest import few
 from harness import INTERPRETED, PTX
 
@@ -32,8 +32,6 @@ Job = tuple[torch.dtype, str, str]  # dtype, activation, target
 FULL = list(itertools.product(DTYPES, ACTIVATIONS, TARGETS))
 SOME = [job for job in FULL if job[1] == "silu" and (job[0] == torch.bfloat16 or job[2] == "sm_90")]
 ONE = (torch.bfloat16, "silu", "sm_90")
-# Of an H200: bytes per second of a copy, operations per second of a bf16 product. What a kernel should take at best.
-BANDWIDTH, RATE = 4.3e12, 790e12
 
 
 def launches(module: str, case: str, dtype: torch.dtype, activation: str, target: str) -> tuple[list[Launch], int, int]:

@@ -12,11 +12,13 @@ import math
 import os
 import subprocess
 import sys
+import tarfile
 import time
 import types
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import common  # noqa: E402
+import conftest  # noqa: E402
 import gpu as gpu_command  # noqa: E402
 import kernels  # noqa: E402
 import shapes  # noqa: E402
@@ -230,7 +233,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[kernels.Job]:
 
 @pytest.fixture
 def args(tmp_path: Path) -> argparse.Namespace:
-    return argparse.Namespace(csv=tmp_path / "kernels.csv", seconds=100.0, fresh=False, autotune_seconds=0.0)
+    return argparse.Namespace(csv=tmp_path / "kernels.csv", seconds=100.0, fresh=False, autotune_seconds=0.0,
+                              device="cpu")
 
 
 def supervised(args: argparse.Namespace, jobs: list[kernels.Job], monkeypatch: pytest.MonkeyPatch,
@@ -374,9 +378,9 @@ def test_waiting_for_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_dry_run(tmp_path: Path) -> None:
     path = tmp_path / "kernels.csv"
-    output = run("bench/kernels.py", "--dry-run", "--cases", "1", "--csv", str(path))
-    assert " 0 failed" in output
-    assert " 0 wrong" in output
+    few = ("--cases", "1", "--networks", "mobilenetv2", "rtdetr_r50")
+    assert " 0 failed" in run("bench/kernels.py", "--dry-run", *few, "--csv", str(path))
+    assert " 0 wrong" in run("bench/kernels.py", "--small", *few)
     text = path.read_text()
     for key in ("command", "device", "driver", "torch", "triton", "adn", "date"):
         assert f"# {key}: " in text
@@ -408,78 +412,163 @@ def test_head_of_a_checkout_behind_a_link(tmp_path: Path, monkeypatch: pytest.Mo
     assert module.header()["command"] == "python bench/kernels.py --csv a.csv"
 
 
-def test_gpu_command_shows_its_steps() -> None:
-    output = run("bench/gpu.py", "--dry-run")
-    places = [output.index(what) for what in (
-        "-m pytest", "bench/kernels.py --csv", "bench/host_cost.py", "bench/models.py --device cuda",
-        "bench/detectors.py --device cuda", "switch_storm", "per_image", "counts", "training_step",
-        "conversion_overhead")]
-    assert places == sorted(places)
+def options(step: gpu_command.Step) -> set[str]:
+    return {each for each in [*step.command, *(step.beside or [])] if each.startswith("--")}
 
 
 def test_steps_of_the_gpu_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_command.shutil, "which", lambda name: f"/bin/{name}")
-    steps = {step.name: step for step in gpu_command.steps(tmp_path, "cuda", None)}
-    assert list(steps)[:3] == ["tests", "kernels", "host cost"]
-    assert list(steps)[-2:] == ["memcheck", "racecheck"]
-    assert steps["memcheck"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert sum(step.usual for step in steps.values() if step.name != "kernels") < 585 - 100
-    command, limit = gpu_command.in_time(steps["kernels"], 375, 150)
-    assert (command[-2:], limit) == (["--seconds", "190"], 225)
-    command, limit = gpu_command.in_time(steps["kernels"], 20, 150)
-    assert (command[-2:], limit) == (["--seconds", "30"], 65)
-    assert gpu_command.in_time(steps["tests"], 20, 150) == (steps["tests"].command, 20)
+    real, dry = (list(gpu_command.steps(tmp_path, tmp_path / "passed", each)) for each in (False, True))
+    assert [step.name for step in real] == [step.name for step in dry]
+    assert sum(step.share for step in real) <= 540
+    # What a GPU is told has been understood before, but for sizes and for sanitizers' own.
+    for step, tried in zip(real, dry):
+        assert options(step) - {"--tool", "--error-exitcode"} <= options(tried), step.name
+        assert options(tried) - options(step) <= {"--dry-run", "--cases", "--networks", "--sample"}, step.name
+        assert [each for each in step.command if each.startswith("bench/")] == [
+            each for each in tried.command if each.startswith("bench/")]
+    kernels = next(step for step in real if step.name == "kernels")
+    assert {"--targets", "--csv"} <= options(kernels)
+    assert next(step for step in real if step.name == "memcheck").environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_time_of_a_step() -> None:
+    def step(share: float, measures: bool = False) -> gpu_command.Step:
+        return gpu_command.Step("a", share, ["a"], measures=measures)
+
+    assert gpu_command.in_time(step(60), 540, 480) == (["a"], 60)
+    assert gpu_command.in_time(step(60), 500, 400) == (["a"], 100)  # what others have left over
+    assert gpu_command.in_time(step(60), 40, 400) == (["a"], 40)
+    assert gpu_command.in_time(step(0), 90, 0) == (["a"], 90)
+    assert gpu_command.in_time(step(60, True), 540, 480) == (["a", "--seconds", "35"], 60)
+    assert gpu_command.in_time(step(10, True), 540, 540) == (["a", "--seconds", "5"], 10)
 
 
 def test_a_step_out_of_time_can_say_what_it_has_done(tmp_path: Path) -> None:
     log = tmp_path / "log"
 
-    def how(text: str, limit: float = 60.0) -> str:
-        return gpu_command.run([sys.executable, "-c", text], limit, log, {"WHAT": "said"})
+    def how(text: str, limit: float = 60.0, beside: str | None = None) -> str:
+        step = gpu_command.Step("a", limit, [sys.executable, "-c", text], {"WHAT": "said"},
+                                beside=beside and [sys.executable, "-c", beside])
+        return gpu_command.run(step, limit, 0, log)
 
-    assert how("import os; print(os.environ['WHAT'])") == "passed"
+    assert how("import os; print(os.environ['WHAT'])", beside="import time; time.sleep(60)") == "passed"
     assert how("raise SystemExit(1)") == "failed"
+    assert how(f"raise SystemExit({common.UNFINISHED})") == "out of time"
     waits = "try:\n  import time; time.sleep(60)\nexcept KeyboardInterrupt:\n  print('in the end')"
     assert how(waits, 3.0) == "out of time"
+    assert how("print('never')", 0.0) == "out of time"
     assert log.read_text() == "said\nin the end\n"
 
 
-def test_gpu_command_leaves_what_it_found(
+def test_gpu_command_leaves_what_it_found_and_goes_on(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    csv = tmp_path / "kernels_some_gpu.csv"
+    out, called = tmp_path / "out", tmp_path / "called"
+    common.write_rows(tmp_path / "rows", [row("ours", 100)], {})
     commands = {
-        "tests": "print('FAILED tests/a.py::b - no'); raise SystemExit(1)",
-        "kernels": "import sys; sys.path.insert(0, 'bench'); import common; "
-                   f"common.write_rows(common.Path({str(csv)!r}), [{row('ours', 100)!r}], {{}})",
-        "host cost": ""}
-    monkeypatch.setattr(gpu_command, "steps", lambda *_: (gpu_command.Step(
-        name if name == "tests" else "kernels", name, 60, 1, [sys.executable, "-c", text], measures=name == "kernels")
-        for name, text in commands.items()))
-    monkeypatch.setattr(gpu_command, "script", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
-    monkeypatch.setattr(gpu_command, "header", lambda _: {})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
-    assert gpu_command.main() == 1
-    ends = common.read_rows(tmp_path / "gpu_some_gpu.csv")
-    assert [(row["step"], row["result"], row["failed"]) for row in ends] == [
-        ("tests", "failed", "tests/a.py::b"), ("kernels", "passed", ""), ("host cost", "passed", "")]
-    assert "batch_norm forward" in csv.with_suffix(".txt").read_text()
-    assert "FAILED tests/a.py::b - no" in (tmp_path / "gpu_some_gpu.log").read_text()
-    assert capsys.readouterr().out.endswith("tests: failed tests/a.py::b\n")
+        "tests": "print('PASSED tests/a.py::c[1 - 2]\\nFAILED tests/a.py::b - no'); raise SystemExit(1)",
+        "kernels": f"import shutil; shutil.copy({str(tmp_path / 'rows')!r}, {str(out / 'kernels.csv')!r}); "
+                   "print('a row')",
+        "others": f"import pathlib, sys; file = pathlib.Path({str(called)!r}); "
+                  "file.write_text(file.read_text() + 'x' if file.exists() else 'x')"}
+    monkeypatch.setattr(gpu_command, "steps", lambda *_: [gpu_command.Step(
+        name, 20, [sys.executable, "-c", text, *(["pytest"] if name == "tests" else [])])
+        for name, text in commands.items()])
+
+    def call(*more: str) -> list[tuple[str, str, str]]:
+        monkeypatch.setattr(sys, "argv", ["bench/gpu.py", "--dry-run", "--out", str(out), *more])
+        assert gpu_command.main() == 1
+        return [(row["step"], row["result"], row["said"]) for row in common.read_rows(out / "gpu.csv")]
+
+    expected = [("tests", "failed", "tests/a.py::b"), ("kernels", "passed", "a row"), ("others", "passed", "")]
+    with mock.patch.dict(os.environ):
+        assert call() == expected
+        assert "batch_norm forward" in capsys.readouterr().out
+        assert "FAILED tests/a.py::b - no" in (out / "gpu.log").read_text()
+        with tarfile.open(out / "results.tar.gz") as archive:
+            assert archive.getnames() == ["gpu.csv", "gpu.log", "kernels.csv"]
+        assert call() == expected
+        assert called.read_text() == "x"
+        assert (out / "gpu.log").read_text().count("FAILED") == 2
+        assert call("--again") == expected
+        assert called.read_text() == "xx"
+        assert (out / "gpu.log").read_text().count("FAILED") == 1
 
 
-def test_names_of_failed_tests() -> None:
+@pytest.mark.full
+def test_gpu_command_without_a_gpu(tmp_path: Path) -> None:
+    """Every step of it, and a second call, that has nothing left to do."""
+    run("bench/gpu.py", "--dry-run", "--out", str(tmp_path))
+    rows = common.read_rows(tmp_path / "gpu.csv")
+    assert {row["result"] for row in rows} == {"passed"}
+    found = {path.name for path in tmp_path.iterdir()}
+    assert len(found) <= 8
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert {*archive.getnames(), "results.tar.gz"} == found
+    assert "===" not in run("bench/gpu.py", "--dry-run", "--out", str(tmp_path))
+    assert common.read_rows(tmp_path / "gpu.csv") == rows
+
+
+def test_names_of_tests() -> None:
     output = """\
 [gw3] [ 12%] PASSED tests/kernels/test_conv.py::test_a[1]
-[gw3] [ 12%] FAILED tests/kernels/test_conv.py::test_b[relu-2]
+[gw3] [ 12%] FAILED tests/kernels/test_conv.py::test_b[(1, 2)-torch.bfloat16] \n\
 tests/test_cuda.py::test_c ERROR                             [ 50%]
-FAILED tests/kernels/test_conv.py::test_b[relu-2] - AssertionError: 3
+tests/test_cuda.py::test_e[a b] PASSED
+FAILED tests/kernels/test_conv.py::test_b[(1, 2)-torch.bfloat16] - AssertionError: 3
 FAILED tests/kernels/test_conv.py::test_d - ValueError
 """
-    assert gpu_command.failed_tests(output) == [
-        f"tests/{name}" for name in ("kernels/test_conv.py::test_b[relu-2]", "kernels/test_conv.py::test_d",
-                                     "test_cuda.py::test_c")]
+    assert gpu_command.tests_that("FAILED|ERROR", output) == [
+        f"tests/{name}" for name in ("kernels/test_conv.py::test_b[(1, 2)-torch.bfloat16]", "test_cuda.py::test_c",
+                                     "kernels/test_conv.py::test_d")]
+    assert gpu_command.tests_that("PASSED", output) == ["tests/kernels/test_conv.py::test_a[1]",
+                                                        "tests/test_cuda.py::test_e[a b]"]
+
+
+def test_tests_that_passed_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "passed").write_text("tests/a.py::test[1]\ntests/other.py::test")
+    config = types.SimpleNamespace(getoption={"--but": tmp_path / "passed", "--sample": None}.__getitem__)
+    items = [mock.Mock(nodeid=f"tests/a.py::test[{i}]", get_closest_marker=lambda name: None) for i in range(3)]
+    chosen = [*items]
+    for _ in conftest.pytest_collection_modifyitems(config, chosen):
+        pass
+    assert chosen == [items[0], items[2]]
+
+
+def test_settings_of_tf32_can_be_read_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Inductor does."""
+    for owner, name in ((torch.backends.cudnn, "benchmark"), (torch._functorch.config, "donated_buffer")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True  # the fixture of all tests undoes it
+    timing.set_up()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert all(backend.fp32_precision != "tf32" for backend in (
+        torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul))
+
+
+def test_results_say_what_is_missing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(common, "header", lambda _: {})
+    path = tmp_path / "a.csv"
+    results = common.Results(path, ("a", "b"), "cpu", seconds=60)
+    assert results.code == 1  # nothing
+    results.add({"a": 1, "b": "x", "ms": 2})
+    assert common.read_rows(path) == [{"a": "1", "b": "x", "ms": "2"}]
+    assert results.code == 0
+    again = common.Results(path, ("a", "b"), "cpu", seconds=-1)
+    assert not again.lacks((1, "x"))
+    assert again.code == 0
+    assert not again.lacks((1, "x"), (2, "x"))
+    assert again.code == common.UNFINISHED
+    with again.attempt("net", 3):
+        raise ValueError("no such depth")
+    assert again.code == 1
+    assert "net, 3: failed: ValueError: no such depth" in capsys.readouterr().err
+
+
+def test_probe() -> None:
+    assert "NaN in 0 of 24 convolutions" in run("bench/probe.py")
 
 
 def test_detectors(tmp_path: Path) -> None:
