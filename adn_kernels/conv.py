@@ -333,7 +333,7 @@ def conv(
     """
     x, weight = in_autocast(x, weight)
     first, second = banks(x, weight.shape[0] if weight.ndim else 0, bank, scale=scale, shift=shift)
-    if bank is not None and first == [None, None]:
+    if bank is not None and all(vector is None for vector in first):
         raise ValueError("`bank` is given but neither scale nor shift to choose from")
     check_inference("conv", x, weight, *first, *second, residual)
     return conv_op(x, weight, *first, *second, residual, bank, activation, stride, padding, groups, backend)
