@@ -537,10 +537,10 @@ def test_tests_that_passed_are_left_out(tmp_path: Path) -> None:
 
 def test_settings_of_tf32_can_be_read_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Inductor does."""
-    for owner, name in ((torch.backends.cudnn, "benchmark"), (torch._functorch.config, "donated_buffer")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # to be put back
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True  # the fixture of all tests undoes it
-    timing.set_up()
+    with torch._functorch.config.patch(donated_buffer=False):  # which monkeypatch would delete
+        timing.set_up()
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
     assert all(backend.fp32_precision != "tf32" for backend in (
