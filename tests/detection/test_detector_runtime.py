@@ -314,7 +314,7 @@ def test_training_a_compiled_detector(way: str) -> None:
     eager, x = copy.deepcopy(net), images(dtype=torch.float64)
     compiled = WAYS[way](net, backend="aot_eager")
     compilations = []
-    for counts in ([2, 1], [3, 1], [0, 0], [0, 4], [0, 1], [2, 1]):
+    for counts in ([2, 1], [3, 1], [0, 0], [0, 4]):
         done = []
         for depth in ("super", "base"):
             found: dict[str, Tensor] = {}
@@ -326,7 +326,7 @@ def test_training_a_compiled_detector(way: str) -> None:
                 torch.testing.assert_close(other, value, rtol=1e-8, atol=1e-10, msg=f"{counts} {depth} {name}")
         assert all(m.fail_type is None for m in done)
         compilations.append(len(done))
-    assert compilations[1:] == [1, 1, 0, 0, 0]
+    assert compilations[1:] == [1, 1, 0]
 
 
 @pytest.mark.full
