@@ -450,7 +450,7 @@ def main() -> None:
                         choices=NETWORKS, metavar="NETWORK", help="whose layers, of " + " ".join(NETWORKS))
     parser.add_argument("--nets", nargs="*", default=NETS, help="whole nets")
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 64))
-    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--tiles", action="store_true", help="instead, tiles of products that the model would choose")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")

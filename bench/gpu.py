@@ -215,6 +215,8 @@ def main() -> int:
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device; --dry-run needs none")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file; pass a folder, which need not exist")
     # Shells ignore it for what runs in the background; steps, which inherit that, are to hear when time is up.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if args.dry_run:

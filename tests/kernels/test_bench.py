@@ -525,6 +525,16 @@ FAILED tests/kernels/test_conv.py::test_d - ValueError
                                                         "tests/test_cuda.py::test_e[a b]"]
 
 
+def test_gpu_command_wants_a_folder(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit):
+        gpu_command.main()
+    assert "is a file; pass a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_tests_that_passed_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "passed").write_text("tests/a.py::test[1]\ntests/other.py::test")
     config = types.SimpleNamespace(getoption={"--but": tmp_path / "passed", "--sample": None}.__getitem__)
