@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import datetime
 import importlib.util
@@ -10,7 +11,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -49,14 +50,16 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Tests of launchers run on a GPU, or in an interpreter and then alone (see tests/kernels/harness.py)."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ADN_PTX") == "1"
+    triton_interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = triton_interprets or os.environ.get("ADN_PTX") == "1"
     on_gpu = torch.cuda.is_available() and not interpreted
     chosen = []
     for item in items:
         of_launcher = item.get_closest_marker("launcher") is not None
         if of_launcher and on_gpu:
             item.add_marker("cuda")
-        if of_launcher if interpreted else (on_gpu or not of_launcher):
+        runs = of_launcher if interpreted else (on_gpu or not of_launcher)
+        if runs and (triton_interprets or item.get_closest_marker("interpreter") is None):
             chosen.append(item)
     passed = config.getoption("--but")
     but = set(passed.read_text().splitlines()) if passed else set()
@@ -118,8 +121,12 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
 
 
 def few(cases: Iterable[object], in_ci: Callable[[object], bool]) -> list[object]:
-    """Cases to parametrize with: those for which `in_ci` holds always, the others with `-m full`."""
-    return [case if in_ci(case) else pytest.param(case, marks=pytest.mark.full) for case in cases]
+    """Cases to parametrize with: those for which `in_ci` holds always, the others with `-m full`.
+
+    A case of several parameters is a tuple.
+    """
+    return [case if in_ci(case) else pytest.param(*(case if isinstance(case, tuple) else (case,)),
+                                                  marks=pytest.mark.full) for case in cases]
 
 
 @pytest.fixture
@@ -188,11 +195,21 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+_built: OrderedDict[str, nn.Module] = OrderedDict()  # copying takes a tenth of what initialising does
+
+
 def build(name: str, **kwargs: object) -> nn.Module:
     """A fresh model of timm, or of torchvision for a name that begins with `tv_`; randomised, in eval mode."""
-    torch.manual_seed(0)
-    if name.startswith("tv_"):
-        model = torchvision.models.get_model(name.removeprefix("tv_"), **kwargs)
-    else:
-        model = timm.create_model(name, **kwargs)
-    return randomise(model).eval()
+    key = f"{name} {sorted(kwargs.items())}"
+    if key not in _built:
+        torch.manual_seed(0)
+        if name.startswith("tv_"):
+            model = torchvision.models.get_model(name.removeprefix("tv_"), **kwargs)
+        else:
+            model = timm.create_model(name, **kwargs)
+        _built[key] = randomise(model).eval()
+    _built.move_to_end(key)
+    if len(_built) > 8:
+        _built.popitem(last=False)
+    torch.manual_seed(0)  # what a test draws afterwards does not depend on those before it
+    return copy.deepcopy(_built[key])

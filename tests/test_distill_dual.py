@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import build
+from conftest import build, few
 from test_convert import MODELS, SIZED
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +31,7 @@ NETS = {
     "swinv2_tiny_window8_256": {"embed_dim": 48}, "convnext_atto": {"drop_path_rate": 0.3}, "convnextv2_atto": {},
     "regnetx_002": {}, "tv_regnet_y_400mf": {},
 }
+IN_CI = ("resnet18", "tv_mobilenet_v3_small", "regnetx_002")
 OTHERS = [name for names in MODELS.values() for name in names if name not in NETS]
 
 
@@ -95,7 +96,7 @@ def compare(net: nn.Module, rtol: float = 1e-9, **settings: object) -> tuple[nn.
     return two, one
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", few(NETS, lambda name: "drop_path_rate" in NETS[name] or name in IN_CI))
 def test_equals_two_passes(name: str) -> None:
     net = a_net(name, **NETS[name])
     drops = [m for m in net.modules() if type(m).__name__.endswith(("DropPath", "StochasticDepth"))]
@@ -405,7 +406,7 @@ def test_accelerated_norms_take_both_halves_in_one_call(monkeypatch: pytest.Monk
     assert sorted(calls) == sorted(4 * [(2, True)] * 2 + 4 * [(1, False)] * 2 + 4 * [(2, False)])
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", few(["resnet18", "vit_tiny_patch16_224"], IN_CI.__contains__))
 def test_compiled(name: str) -> None:
     """Every region once, and once more when it is seen that batches vary in size."""
     torch.compiler.reset()

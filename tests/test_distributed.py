@@ -81,7 +81,7 @@ def test_layer_norm_equals_one_process(tmp_path: Path, mode: str) -> None:
             torch.testing.assert_close(got[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("mode", few(["one forward", "two backwards", "one pass"], lambda m: m != "one forward"))
+@pytest.mark.parametrize("mode", few(["one forward", "two backwards", "one pass"], lambda m: m == "two backwards"))
 def test_batch_norm_equals_the_average_of_two_half_batches(tmp_path: Path, mode: str) -> None:
     both = spawn(tmp_path, "batch", mode)
     x, y = a_batch()

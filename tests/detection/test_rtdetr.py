@@ -254,7 +254,7 @@ def test_static_models_convert(name: str, twins: str) -> None:
 
 
 def test_every_depth_computes_something_else() -> None:
-    net = tiny("anydepth_rtdetr_r50vd", backbone="resnet18", decoder_layers=3)
+    net = tiny("anydepth_rtdetr_r50vd", backbone="resnet18", decoder_layers=2)
     randomise(net, seed=1)
     x = torch.rand(1, 3, 64, 96)
     seen = set()
@@ -269,7 +269,7 @@ def test_every_depth_computes_something_else() -> None:
             # Not bit for bit: where a copy lies in memory, torch 2.11 rounds products of attention otherwise.
             torch.testing.assert_close(static(x), outputs)
             seen.add(outputs["pred_boxes"].sum().item())
-    assert len(seen) == len(adn.depths(net)) == 96
+    assert len(seen) == len(adn.depths(net)) == 64
 
 
 def test_decoder_depth_in_training_is_an_option() -> None:

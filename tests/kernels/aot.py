@@ -139,25 +139,23 @@ def dumped(binary: Any, what: str) -> str:
 
 
 def _read_nvidia(binary: Any) -> dict[str, Any]:
-    usage, sass = (dumped(binary, what) for what in ("--dump-resource-usage", "-sass"))
+    """Registers and spills of the code, accesses of its PTX: ptxas keeps widths, and disassembling takes far longer."""
+    usage, ptx = dumped(binary, "--dump-resource-usage"), binary.asm["ptx"]
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
-    operations = Counter(re.findall(r"\b((?:LDG|STG|LDL|STL|LDGSTS|HMMA|HGMMA|UTC\w*MMA|UTMALDG)[\w.]*)", sass))
+    copied = Counter(int(size, 16) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+)", ptx))
     return {
         "registers": registers,
-        "spills": stack + local + sum(n for name, n in operations.items() if name[:3] in ("LDL", "STL")),
-        "loads": _widths(operations, ("LDG", "LDGSTS")),
-        "stores": _widths(operations, ("STG",)),
-        "mma": sum(n for name, n in operations.items() if "MMA" in name.split(".")[0]),
+        "spills": stack + local,
+        "loads": dict(_widths(ptx, "ld") + copied),
+        "stores": dict(_widths(ptx, "st")),
+        "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
     }
 
 
-def _widths(operations: Counter, kinds: tuple[str, ...]) -> dict[int, int]:
-    widths = Counter()
-    for name, n in operations.items():
-        if name.split(".")[0] in kinds:
-            size = re.search(r"\.(128|64|U16|S16|U8|S8)\b", name)
-            widths[{"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[size[1]] if size else 4] += n
-    return dict(widths)
+def _widths(ptx: str, kind: str) -> Counter[int]:
+    """In bytes, of accesses to global memory."""
+    found = re.findall(rf"\b{kind}\.global(?:\.[a-zA-Z_:0-9]+?)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in found)
 
 
 def _read_amd(binary: Any) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -29,8 +28,6 @@ PTX = os.environ.get("ADN_PTX") == "1"
 DEVICE = "cpu" if INTERPRETED or PTX or not torch.cuda.is_available() else "cuda"
 # Triton's interpreter computes bfloat16 wrongly without an error.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if PTX or DEVICE == "cuda" else (torch.float32, torch.float16)
-# Of tests that use `traffic` or `last_programs`, which are made of Triton's interpreter.
-watches_interpreter = pytest.mark.skipif(not INTERPRETED, reason="watches Triton's interpreter")
 GUARD = 64  # elements before and after every buffer
 
 

@@ -59,7 +59,8 @@ CASES = list(cases())
 def check(module: str, case: str, jobs: Callable[[str], list[Job]], table: list[dict[str, Any]]) -> None:
     """Compile the launches of a case for the jobs of their kernels, given by name; those that are alike once."""
     seen, found, rows = set(), [], []
-    for dtype, activation, target in FULL:
+    wanted = set().union(*(jobs(launch.name) for launch in launches(module, case, *ONE)[0]))
+    for dtype, activation, target in (job for job in FULL if job in wanted):
         for launch in (some := launches(module, case, dtype, activation, target))[0]:
             if (dtype, activation, target) not in jobs(launch.name) or (key := (target, *_key(launch))) in seen:
                 continue

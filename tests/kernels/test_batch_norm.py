@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from aot import fake_cuda, record
+from conftest import few
 from harness import (
     DEVICE,
     DTYPES,
@@ -27,7 +28,6 @@ from harness import (
     layouts,
     plant,
     traffic,
-    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -395,7 +395,7 @@ def test_deterministic(layout: int) -> None:
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("layout", [0, 1])
 @pytest.mark.parametrize("residual", [False, True])
 def test_passes_over_the_tensor(residual: bool, layout: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +419,7 @@ def test_passes_over_the_tensor(residual: bool, layout: int, monkeypatch: pytest
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("residual", [False, True])
 def test_passes_with_few_rows(residual: bool) -> None:
     case = make(8, 32, 8, 8, residual=residual, activation="relu")
@@ -435,7 +435,7 @@ def test_passes_with_few_rows(residual: bool) -> None:
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("few", "passes"), [(0, 5), (512, 3)])
 def test_residual_without_activation_is_not_read_again(
     few: int, passes: int, monkeypatch: pytest.MonkeyPatch
@@ -456,7 +456,7 @@ def test_residual_without_activation_is_not_read_again(
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("shape", "layout"), [((4, 64, 24, 24), 1), ((8, 16, 24, 24), 0)], ids=["NHWC", "NCHW"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_apply_moves_little_more_than_it_must(
@@ -479,7 +479,7 @@ def test_apply_moves_little_more_than_it_must(
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 def test_apply_begins_where_the_reduction_ends() -> None:
     """Which is what L2 holds then: with the last rows of each group, of which all parts take tiles in turn."""
     case = make(8, 64, 16, 16, groups=2, activation="relu")
@@ -507,7 +507,7 @@ def zeros(*shape: int, layout: int) -> Tensor:
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("shape", "layout"), [
     ((3, 131072, 74, 74), 1), ((3, 131072, 74, 74), 0), ((1, 131136, 127, 129), 0),
     ((2, 131072, 128, 129), 0),  # from sample to sample more than 2^31
@@ -546,7 +546,7 @@ def test_beyond_32_bits(shape: tuple[int, ...], layout: int, monkeypatch: pytest
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("few", [0, 512])
 @pytest.mark.parametrize("side", [1, 4])
 def test_slices_of_wide_buffers(side: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -717,7 +717,8 @@ def arguments(batch: int = 4, layout: int = 1, two: bool = False, residual: bool
     return case.x, case.residual, *case.parameters, case.bank, 2, "silu", 0.1, EPS
 
 
-@pytest.mark.parametrize(("layout", "residual", "two"), [(0, True, False), (1, False, True), (1, True, True)])
+@pytest.mark.parametrize(("layout", "residual", "two"), few(
+    [(0, True, False), (1, False, True), (1, True, True)], lambda case: all(case)))
 def test_opcheck(layout: int, residual: bool, two: bool) -> None:
     args = arguments(layout=layout, two=two, residual=residual)
     torch.library.opcheck(torch.ops.adn.batch_norm, args)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aot import fake_cuda, record
+from conftest import few
 from conv_cases import MIXTURES, bits, conv_case
 from conv_cases import Conv as Case
 from harness import DTYPES, Guards, assert_accurate, assert_caught, layouts, plant
@@ -432,7 +433,7 @@ def inplace(kind: str, backend: str | None, activation: str) -> Callable:
     return forward
 
 
-@pytest.mark.parametrize("layout", [0, 1])
+@pytest.mark.parametrize("layout", few([0, 1], bool))
 @pytest.mark.parametrize(("form", "kind", "backend", "activation"), [
     (functional, "1x1", None, "silu"), (functional, "3x3", "triton", "relu"), (functional, "3x3", "cudnn", "relu"),
     (functional, "depthwise", None, "relu6"), (functional, "grouped", None, "relu"), (with_banks, "1x1", None, "silu"),

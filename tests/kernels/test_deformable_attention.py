@@ -24,7 +24,6 @@ from harness import (
     max_error,
     plant,
     traffic,
-    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -275,7 +274,7 @@ def test_more_samples_than_are_taken_at_once(deterministic: bool, monkeypatch: p
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 def test_traffic() -> None:
     """Four pixels for each point inside, locations and weights once; nothing but the output is written."""
     case = build(2, 4, 2, 16, margin=0.0)
@@ -303,7 +302,7 @@ def test_traffic() -> None:
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 def test_value_beyond_2_31_elements() -> None:
     """The last token is a level of its own; the point in the other level lies outside."""
     height, dim = 2**21 + 7, 1030
@@ -326,7 +325,7 @@ def test_value_beyond_2_31_elements() -> None:
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 def test_locations_beyond_2_31_elements() -> None:
     queries = 2**30 + 3
     value = torch.tensor([2.0]).half().reshape(1, 1, 1, 1)

@@ -25,7 +25,6 @@ from harness import (
     layouts,
     plant,
     traffic,
-    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,7 +212,7 @@ def test_deterministic() -> None:
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("k", "stride", "factor"), [(3, 1, 3.9), (5, 1, 7.9), (7, 1, 13), (3, 2, 1.9)])
 @pytest.mark.parametrize("layout", [0, 1])
 def test_traffic(layout: int, k: int, stride: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +233,7 @@ def test_traffic(layout: int, k: int, stride: int, factor: float, monkeypatch: p
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("layout", [0, 1])
 def test_beyond_2_31_elements(layout: int) -> None:
     """In a sample. Memory is committed where the last program touches it."""

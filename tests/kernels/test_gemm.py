@@ -23,7 +23,6 @@ from harness import (
     layouts,
     plant,
     traffic,
-    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -243,7 +242,7 @@ def test_bypass_layouts(size: int, layout: int, dtype: torch.dtype) -> None:
 
 
 @launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @both_sizes
 def test_bypassed_programs_read_nothing(size: int) -> None:
     case = conv_case(4, 32, 4, 4, 32, size, padding=size // 2)
@@ -263,7 +262,7 @@ def test_deterministic(size: int) -> None:
 
 
 @launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("stride", [1, 2])
 def test_traffic(stride: int) -> None:
     """With all channels in one column of tiles x, residual and y are moved once; the weight once per row of tiles."""
@@ -284,7 +283,7 @@ def test_traffic(stride: int) -> None:
 
 
 @launcher
-@watches_interpreter
+@pytest.mark.interpreter
 def test_traffic_3x3() -> None:
     """y and the residual are moved once, the weight once per row of tiles, x once per tap less what is padding."""
     n, k, side, c = 2, 64, 16, 64
@@ -300,7 +299,7 @@ def test_traffic_3x3() -> None:
 
 
 @launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("channels_last", [False, True])
 @both_sizes
 def test_beyond_2_31_elements(size: int, channels_last: bool) -> None:

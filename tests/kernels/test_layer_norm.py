@@ -25,7 +25,6 @@ from harness import (
     last_programs,
     plant,
     traffic,
-    watches_interpreter,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -277,7 +276,7 @@ def test_expanded_gradients(few_splits: None, axes: tuple[int, ...], x: Tensor) 
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("make", [tokens, pixels])
 def test_gradients_are_not_copied(few_splits: None, make: Callable) -> None:
     """Contiguous ones, whatever lies how in x, and any stride of an axis of one element."""
@@ -452,7 +451,7 @@ def test_deterministic(few_splits: None, make: Callable) -> None:
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("make", [tokens, pixels])
 def test_traffic(make: Callable) -> None:
     """Each tensor is touched once. Every program reads the parameters, but they are small and stay in the cache."""
@@ -469,7 +468,7 @@ def test_traffic(make: Callable) -> None:
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("make", [tokens, pixels])
 def test_traffic_backward(few_splits: None, make: Callable) -> None:
     """Three passes, four with a gradient of the sum, and the sums of each program.
@@ -489,7 +488,7 @@ def test_traffic_backward(few_splits: None, make: Callable) -> None:
 
 
 @pytest.mark.launcher
-@watches_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("make", ["tokens", "pixels", "one_sample"])
 def test_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch, make: str) -> None:
     """`one_sample`: a tile of its own goes that far."""

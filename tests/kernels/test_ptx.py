@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import few
 from launchers import FILES, HERE, run
 
 pytestmark = [pytest.mark.ptx,
               pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests of launchers run there")]
-SOME, ALL = "--sample=1", "--sample=1000000"
 NOTHING_LAUNCHED = {"test_activation.py"}  # kernels of the test's own, not of the library
 Counts = dict[str, dict[str, Any]]
 
@@ -42,19 +40,24 @@ def add(counts: Counts, report: Counts) -> None:
             known[key] = sorted({*known[key], *value}) if key == "variants" else known[key] + value
 
 
-@pytest.mark.parametrize("sample", few([SOME, ALL], lambda sample: sample == SOME))
-@pytest.mark.parametrize("name", FILES)
-def test_launchers(name: str, sample: str, counts: Counts, tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
-    environment = {"ADN_PTX": "1", "ADN_PTX_REPORT": str(report)}
-    if sample == SOME:
-        environment["ADN_EXAMPLES"] = "2"
-    done = run(environment, name, sample)
+def check(counts: Counts, report: Path, names: Sequence[str], *args: str, **environment: str) -> None:
+    done = run({"ADN_PTX": "1", "ADN_PTX_REPORT": str(report), **environment}, *args, *names)
     found = json.loads(report.read_text()) if report.exists() else {}
     add(counts, found)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert found or name in NOTHING_LAUNCHED
+    assert found or set(names) == NOTHING_LAUNCHED
     assert all(row["contested"] == 0 for row in found.values()), "which of several sums is stored is left open"
+
+
+@pytest.mark.parametrize("names", [FILES[i::3] for i in range(3)], ids=" ".join)
+def test_some_launchers(names: list[str], counts: Counts, tmp_path: Path) -> None:
+    check(counts, tmp_path / "report.json", names, "--sample=1", ADN_EXAMPLES="2")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FILES)
+def test_launchers(name: str, counts: Counts, tmp_path: Path) -> None:
+    check(counts, tmp_path / "report.json", [name])
 
 
 def test_kernels_of_their_own() -> None:

@@ -27,7 +27,7 @@ from adn.core import taps
 from adn.runtime.compile import compile
 
 Way = Callable[..., nn.Module]
-WAYS = pytest.mark.parametrize("way", [compile, torch.compile], ids=["adn", "torch"])
+WAYS: dict[str, Way] = {"adn": compile, "torch": torch.compile}
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,13 @@ def in_turn() -> nn.Module:
     stages = [nn.Sequential(*(Block(8) for _ in range(3))) for _ in range(2)]
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
     return adn.convert(randomise(model).eval(), plan=["1", "2"])
+
+
+def one_stage() -> nn.Module:
+    """For images (n, 4, h, w)."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Block(4), Block(4))
+    return adn.convert(randomise(nn.Sequential(blocks, nn.Flatten())).eval(), plan=["0"])
 
 
 def a_net(name: str) -> nn.Module:
@@ -127,24 +134,20 @@ SWEEPS = {
     "in_turn": (4, 4 + 2),
     "loop": (4, 2 * (2 * 2 + 1)),  # block by block; a bypassed one needs none
 }
-IN_FULL = ("tv_resnet18", "tv_vit_b_32", "mobilenetv2_050", "regnetx_002")
 
 
-def every_other() -> Iterator[object]:
-    """Both ways for small nets, one way in turn for the others; the rest with `-m full`."""
-    for i, name in enumerate(SWEEPS):
-        for k, way in enumerate((compile, torch.compile)):
-            in_ci = name in ("loop", "in_turn") or ((i + k) % 2 == 0 and name not in IN_FULL)
-            yield pytest.param(name, way, id=f"{name}-{way.__module__.partition('.')[0]}",
-                               marks=() if in_ci else pytest.mark.full)
+# Both ways for small nets, one for the others.
+SMALL = ("in_turn", "loop")
+IN_CI = {(name, way) for name in SMALL for way in WAYS} | {
+    ("resnet18", "adn"), ("tv_mobilenet_v2", "torch"), ("vit_tiny_patch16_224", "adn"), ("convnext_atto", "torch")}
 
 
-@pytest.mark.parametrize(("name", "way"), every_other())
-def test_sweep(name: str, way: Way) -> None:
+@pytest.mark.parametrize(("name", "way"), few(itertools.product(SWEEPS, WAYS), IN_CI.__contains__))
+def test_sweep(name: str, way: str) -> None:
     net, x = a_net(name), images(name)
     with torch.no_grad():
         expected = outputs(net, x)
-        compiled = way(net, backend="eager")
+        compiled = WAYS[way](net, backend="eager")
         counts = count(compiled, x)
         depths, regions = SWEEPS[name]
         assert (counts.depths, counts.regions, counts.recompiles) == (depths, regions, 0)
@@ -160,9 +163,8 @@ def test_sweep(name: str, way: Way) -> None:
     assert adn.get_depth(net) == adn.Depth([False] * len(adn.stages(net)))
 
 
-@WAYS
-@pytest.mark.parametrize("name", ["in_turn", "loop", pytest.param("resnet18", marks=pytest.mark.full),
-                                  pytest.param("tv_mobilenet_v2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("name", few(["in_turn", "loop", "resnet18", "tv_mobilenet_v2"], SMALL.__contains__))
 def test_training(name: str, way: Way) -> None:
     """Outputs, gradients and running statistics, at each depth."""
     eager = a_net(name).double().train()
@@ -199,7 +201,7 @@ def test_what_naive_compilation_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
-@WAYS
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_nets_of_one_class_in_every_mode(way: Way) -> None:
     """Three nets of each, in training and in evaluation with and without gradients: no limit is shared."""
     x = images("in_turn")
@@ -217,9 +219,8 @@ def test_nets_of_one_class_in_every_mode(way: Way) -> None:
         assert all(c.regions >= 4 for c in counts[-5:]), "each mode compiles the paths, for itself"
 
 
-@WAYS
-@pytest.mark.parametrize("name", ["in_turn", pytest.param("resnet18", marks=pytest.mark.full),
-                                  pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.full)])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("name", few(["in_turn", "resnet18", "swin_tiny_patch4_window7_224"], SMALL.__contains__))
 def test_another_batch_size_compiles_once_more(name: str, way: Way) -> None:
     net = way(a_net(name), backend="eager")
     with torch.no_grad():
@@ -305,17 +306,17 @@ def count_of(net: nn.Module, x: torch.Tensor) -> int:
 
 def test_every_mode_is_code_of_its_own() -> None:
     """More modes of one net than torch.compile keeps variants of a piece of code."""
-    net = compile(a_net("in_turn"), backend="eager")
+    net = compile(one_stage(), backend="eager")
     contexts = [torch.enable_grad, torch.no_grad, torch.inference_mode]
     for training, context, amp in itertools.product((True, False), contexts, (False, True)):
         net.train(training)
         with context(), torch.autocast("cpu", enabled=amp):
             for depth in ("super", "base"):
                 with adn.at_depth(net, depth):
-                    net(torch.randn(2, 3, 32, 32))
+                    net(torch.randn(2, 4, 6, 6))
 
 
-@pytest.mark.parametrize("way", [compile, torch.compile], ids=["adn", "torch"])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_what_is_not_compiled_inside_of_what_is_shows(way: Way) -> None:
     net = a_net("in_turn")
     options = {"fullgraph": False} if way is compile else {}
@@ -353,7 +354,7 @@ class TestTheNetStaysTheNet:
             with set_stance("fail_on_recompile"):
                 assert_same(outputs(net, x), outputs(other, x))
 
-    @pytest.mark.parametrize("name", ["in_turn", "loop", pytest.param("regnetx_002", marks=pytest.mark.full)])
+    @pytest.mark.parametrize("name", few(["in_turn", "loop", "regnetx_002"], SMALL.__contains__))
     def test_copies_are_plain_and_independent(self, name: str) -> None:
         net, x = a_net(name), images(name)
         compile(net, backend="eager")
@@ -465,7 +466,7 @@ class TestSelfDistillation:
             for (key, p), q in zip(eager.named_buffers(), kd.buffers(), strict=True):
                 torch.testing.assert_close(q, p, rtol=1e-8, atol=1e-10, msg=key)
 
-    @WAYS
+    @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
     def test_features_of_uncompiled_and_compiled_depths(self, way: Way) -> None:
         """What is handed out is the stage's output, once a forward, at every depth."""
         net, x = a_net("in_turn"), images("in_turn")
@@ -508,7 +509,7 @@ class TestSelfDistillation:
             dist.destroy_process_group()
 
 
-@WAYS
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_gradient_checkpointing_of_the_librarys(way: Way) -> None:
     """It walks the blocks by itself, past the container: fewer depths fit, but what runs is right."""
     eager = a_net("resnet18").double().train()
@@ -547,10 +548,7 @@ def test_a_checkpoint_around_a_compiled_container() -> None:
 
 
 def test_inductor() -> None:
-    torch.manual_seed(0)
-    blocks = nn.Sequential(Block(4), Block(4))
-    net = adn.convert(randomise(nn.Sequential(blocks, nn.Flatten())).eval(), plan=["0"])
-    x = torch.randn(2, 4, 6, 6)
+    net, x = one_stage(), torch.randn(2, 4, 6, 6)
     with torch.no_grad():
         expected = outputs(net, x)
         compile(net)
