@@ -55,10 +55,11 @@ def act_grad_reference(z: torch.Tensor, activation: str) -> torch.Tensor:
 def act(z, ACTIVATION: tl.constexpr):
     """`act_reference` on a float32 block."""
     if ACTIVATION == "relu":
-        # Not maximum(z, 0), which would turn NaN into 0.
-        return tl.where(z <= 0, 0.0, z)
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
-        return tl.where(z <= 0, 0.0, tl.where(z >= 6.0, 6.0, z))
+        # Not by comparing, whose predicates ptxas may spill where no register is short.
+        above = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(above, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "silu":
         return z * tl.sigmoid(z)
     elif ACTIVATION == "gelu":

@@ -20,6 +20,7 @@ import csv
 import datetime
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print what there is and stop")
     parser.add_argument("--again", action="store_true", help="also those that have a row of this commit")
     parser.add_argument("--table", type=Path, default=TABLE, help=f"default: {TABLE.relative_to(ROOT)}")
-    parser.add_argument("--logs", type=Path, metavar="DIR", help="where to keep what pytest prints (default: nowhere)")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="where to keep what pytest prints, and its report (default: nowhere)")
     parser.add_argument("pytest", nargs="*", metavar="-- ARGUMENTS", help="of pytest, in place of the whole")
     chosen = parser.parse_args()
 
@@ -155,6 +156,8 @@ def test(torch: str, commit: str, arguments: list[str], logs: Path | None) -> tu
         if logs is not None:
             logs.mkdir(parents=True, exist_ok=True)
             (logs / f"torch-{torch}.log").write_text(done.stdout)
+            if report.exists():
+                shutil.copy(report, logs / f"torch-{torch}.xml")
         if not report.exists():
             raise subprocess.CalledProcessError(done.returncode, ["pytest"], stderr=done.stdout)
         suite = ElementTree.parse(report).getroot().find("testsuite")
