@@ -62,7 +62,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print what there is and stop")
     parser.add_argument("--again", action="store_true", help="also those that have a row of this commit")
     parser.add_argument("--table", type=Path, default=TABLE, help=f"default: {TABLE.relative_to(ROOT)}")
-    parser.add_argument("--logs", type=Path, metavar="DIR", help="where to keep what pytest prints, and its report (default: nowhere)")
+    parser.add_argument("--logs", type=Path, metavar="DIR",
+                        help="where to keep what pytest prints, and its report (default: nowhere)")
     parser.add_argument("pytest", nargs="*", metavar="-- ARGUMENTS", help="of pytest, in place of the whole")
     chosen = parser.parse_args()
 
