@@ -199,7 +199,8 @@ def _config(kernel: str, x: Tensor, layout: View, **key: int) -> dict[str, int]:
     adjacent, backward = layout.channel == 1, kernel == "layer_norm_backward"
     wide = adjacent or (isinstance(layout.channel, int) and layout.channel % 16 == 0)  # loads of 16 bytes
     if adjacent:
-        rows = min(64, max(2048 // channels, min(4, 4096 // channels), 1))
+        elements = 1024 if backward and x.element_size() == 4 else 2048  # as far as registers reach
+        rows = min(64, max(elements // channels, min(4, 2 * elements // channels), 1))
     else:  # at least a sector of 32 bytes at a time, in backward a load of 16, as far as registers reach
         piece, reach = (32, 16384) if not backward else (16, 8192 if wide and channels <= 1024 else 4096)
         rows = min(32, max(piece // x.element_size(), 4096 // channels), reach // channels)

@@ -35,7 +35,9 @@ def is_signed(type: str) -> bool:
 def values(bits: np.ndarray, type: str) -> np.ndarray:
     """Of the bits of registers (n,), which may be wider than the type: (n,), or (2, n) of a pair."""
     size = SIZE[type]
-    if bits.dtype.itemsize > size and type != "pred":
+    if bits.dtype.itemsize != size and type != "pred":
+        if bits.dtype.itemsize < size:
+            raise NotImplementedError(f"a register of {bits.dtype.itemsize} bytes is read as {type}")
         bits = bits.astype(UNSIGNED[size])
     native = NATIVE.get(type)
     if native is not None:

@@ -48,7 +48,8 @@ def ld(instruction: Instruction, form: Form) -> Run:
     type, text = form.types[0], instruction.text
     registers, address = vector(instruction.operands[0]), instruction.operands[1]
     if "param" in form.modifiers:
-        return _ld_param(registers[0], reader(address.base, "u64"), address.offset, type)
+        narrow = isinstance(address.base, Register) and address.base.size == 4
+        return _ld_param(registers[0], reader(address.base, "u32" if narrow else "u64"), address.offset, type)
     if form.one_of("global", "shared", "shared::cta") is None:
         raise NotImplementedError(text)
     shared, width = _is_shared(form), _width(form)

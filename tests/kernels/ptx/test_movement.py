@@ -82,9 +82,26 @@ def test_masked_lanes_are_left_alone() -> None:
     assert to.tolist() == list(range(9)) + [105] * 11 + [7] * 12
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_parameters_by_address(wide: bool) -> None:
+    """One that differs between threads, in a register of 32 or of 64 bits."""
+    first, second = np.zeros(32, np.uint64), np.zeros(32, np.uint64)
+    r, bits = ("%rd", 64) if wide else ("%r", 32)
+    execute(f"""mov.b{bits} {r}20, p0; mov.b{bits} {r}21, p1; setp.lt.u32 %p1, %r1, 8;
+        selp.b{bits} {r}22, {r}20, {r}21, %p1; ld.param.b64 %rd23, [{r}22]; {at(1, 8, 10)}
+        st.global.b64 [%rd10], %rd23;""", first, second)
+    assert first.tolist() == [first.ctypes.data] * 8 + [second.ctypes.data] * 24
+
+
+def test_a_register_too_narrow_is_refused() -> None:
+    """And not read with its neighbours'."""
+    with pytest.raises(NotImplementedError, match="a register of 4 bytes is read as u64"):
+        execute(f"{at(1, 8, 10)} st.global.b32 [%r10], %r9;", np.zeros(32, np.uint64))
+
+
 @pytest.mark.parametrize("type", TYPES)
 def test_parameters(type: str) -> None:
-    """The lower bytes of an address, by a name or by an address that differs between threads."""
+    """The lower bytes of an address."""
     wide, size = np.zeros(32, np.uint64), SIZE[type]
     register = {1: "%r", 2: "%r"}.get(size, REGISTER[size])
     back = f"{'cvt.u64.u32 %rd9, %r9' if register == '%r' else 'mov.b64 %rd9, %rd8'};"
@@ -92,10 +109,6 @@ def test_parameters(type: str) -> None:
         st.global.b64 [%rd10], %rd9;""", wide)
     assert set(wide.tolist()) == {decoded(wide.ctypes.data % 2**(8 * size), type if type[0] != "f" else f"b{8 * size}")
                                   % 2**(64 if size == 8 else 32)}
-    first, second = np.zeros(32, np.uint64), np.zeros(32, np.uint64)
-    execute(f"""mov.b64 %rd20, p0; mov.b64 %rd21, p1; setp.lt.u32 %p1, %r1, 8; selp.b64 %rd22, %rd20, %rd21, %p1;
-        ld.param.b64 %rd23, [%rd22]; {at(1, 8, 10)} st.global.b64 [%rd10], %rd23;""", first, second)
-    assert first.tolist() == [first.ctypes.data] * 8 + [second.ctypes.data] * 24
 
 
 def added(old: int, new: int, type: str) -> int:
