@@ -6,6 +6,7 @@ import copy
 import csv
 import datetime
 import importlib.util
+import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ from types import ModuleType
 import pytest
 import timm
 import torch
+import torch.multiprocessing
 import torchvision
 import triton
 from torch import nn
@@ -129,6 +131,13 @@ def few(cases: Iterable[object], in_ci: Callable[[object], bool]) -> list[object
     """
     return [case if in_ci(case) else pytest.param(*(case if isinstance(case, tuple) else (case,)),
                                                   marks=pytest.mark.full) for case in cases]
+
+
+def in_two_processes(worker: Callable[..., None], *args: object) -> None:
+    """Runs `worker(rank, *args)` for both ranks; an error of one is raised here. They are forked from a process that
+    has imported what takes long to import and nothing else, which is started once."""
+    multiprocessing.set_forkserver_preload(["torch", "torchvision", "timm", "adn", "pytest"])
+    torch.multiprocessing.start_processes(worker, args, nprocs=2, start_method="forkserver")
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import build, few
+from conftest import build, few, in_two_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -65,7 +64,7 @@ def worker(rank: int, folder: str, norm: str, mode: str) -> None:
 
 
 def spawn(folder: Path, norm: str, mode: str) -> list[dict]:
-    mp.spawn(worker, args=(str(folder), norm, mode), nprocs=2)
+    in_two_processes(worker, str(folder), norm, mode)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

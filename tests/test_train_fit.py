@@ -19,8 +19,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from conftest import randomise
+from conftest import in_two_processes, randomise
 from torch import nn
 
 import adn
@@ -542,7 +541,7 @@ def one_of_two(rank: int, store: str, out: str) -> None:
 
 
 def test_two_processes_are_one_with_both_halves(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"), str(tmp_path / "two")), nprocs=2)
+    in_two_processes(one_of_two, str(tmp_path / "store"), str(tmp_path / "two"))
     alone = trained(tmp_path / "one")
     nets = [torch.load(f"{tmp_path / 'two'}-{rank}.pt") for rank in (0, 1)]
     for name, value in alone.net.state_dict().items():

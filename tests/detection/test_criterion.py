@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import in_two_processes
 from detr_cases import Golden, leaves, some_outputs, some_targets
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
@@ -372,7 +372,7 @@ def processes(rank: int, folder: str) -> None:
 
 def test_objects_are_counted_over_processes(tmp_path) -> None:
     """5 and 2 objects: 3.5 each."""
-    mp.spawn(processes, (str(tmp_path),), nprocs=2)
+    in_two_processes(processes, str(tmp_path))
     for rank, (counts, own) in enumerate((([0, 2], 2), ([4, 1], 5))):
         targets = some_targets(counts)
         outputs = some_outputs(targets)

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import build
+from conftest import build, in_two_processes
 from detr_cases import some_targets
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -256,7 +255,7 @@ def shares(counts: tuple[int, ...]) -> list[tuple[torch.Tensor, list]]:
 
 
 def test_processes_average_their_gradients(tmp_path) -> None:
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    in_two_processes(worker, str(tmp_path))
     for counts in (FULL, ONE_EMPTY):
         expected: dict = {}
         for images, targets in shares(counts):

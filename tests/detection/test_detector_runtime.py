@@ -80,7 +80,7 @@ def every_seventh(net: nn.Module) -> list[adn.Depth]:
 # ------------------------------------------------------------------------------------------------------- deploy form
 
 
-@pytest.mark.parametrize("kind", few(KINDS, IN_CI.__contains__))
+@pytest.mark.parametrize("kind", few(KINDS, IN_CI[::3].__contains__))
 def test_deploy_form_at_every_depth(kind: str) -> None:
     net, x = detector(kind).double(), images(dtype=torch.float64)
     fused, seen = fuse(net), set()
@@ -92,8 +92,9 @@ def test_deploy_form_at_every_depth(kind: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("size", [(64, 64), (96, 160), (128, 32)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "size"), few(
+    itertools.product([torch.float32, torch.bfloat16], [(64, 64), (96, 160), (128, 32)]),
+    [(torch.float32, (96, 160)), (torch.bfloat16, (128, 32))].__contains__), ids=str)
 def test_deploy_form_in_other_types_layouts_and_sizes(
     dtype: torch.dtype, size: tuple[int, int], layout: torch.memory_format
 ) -> None:
@@ -367,6 +368,7 @@ def test_a_copy_of_a_compiled_detector_is_a_plain_one() -> None:
             adn.set_depth(each, "FFFFF|3")
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_deploy_form() -> None:
     net, x = small(IN_CI[0]), images()
@@ -400,8 +402,9 @@ def sweep(engine: Engine, net: nn.Module) -> None:
         agree(in_order(result), forward(net, x, depth), (depth, len(x)))
 
 
-@pytest.mark.parametrize("batch_sizes", [None, (1, 4), (2,)], ids=str)
-@pytest.mark.parametrize("make", [copy.deepcopy, fuse], ids=["net", "deploy form"])
+@pytest.mark.parametrize(("make", "batch_sizes"), few(
+    itertools.product([copy.deepcopy, fuse], [None, (1, 4), (2,)]),
+    [(copy.deepcopy, (1, 4)), (fuse, None), (fuse, (2,))].__contains__))
 def test_engine(make: Callable[[nn.Module], nn.Module], batch_sizes: tuple[int, ...] | None) -> None:
     net = detector()
     sweep(Engine(make(net), batch_sizes=batch_sizes), net)

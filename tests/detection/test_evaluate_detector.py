@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import build
+from conftest import build, in_two_processes
 from PIL import Image
 from test_coco import COCO_MINI
 from torch import nn
@@ -351,5 +350,5 @@ def share(rank: int, folder: str, alone: list[DetectionRow]) -> None:
 def test_two_processes_give_the_rows_of_one(tmp_path: Path, module: nn.Module) -> None:
     data = write(tmp_path, 6)
     alone = evaluate_detector(Oracle(data, module=module), batches(data), ["super", "TTFF"])
-    mp.spawn(share, (str(tmp_path), alone), nprocs=2)
+    in_two_processes(share, str(tmp_path), alone)
     assert (tmp_path / "results" / "results_TTFF.json").exists()

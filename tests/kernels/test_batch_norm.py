@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from aot import fake_cuda, record
-from conftest import few
+from conftest import few, in_two_processes
 from harness import (
     DEVICE,
     DTYPES,
@@ -1139,7 +1138,7 @@ def worker(rank: int, folder: str, names: list[str]) -> None:
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     names = ["plain", "residual", "banks", "empty", "pair", "identity"]
-    mp.spawn(worker, args=(str(tmp_path), names), nprocs=2)
+    in_two_processes(worker, str(tmp_path), names)
     for name in names:
         case = distributed_case(name)
         for rank in range(2):

@@ -68,6 +68,7 @@ def test_ahead_of_time(tmp_path: Path) -> None:
             assert_close(compiled(*inputs(batch)), net(*inputs(batch)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 def test_training_step_with_inductor() -> None:
     net = Net()
 

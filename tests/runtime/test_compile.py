@@ -139,7 +139,7 @@ SWEEPS = {
 # Both ways for small nets, one for the others.
 SMALL = ("in_turn", "loop")
 IN_CI = {(name, way) for name in SMALL for way in WAYS} | {
-    ("resnet18", "adn"), ("tv_mobilenet_v2", "torch"), ("vit_tiny_patch16_224", "adn"), ("convnext_atto", "torch")}
+    ("resnet18", "adn"), ("vit_tiny_patch16_224", "adn"), ("convnext_atto", "torch")}
 
 
 @pytest.mark.parametrize(("name", "way"), few(itertools.product(SWEEPS, WAYS), IN_CI.__contains__))
@@ -354,7 +354,7 @@ class TestTheNetStaysTheNet:
             with set_stance("fail_on_recompile"):
                 assert_same(outputs(net, x), outputs(other, x))
 
-    @pytest.mark.parametrize("name", few(["in_turn", "loop", "regnetx_002"], SMALL.__contains__))
+    @pytest.mark.parametrize("name", few(["in_turn", "loop", "regnetx_002"], lambda name: name == "in_turn"))
     def test_copies_are_plain_and_independent(self, name: str) -> None:
         net, x = a_net(name), images(name)
         compile(net, backend="eager")
@@ -437,8 +437,9 @@ class Wrapper(nn.Module):
 
 class TestSelfDistillation:
     @pytest.mark.parametrize("single_pass", [False, True], ids=["two_passes", "single_pass"])
-    @pytest.mark.parametrize("name", few(["resnet18", "in_turn", "loop"], lambda name: name == "in_turn"))
-    @pytest.mark.parametrize("way", ["adn", "torch", "torch_outside"])
+    @pytest.mark.parametrize(("name", "way"), few(
+        itertools.product(["resnet18", "in_turn", "loop"], ["adn", "torch", "torch_outside"]),
+        [("in_turn", "adn"), ("in_turn", "torch_outside")].__contains__))
     def test_step(self, name: str, way: str, single_pass: bool) -> None:
         """With features of the stages: losses, gradients; nothing compiled from the second step on."""
         x, y = images(name, 4, torch.double), torch.tensor([1, 2, 3, 4])
@@ -509,13 +510,13 @@ class TestSelfDistillation:
             dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_gradient_checkpointing_of_the_librarys(way: Way) -> None:
+@pytest.mark.parametrize("way", few(WAYS, lambda way: way == "adn"))
+def test_gradient_checkpointing_of_the_librarys(way: str) -> None:
     """It walks the blocks by itself, past the container: fewer depths fit, but what runs is right."""
     eager = a_net("resnet18").double().train()
     net = copy.deepcopy(eager)
     net.set_grad_checkpointing(True)
-    compiled = way(net, backend="aot_eager")
+    compiled = WAYS[way](net, backend="aot_eager")
     x = images("resnet18", 2, torch.double)
     for each in (eager, compiled):
         for depth in ("super", "base"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Callable
 
@@ -58,8 +59,9 @@ def test_every_depth(name: str, table: list) -> None:
 @pytest.mark.parametrize(("name", "size"), [
     ("resnet18", (65, 47)), ("resnet18", (32, 32)), ("mobilenetv2_050", (33, 70)), ("regnety_002", (64, 64)),
     ("vit_tiny_patch16_224", (64, 64)), ("convnext_atto", (64, 96))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "layout"), few(
+    itertools.product([torch.float32, torch.bfloat16], [torch.contiguous_format, torch.channels_last]),
+    lambda case: (case[0] == torch.float32) == (case[1] == torch.channels_last)))
 def test_types_layouts_and_sizes(
     name: str, size: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
