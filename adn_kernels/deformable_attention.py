@@ -269,7 +269,8 @@ def _config(kernel: str, value: Tensor, unit: int, **key: int) -> dict[str, int]
     default = {"ROWS": max(1, min(8, 128 // channels)), "num_warps": 4}
     if key:
         # Backward holds the addresses it adds to, of narrow loads every one is held: that takes registers.
-        most = 512 if unit < 8 else 1024 if kernel == "deformable_attention_backward" else 2048
+        half = kernel == "deformable_attention_backward" or value.element_size() == 4
+        most = 512 if unit < 8 else 1024 if half else 2048
         default["SAMPLES"] = max(1, min(next_power_of_2(key["levels"] * key["points"]),
                                         most // (default["ROWS"] * channels)))
     config = tuned(kernel, value.device, default, dim=dim, dtype=str(value.dtype), **key)
