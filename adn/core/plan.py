@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from .depth import Depth
+from .dry_run import Call, CannotRun, dry_run
 from .errors import ConversionError
 from .kinds import KINDS, Kind, submodule
 from .kinds.narrow import as_it_concatenates
@@ -81,9 +82,10 @@ class Plan(list[StagePlan]):
             stages = [new.resolve(model) if new is not stage else done
                       for stage, new, done in zip(self, found, stages, strict=True)]
         resolved = Plan(stages, self.family, (stack.resolve(model) for stack in self.stacks))
+        calls = _calls(model) if by_hand else {}
         for stage in resolved if by_hand else ():
             for block in stage.refinement_blocks:
-                check_keeps_shape(model.get_submodule(block), block, f"stage {stage.name!r}")
+                check_keeps_shape(calls.get(block), block, f"stage {stage.name!r}")
         if not resolved.flagged:
             raise ConversionError(
                 f"no stage of this {type(model).__name__} has a block to bypass (a stage needs at least two residual "
@@ -151,6 +153,13 @@ class Plan(list[StagePlan]):
 
     def __repr__(self) -> str:
         return f"<Plan {self.family!r}, {len(self)} stages, {len(self.flags)} flags>"
+
+
+def _calls(model: nn.Module) -> dict[str, Call]:
+    try:
+        return dry_run(model)
+    except CannotRun:
+        return {}
 
 
 def _span(blocks: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import nn
 
 from ..core.behaviours import is_norm
+from ..core.dry_run import CannotRun
 from ..core.errors import ConversionError
 from ..core.kinds.stage import StagePlan
 from ..core.plan import Plan
@@ -47,22 +48,28 @@ def family(*timm_modules: str) -> Callable[[Finder], Finder]:
 
 def find_plan(model: nn.Module) -> Plan:
     """The plan of the family that knows the model's blocks; of several, that which finds the most flags and stacks.
+    Of other models what running them shows (`residual`).
 
     Raises:
-        ConversionError: if none does; it says what was looked for and what to pass.
+        ConversionError: if there are no stages; it says what was looked for and what to pass.
     """
     _import_own(model)
     found = [Plan(stages, known.name, getattr(stages, "stacks", ()))
              for known in FAMILIES.values() if (stages := known.find(model))]
     if found:
         return max(found, key=lambda plan: len(plan.choices)).resolve(model)
-    containers = [name for name, m in model.named_modules()
-                  if name and isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1][:6]
+    residual = importlib.import_module(f"{__name__}.residual")
+    try:
+        stages = residual.residual(model)
+        if stages:
+            return Plan(stages, residual.NAME).resolve(model)
+        seen = "and, by running it without values, for runs of residual blocks that keep their shape"
+    except CannotRun as error:
+        seen = f"; others are found by running the model without values, but it does not run ({error})"
     raise ConversionError(
-        f"no stages found in this {type(model).__name__}: looked for the blocks of {', '.join(FAMILIES)} (timm and "
-        "torchvision). If it is built from runs of residual blocks that keep their shape, say where they are: "
-        f"adn.convert(model, plan=[name of each stage's container]), e.g. plan={containers or ['layer1', 'layer2']}"
-    )
+        f"no stages to bypass found in this {type(model).__name__}: looked for the blocks of {', '.join(FAMILIES)} "
+        f"(timm and torchvision){seen}. If it has such runs, say where they are: adn.convert(model, plan=[name of "
+        "each stage's container])")
 
 
 def _import_own(model: nn.Module) -> None:
@@ -88,18 +95,31 @@ def runs(model: nn.Module, blocks: tuple[type, ...], keeps_shape: Callable[[nn.M
         for name, child in children:
             is_block = isinstance(child, blocks)
             if run and not (is_block and keeps_shape(child)):
-                yield _stage(container, run, len(children))
+                yield stage_of(container, run, len(children))
                 run = []
             if is_block:
                 run.append(name)
         if run:
-            yield _stage(container, run, len(children))
+            yield stage_of(container, run, len(children))
 
 
-def _stage(container: str, run: list[str], children: int) -> StagePlan:
+def stage_of(container: str, run: list[str], children: int) -> StagePlan:
+    """The stage of some of the `children` of a container, named after it if it is all of them."""
     prefix = f"{container}." if container else ""
     name = container if len(run) == children else f"{prefix}{run[0]}-{run[-1]}" if len(run) > 1 else prefix + run[0]
     return StagePlan(name, [prefix + block for block in run])
+
+
+GROUP = 3  # blocks of a transformer without stages of its own (Adaptive Depth Networks)
+
+
+def in_groups(run: StagePlan, size: int = GROUP) -> Iterator[StagePlan]:
+    """Stages of `size` neighbouring blocks each, the last of which is refinement; a last incomplete group is essential
+    as a whole."""
+    for first in range(0, len(run.blocks), size):
+        blocks = run.blocks[first : first + size]
+        name = f"{run.name}[{first}:{first + len(blocks)}]"
+        yield StagePlan(name, blocks, essential=min(len(blocks), size - 1))
 
 
 def norms_named(model: nn.Module, stage: StagePlan, names: Iterable[str]) -> list[str]:

@@ -9,9 +9,8 @@ import torchvision.models.vision_transformer as torchvision_vit
 from torch import nn
 
 from ..core.kinds.stage import StagePlan
-from . import family, norms_named, runs
+from . import family, in_groups, norms_named, runs
 
-GROUP = 3
 BLOCKS = (
     timm_vit.Block,
     timm_vit.ResPostBlock,
@@ -26,10 +25,8 @@ SWITCHED = ("norm1", "norm2", "ln_1", "ln_2", "in_norm", "norm")
 def vit(model: nn.Module) -> list[StagePlan]:
     stages = []
     for run in runs(model, BLOCKS, lambda block: True):
-        for first in range(0, len(run.blocks), GROUP):
-            blocks = run.blocks[first : first + GROUP]
-            name = f"{run.name}[{first}:{first + len(blocks)}]"
-            stage = StagePlan(name, blocks, essential=min(len(blocks), GROUP - 1), channel_dim=-1)
+        for stage in in_groups(run):
+            stage.channel_dim = -1
             stage.norms = norms_named(model, stage, SWITCHED)
             stages.append(stage)
     return stages

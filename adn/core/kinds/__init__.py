@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+from torch import fx, nn
 
-from ..behaviours import Swapped, twin_of
+from ..behaviours import Swapped, original_class, twin_of
 from ..errors import ConversionError
 
 KINDS: dict[str, type[Kind]] = {}
@@ -129,7 +130,7 @@ def freeze(form: Form, seconds: Mapping[str, nn.Module], place: Callable[[str], 
     for name in form.bypassed:
         parent, child = place(name)
         if not remove:
-            put(name, nn.Identity())
+            put(name, identity_for(parent._modules[child]))
         elif isinstance(parent, nn.Sequential):
             del parent._modules[child]
         else:
@@ -141,6 +142,18 @@ def freeze(form: Form, seconds: Mapping[str, nn.Module], place: Callable[[str], 
     for name, inputs in form.inputs.items():
         parent, child = place(name)
         put(name, of_first_inputs(parent._modules[child], inputs))
+
+
+def identity_for(block: nn.Module) -> nn.Module:
+    """`nn.Identity`; for a block that may be given more than its input, a module that takes the same and returns it."""
+    parameters = list(inspect.signature(original_class(block).forward).parameters.values())[1:]
+    if len(parameters) == 1:
+        return nn.Identity()
+    graph = fx.Graph()
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    given = [graph.placeholder(stars.get(p.kind, "") + p.name, default_value=p.default) for p in parameters]
+    graph.output(given[0])
+    return fx.GraphModule(nn.Module(), graph, "Identity")
 
 
 def of_first_inputs(conv: nn.Conv2d, inputs: int) -> nn.Conv2d:

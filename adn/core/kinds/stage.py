@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..behaviours import DROP_PATHS, Bypass, SkipNorm, is_norm
+from ..dry_run import Call
 from ..errors import ConversionError
 from . import Follower, Form, Kind, submodule
 
@@ -146,24 +147,16 @@ def inside(model: nn.Module, blocks: Iterable[str], wanted: Callable[[nn.Module]
     return found
 
 
-def check_keeps_shape(block: nn.Module, name: str, where: str) -> None:
-    """Refuse what can be seen, without running it, to change resolution or width.
+def check_keeps_shape(call: Call | None, name: str, where: str) -> None:
+    """Refuse a refinement block that turned what it was given into something of another shape.
 
-    What cannot be seen here is caught at the first forward (`ShapeChecked`).
+    What has not been seen to run (None) is caught at the first forward (`ShapeChecked`).
     """
-    strided = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
-    widths_in, widths_out = [], []
-    for part_name, part in block.named_modules():
-        stride = getattr(part, "stride", 1)
-        if isinstance(part, strided) and max(stride if isinstance(stride, tuple) else (stride,)) > 1:
-            raise ConversionError(f"{where}: {name!r} cannot be bypassed, it changes the resolution "
-                                  f"({part_name or 'itself'} has stride {stride}); begin a stage with it")
-        if isinstance(part, nn.modules.conv._ConvNd):
-            widths_in.append(part.in_channels)
-            widths_out.append(part.out_channels)
-        elif isinstance(part, nn.Linear):
-            widths_in.append(part.in_features)
-            widths_out.append(part.out_features)
-    if widths_in and widths_in[0] not in widths_out:
-        raise ConversionError(f"{where}: {name!r} cannot be bypassed, it changes the width from {widths_in[0]} to "
-                              f"{widths_out[-1]}; begin a stage with it")
+    if call is None or call.keeps_shape:
+        return
+    x, y = call.args[0] if call.args else None, call.output
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        changed = f"it turns {tuple(x.shape)} into {tuple(y.shape)}; begin a stage with it"
+    else:
+        changed = "it does not turn one tensor into one tensor"
+    raise ConversionError(f"{where}: {name!r} cannot be bypassed, {changed}")

@@ -1,0 +1,147 @@
+"""A model run on torch's meta device, where tensors have shapes and no values: what its modules are called with, and
+which of them are residual. Takes about a second, no memory to speak of, and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adn_kernels.private import pytree
+
+from .behaviours import is_norm
+
+_COMPUTING = (nn.Linear, nn.modules.conv._ConvNd)
+# What may follow a residual sum, other than what is the identity above zero.
+_ACTIVATIONS = (lambda x: x, F.silu, F.gelu, F.hardswish, F.mish, torch.tanh)
+
+
+class CannotRun(ValueError):
+    """A model does not run on any input that it was tried with; says why."""
+
+
+@dataclasses.dataclass
+class Call:
+    """The call of a module, of which there was one.
+
+    Attributes:
+        module: as it is in the model that ran, on the meta device.
+        args, kwargs, output: as given and returned.
+        number: how many other modules returned before.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    number: int
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Does it turn its first argument, a tensor, into one of the same shape?"""
+        x = self.args[0] if self.args else None
+        return isinstance(x, Tensor) and isinstance(self.output, Tensor) and self.output.shape == x.shape
+
+
+def dry_run(model: nn.Module) -> dict[str, Call]:
+    """The calls of a model's modules, by name, in the order in which they return; of modules called more than once,
+    none. In evaluation mode, on one input of the size that the model was built for.
+
+    Raises:
+        CannotRun: if the model runs on none of the inputs tried.
+    """
+    skeleton = _on_meta(model)
+    names = {module: name for name, module in skeleton.named_modules() if name}
+    reason = ""
+    for shape in _inputs(model):
+        calls: dict[str, Call] = {}
+        twice: set[str] = set()
+
+        def note(module: nn.Module, args: tuple, kwargs: dict, output: Any,
+                 calls: dict[str, Call] = calls, twice: set[str] = twice) -> None:
+            name = names[module]
+            if name in calls:
+                twice.add(name)
+            calls[name] = Call(module, args, kwargs, output, len(calls))
+
+        handles = [module.register_forward_hook(note, with_kwargs=True) for module in names]
+        try:
+            with torch.no_grad():
+                skeleton(torch.empty(shape, device="meta"))
+        except Exception as error:  # of the model's own code
+            reason = reason or f"{type(error).__name__} for an input {shape}: {error}".partition("\n")[0]
+        else:
+            return {name: call for name, call in calls.items() if name not in twice}
+        finally:
+            for handle in handles:
+                handle.remove()
+    raise CannotRun(reason)
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the structure: no memory is taken for its tensors."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, Tensor):
+                meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+                memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+    try:
+        skeleton = copy.deepcopy(model, memo).eval()
+    except Exception as error:  # of the model's own code
+        raise CannotRun(f"it cannot be copied: {type(error).__name__}: {error}") from error
+    for module in skeleton.modules():  # hooks of somebody's may look at values
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+    return skeleton
+
+
+def _inputs(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Shapes of inputs to try: of the size that the model says it is for, then of usual ones."""
+    conv = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    channels = 3 if conv is None else conv.in_channels
+    if isinstance(conv, nn.Conv3d):
+        yield from ((1, channels, 16, side, side) for side in (112, 224))
+        return
+    said = [getattr(module, name, None) for name in ("img_size", "image_size") for module in model.modules()]
+    config = getattr(model, "pretrained_cfg", None) or {}
+    said.append((config.get("input_size") or (None,))[-2:])
+    sides = dict.fromkeys(side if isinstance(side, tuple) else (side, side) for side in [*said, 224, 256, 384, 64, 32]
+                          if side)
+    yield from ((1, channels, *side) for side in sides if len(side) == 2 and all(isinstance(s, int) for s in side))
+
+
+def is_residual(call: Call) -> bool:
+    """Is a block the identity, or an activation, where its convolutions, linear layers and norms are all zero?"""
+    if not call.keeps_shape:
+        return False
+    block = copy.deepcopy(call.module).to_empty(device="cpu")
+    with torch.no_grad():
+        for module in block.modules():
+            zero = isinstance(module, _COMPUTING) or is_norm(module)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.fill_(0 if zero else 1)
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    buffer.zero_()
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        values = torch.linspace(0.5, 1.5, max(1, value.numel())) if value.is_floating_point() else torch.zeros(())
+        return values.expand(value.numel()).reshape(value.shape).to(value.dtype)
+
+    args, kwargs = pytree.tree_map(real, (call.args, call.kwargs))
+    x = args[0].clone()
+    try:
+        with torch.no_grad():
+            y = block(*args, **kwargs)
+    except Exception:  # it needs the values of what it was given; whatever it is, nobody has seen that it is residual
+        return False
+    return any(torch.allclose(y, share * activation(x), atol=1e-4) for activation in _ACTIVATIONS for share in (1, 0.5))
