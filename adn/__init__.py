@@ -13,7 +13,7 @@ from .core.state import at_depth, depths, get_depth, set_depth, stages
 from .distill import SelfDistillation
 from .export.extract import extract
 from .measure.accuracy import evaluate
-from .measure.calibrate import calibrate
+from .measure.calibrate import calibrate, update_bn
 from .measure.profile import Profile, fit_budget, profile
 from .models.registry import create_model, list_models
 from .weights.checkpoint import load, save
@@ -61,6 +61,7 @@ __all__ = [
     "save",
     "set_depth",
     "stages",
+    "update_bn",
     "use_kernels",
 ]
 

@@ -16,6 +16,7 @@ from .core.behaviours import (
     TWINS,
     CountOnce,
     Fork,
+    Paired,
     ShapeChecked,
     SharedNorm,
     Swapped,
@@ -158,6 +159,10 @@ def _attach(
         for name in kind.seconds:
             module = model.get_submodule(name)
             module.add_module("skip", pairs[name])
+            if isinstance(module, BATCH_NORMS) and module.track_running_stats:
+                for one, other in ((module, pairs[name]), (pairs[name], module)):
+                    swap(one, Paired)
+                    vars(one)["_adn_partner"] = other
             state.placed[f"{name}.skip"] = module, "skip", pairs[name]
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and module.track_running_stats:

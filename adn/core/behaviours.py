@@ -199,6 +199,46 @@ class Rerouted(Swapped):
         self._adn_route.lay(self)
 
 
+class Paired(Swapped):
+    """A batch norm of which there are two sets, either of them. Whoever resets statistics to average them anew, as
+    torch's `update_bn`, runs the net at one depth, and fills one."""
+
+    order = 18
+    fx_leaf = False
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        if self.track_running_stats:
+            swap(self, Unfilled)
+
+
+class Unfilled(Swapped):
+    """One whose statistics were reset, until a forward in training fills them."""
+
+    order = 19
+    fx_leaf = False
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            if self.training:
+                swap(self, Unfilled, away=True)
+            else:
+                check_filled(self)
+        return super().forward(x, *args, **kwargs)
+
+
+def check_filled(module: nn.Module) -> None:
+    """Raises RuntimeError for one of two sets that was reset and not filled again, while the other was."""
+    if not isinstance(module, Unfilled):
+        return
+    count, other = (each.num_batches_tracked for each in (module, module._adn_partner))
+    # If neither was, it is a net to be trained from the start.
+    if count is not None and other is not None and count == 0 and other > 0:
+        raise RuntimeError("the statistics of batch norms were reset, and those of one depth never filled again: what "
+                           "did so (torch.optim.swa_utils.update_bn?) ran the net at another. Average the super-net's "
+                           "and the base-net's anew: adn.update_bn(net, loader)")
+
+
 class CountOnce(Swapped):
     """Batch norm whose statistics move once per training forward, also under gradient checkpointing.
 
@@ -312,9 +352,10 @@ def original_class(module: nn.Module) -> type:
     return next(c for c in type(module).__mro__ if not issubclass(c, Swapped))
 
 
-def swap(module: nn.Module, behaviour: type[Swapped], choice: Choice | None = None) -> None:
-    """Add a behaviour to a module in place. `choice` is what it follows, if it follows one."""
-    wanted = sorted({*behaviours(module), behaviour}, key=lambda b: b.order)
+def swap(module: nn.Module, behaviour: type[Swapped], choice: Choice | None = None, away: bool = False) -> None:
+    """Add a behaviour to a module in place, or take one `away`. `choice` is what it follows, if it follows one."""
+    others = {each for each in behaviours(module) if each is not behaviour}
+    wanted = sorted(others if away else {*others, behaviour}, key=lambda b: b.order)
     module.__class__ = _subclass(tuple(wanted), original_class(module))
     if choice is not None:
         module.__dict__["_adn_choice"] = choice

@@ -1,4 +1,4 @@
-"""Norm statistics for a depth in between, where those of the two extremes are not good enough.
+"""Norm statistics averaged anew: of both extremes, or for a depth in between, where theirs are not good enough.
 
 Nets run at every depth as they are: each stage takes the set of statistics that its own flag picks. In between, a
 stage may see inputs a little unlike those its set was learnt on. Averaging the statistics anew over some images at
@@ -8,7 +8,7 @@ that very depth mends this, at the price of a net made for one depth.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -52,29 +52,78 @@ def calibrate(
         ValueError: if no batch norm with running statistics runs at that depth, or there is no image.
     """
     calibrated = copy.deepcopy(unwrap(net))
+    _average(calibrated, loader, [depth], batches, device, progress, "calibrate on")
     set_depth(calibrated, depth)
-    used = in_use(calibrated, depth)
-    norms = [module for name, module in calibrated.named_modules()
-             if isinstance(module, BATCH_NORMS) and module.track_running_stats and used(f"{name}.running_mean")]
-    if not norms:
-        raise ValueError(f"this {type(calibrated).__name__} has no batch norm with running statistics, so there is "
-                         "nothing to calibrate: it runs at every depth as it is")
-    device, dtype = device_of(calibrated, device), next(calibrated.parameters()).dtype
-    momenta = [norm.momentum for norm in norms]
-    seen = 0
-    bar = tqdm(islice(loader, batches), desc="calibrate", unit="batch", leave=False, total=batches,
-               disable=None if progress else True)
-    with evaluating(calibrated), torch.no_grad():
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean of all batches, not an exponential one
-            norm.training = True
-        for batch in bar:
-            if batch is not None:
-                try_forward(calibrated, batch[0].to(device, dtype, non_blocking=True))
-                seen += 1
-    if not seen:
-        raise ValueError(no_image("calibrate on", loader))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
     return calibrated
+
+
+def update_bn(
+    net: nn.Module,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None],
+    *,
+    batches: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Average the statistics of all batch norms anew, in place, both those of the super-net and those of the base-net:
+    what `torch.optim.swa_utils.update_bn` does for a net of one depth. After averaging weights, for instance.
+
+    Every batch runs at full depth and as the base-net. Batch norms normalise by its own mean and variance, and keep the
+    average; dropout and stochastic depth are off, weights do not move, and the depth that is set stays set.
+
+    Args:
+        net: a converted net with batch norms, or a wrapper such as `torch.optim.swa_utils.AveragedModel`.
+        loader: batches (images (B, 3, H, W), anything), or images alone; None for an empty one. Prepared as for
+            training, or as for evaluation.
+        batches, device, progress: as for `calibrate`.
+
+    Returns:
+        The net.
+
+    Raises:
+        ValueError: if no batch norm has running statistics, or there is no image; the net is as it was.
+    """
+    _average(unwrap(net), loader, ["super", "base"], batches, device, progress, "average over")
+    return net
+
+
+def _average(net: nn.Module, loader: Iterable[tuple[torch.Tensor, torch.Tensor] | None], depths: Sequence[DepthLike],
+             batches: int | None, device: torch.device | str | None, progress: bool, what: str) -> None:
+    """Statistics of the batch norms that run at one of these depths, over batches that run at all of them."""
+    used = [in_use(net, depth) for depth in depths]
+    norms = [module for name, module in net.named_modules()
+             if isinstance(module, BATCH_NORMS) and module.track_running_stats and any(
+                 at(f"{name}.running_mean") for at in used)]
+    if not norms:
+        raise ValueError(f"this {type(net).__name__} has no batch norm with running statistics, so there is "
+                         "nothing to average: it runs at every depth as it is")
+    device, dtype = device_of(net, device), next(net.parameters()).dtype
+    former = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)})
+              for norm in norms]
+    seen = 0
+    bar = tqdm(islice(loader, batches), desc=what.partition(" ")[0], unit="batch", leave=False, total=batches,
+               disable=None if progress else True)
+    try:
+        with evaluating(net), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean of all batches, not an exponential one
+                norm.training = True
+            for batch in bar:
+                if batch is not None:
+                    images = batch if isinstance(batch, torch.Tensor) else batch[0]
+                    images = images.to(device, dtype, non_blocking=True)
+                    for depth in depths:
+                        set_depth(net, depth)
+                        try_forward(net, images)
+                    seen += 1
+            if not seen:
+                raise ValueError(no_image(what, loader))
+    except BaseException:
+        for norm, (_, statistics) in zip(norms, former, strict=True):
+            for name, value in statistics.items():
+                getattr(norm, name).copy_(value)
+        raise
+    finally:
+        for norm, (momentum, _) in zip(norms, former, strict=True):
+            norm.momentum = momentum

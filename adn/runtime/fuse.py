@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adn_kernels import private
 
-from ..core.behaviours import mixing_norm
+from ..core.behaviours import check_filled, mixing_norm
 from ..core.depth import Depth
 from ..core.state import DepthLike, State, state_of, unwrap
 from .cut import Segment, cut, filled
@@ -71,6 +71,8 @@ class FusedNet(nn.Module):
             state.origin, state.class_names, made_from=source)
         if any(module.training for module in source.modules()):
             raise ValueError("a deploy form is for inference: call net.eval() first")
+        for module in source.modules():
+            check_filled(module)
         self._build()
         self.training = False
 

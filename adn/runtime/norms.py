@@ -18,7 +18,7 @@ from adn_kernels import ops, private
 from adn_kernels.activation import act_reference
 from adn_kernels.layer_norm import MAX_CHANNELS
 
-from ..core.behaviours import FROZEN_NORMS, Rerouted, SkipNorm, original_class
+from ..core.behaviours import FROZEN_NORMS, Rerouted, SkipNorm, check_filled, original_class
 from ..core.choice import recomputing
 from ..core.trace import activation_of_module
 
@@ -76,6 +76,7 @@ def batch_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, activation: 
     parameters = live.of("weight"), live.of("bias")
     arguments = {"residual": residual, "activation": activation, "eps": first.eps}
     if _fixed(first):
+        check_filled(first)
         y = ops.batch_norm_eval(x, *parameters, first.running_mean, first.running_var, **arguments)
     else:
         moves = first.training and first.track_running_stats
