@@ -219,12 +219,12 @@ class Unfilled(Swapped):
     fx_leaf = False
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
-            if self.training:
-                swap(self, Unfilled, away=True)
-            else:
-                check_filled(self)
-        return super().forward(x, *args, **kwargs)
+        if not self.training and not torch.compiler.is_compiling():
+            check_filled(self)
+        y = super().forward(x, *args, **kwargs)
+        if self.training and not torch.compiler.is_compiling():
+            swap(self, Unfilled, away=True)
+        return y
 
 
 def check_filled(module: nn.Module) -> None:
