@@ -276,7 +276,9 @@ def _shared_subclass(mixins: tuple[type, ...], base: type) -> type:
 def _new_subclass(mixins: tuple[type, ...], base: type, members: dict[str, Any]) -> type:
     # One of its own counts as the module's class to whoever prints it.
     name = "".join(mixin.__name__ for mixin in mixins if not mixin.per_module) + base.__name__
-    return type(name, (*mixins, base), {"__module__": __name__, **members})
+    # By this name torch.fx, and so torchvision's feature extraction, knows what not to look into.
+    leaf = any(mixin.fx_leaf for mixin in mixins)
+    return type(name, (*mixins, base), {"__module__": f"torch.nn.{__name__}" if leaf else __name__, **members})
 
 
 @functools.cache
@@ -403,7 +405,8 @@ def reset_norm(norm: nn.Module) -> None:
 def fx_leaf_modules() -> list[type]:
     """Classes that torch.fx must treat as leaves so that a traced graph keeps following the depth.
 
+    Tracers of torch.fx, torchvision and timm know them already, blocks that are an `nn.Sequential` themselves excepted:
     `torchvision.models.feature_extraction.create_feature_extractor(net, nodes,
-    tracer_kwargs={"leaf_modules": adn.fx_leaf_modules()})`; timm's own tracer knows them already.
+    tracer_kwargs={"leaf_modules": adn.fx_leaf_modules()})`.
     """
     return [c for c in timm.layers.get_notrace_modules() if issubclass(c, Swapped)]

@@ -1,8 +1,8 @@
 """Any other model of runs of residual blocks, found by running it without values (`adn.core.dry_run`), not by class.
 
 A stage is a run of neighbouring blocks of one container that are residual and keep the shape, begun by the block
-before them if that is of the same class. Where nearly all blocks of a model are one run, as in a ViT, a stage is a
-group of three. Every norm of an essential block switches except those of queries and keys.
+before them if that is of the same class. Where a model has one width from end to end, as a ViT, a stage is a group of
+three. Every norm of an essential block switches except those of queries and keys.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def residual(model: nn.Module) -> list[StagePlan]:
     calls = dry_run(model)
     found = [run for run in _runs(model, "", _Judge(calls)) if len(run.blocks) > 1]
     found.sort(key=lambda run: _position(calls, run))
-    blocks = sum(len(run.blocks) for run in found)
+    dims = [_channel_dim(calls[run.blocks[-1]]) for run in found]
+    widths = {calls[run.blocks[-1]].output.shape[dim] for run, dim in zip(found, dims, strict=True)}
     stages = []
-    for run in found:
-        in_one = len(run.blocks) > max(GROUP, 0.7 * blocks)
-        for stage in in_groups(run, GROUP) if in_one else [run]:
-            stage.channel_dim = _channel_dim(calls[stage.blocks[-1]])
+    for run, dim in zip(found, dims, strict=True):
+        for stage in in_groups(run) if len(widths) == 1 and len(run.blocks) > GROUP else [run]:
+            stage.channel_dim = dim
             try:
                 stage = as_it_concatenates(model, stage).resolve(model)
             except ConversionError:  # the net would concatenate copies
