@@ -71,8 +71,8 @@ def dry_run(model: nn.Module) -> dict[str, Call]:
 
         handles = [module.register_forward_hook(note, with_kwargs=True) for module in names]
         try:
-            with torch.no_grad():
-                skeleton(torch.empty(shape, device="meta"))
+            with torch.no_grad(), torch.device("meta"):
+                skeleton(torch.empty(shape))
         except Exception as error:  # of the model's own code
             reason = reason or f"{type(error).__name__} for an input {shape}: {error}".partition("\n")[0]
         else:
@@ -104,16 +104,16 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _inputs(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Shapes of inputs to try: of the size that the model says it is for, then of usual ones."""
     conv = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
-    channels = 3 if conv is None else conv.in_channels
+    first = 3 if conv is None else conv.in_channels
     if isinstance(conv, nn.Conv3d):
-        yield from ((1, channels, 16, side, side) for side in (112, 224))
+        yield from ((1, first, 16, side, side) for side in (112, 224))
         return
     said = [getattr(module, name, None) for name in ("img_size", "image_size") for module in model.modules()]
-    config = getattr(model, "pretrained_cfg", None) or {}
-    said.append((config.get("input_size") or (None,))[-2:])
-    sides = dict.fromkeys(side if isinstance(side, tuple) else (side, side) for side in [*said, 224, 256, 384, 64, 32]
-                          if side)
-    yield from ((1, channels, *side) for side in sides if len(side) == 2 and all(isinstance(s, int) for s in side))
+    config = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (first, 224, 224)
+    sides = [side if isinstance(side, tuple) else (side, side) for side in said if side]
+    shapes = [(channels, *side) for side in (*sides, config[1:], *((n, n) for n in (224, 256, 384, 64, 32)))
+              for channels in (config[0], 3) if len(side) == 2 and all(isinstance(n, int) for n in side)]
+    yield from ((1, *shape) for shape in dict.fromkeys(shapes))
 
 
 def is_residual(call: Call) -> bool:
@@ -137,11 +137,11 @@ def is_residual(call: Call) -> bool:
         values = torch.linspace(0.5, 1.5, max(1, value.numel())) if value.is_floating_point() else torch.zeros(())
         return values.expand(value.numel()).reshape(value.shape).to(value.dtype)
 
-    args, kwargs = pytree.tree_map(real, (call.args, call.kwargs))
-    x = args[0].clone()
-    try:
-        with torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):
+        args, kwargs = pytree.tree_map(real, (call.args, call.kwargs))
+        x = args[0].clone()
+        try:
             y = block(*args, **kwargs)
-    except Exception:  # it needs the values of what it was given; whatever it is, nobody has seen that it is residual
-        return False
+        except Exception:  # it needs other values than these; nobody has seen that it is residual
+            return False
     return any(torch.allclose(y, share * activation(x), atol=1e-4) for activation in _ACTIVATIONS for share in (1, 0.5))

@@ -63,7 +63,7 @@ def find_plan(model: nn.Module) -> Plan:
         stages = residual.residual(model)
         if stages:
             return Plan(stages, residual.NAME).resolve(model)
-        seen = "and, by running it without values, for runs of residual blocks that keep their shape"
+        seen = " and, by running it without values, for runs of residual blocks that keep their shape"
     except CannotRun as error:
         seen = f"; others are found by running the model without values, but it does not run ({error})"
     raise ConversionError(

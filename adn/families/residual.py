@@ -57,7 +57,7 @@ class _Judge:
         call = self.calls.get(name)
         if call is None or not call.keeps_shape or next(call.module.parameters(), None) is None:
             return False
-        key = repr(call.module), repr((call.args, call.kwargs))
+        key = _looks(call.module), repr((call.args, call.kwargs))
         if key not in self.known:
             self.known[key] = is_residual(call)
         return self.known[key]
@@ -68,6 +68,13 @@ class _Judge:
         if a is None or b is None or not b.args or (a.args and a.args[0] is b.args[0]):
             return False
         return getattr(a.output, "shape", None) == getattr(b.args[0], "shape", ()) and a.number < b.number
+
+
+def _looks(module: nn.Module) -> str:
+    """All of a module but its tensors: its submodules, and the settings that each keeps as attributes."""
+    return repr([(name, type(part), [(key, value) for key, value in vars(part).items()
+                                     if isinstance(value, bool | int | float | str | tuple | None)])
+                 for name, part in module.named_modules()]) + repr(module)
 
 
 def _runs(module: nn.Module, name: str, is_block: _Judge) -> Iterator[StagePlan]:

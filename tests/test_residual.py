@@ -1,0 +1,215 @@
+"""Models that no family knows: their residual blocks are found by running them without values."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from test_plan import LAYERS, CifarResNet, Odd, X, cifar
+from torch import nn
+
+import adn
+from adn.core.dry_run import CannotRun, dry_run, is_residual
+
+
+class Branch(nn.Module):
+    """A residual block of the kind asked for."""
+
+    def __init__(self, width: int, kind: str = "plain", stride: int = 1) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = nn.BatchNorm2d(width // stride)
+        self.conv = nn.Conv2d(width // stride, width, 3, stride, 1)
+        self.scale = nn.Parameter(torch.full((width, 1, 1), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(self.norm(x))
+        if self.kind == "no residual":
+            return y
+        if self.kind == "of the input's square":
+            return x * x + y
+        if y.shape != x.shape:
+            x = F.interpolate(torch.cat([x, x], 1), scale_factor=0.5)
+        y = x + self.scale * y
+        return F.silu(y) if self.kind == "activated" else y
+
+
+def chain(*kinds: str) -> nn.Module:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(Branch(8, kind) for kind in kinds))
+    return randomise(nn.Sequential(nn.Conv2d(3, 8, 3), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+
+
+def stages_of(model: nn.Module) -> list[tuple[list[str], int]]:
+    return [(stage.blocks, stage.essential) for stage in adn.plan(model) if stage.has_flag]
+
+
+def test_the_cifar_resnet_needs_no_plan() -> None:
+    """The same plan as by hand, and every depth computes what that does."""
+    found, by_hand = adn.convert(cifar()), adn.convert(cifar(), plan=LAYERS)
+    assert adn.plan(cifar()).family == "residual"
+    with torch.inference_mode():
+        for depth in adn.depths(by_hand):
+            with adn.at_depth(found, depth), adn.at_depth(by_hand, depth):
+                assert torch.equal(found(X), by_hand(X)), depth
+
+
+@pytest.mark.parametrize("kind", ["plain", "activated"])
+def test_blocks_are_told_by_what_they_compute(kind: str) -> None:
+    assert stages_of(chain(kind, kind)) == [(["1.0", "1.1"], 1)]
+    mixed = chain("no residual", kind, kind, "of the input's square", kind, kind)
+    assert stages_of(mixed) == [(["1.0", "1.1", "1.2"], 2), (["1.3", "1.4", "1.5"], 2)]
+
+
+@pytest.mark.parametrize("kind", ["no residual", "of the input's square"])
+def test_others_keep_the_shape_and_are_no_residual_blocks(kind: str) -> None:
+    model = chain(kind, kind, kind)
+    with pytest.raises(adn.ConversionError, match="no stages to bypass found"):
+        adn.plan(model)
+    calls = dry_run(model)
+    assert calls["1.1"].keeps_shape
+    assert not is_residual(calls["1.1"])
+
+
+def test_a_run_ends_at_what_is_no_block_and_begins_with_one_that_changes_the_shape() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(Branch(8), Branch(8), nn.Conv2d(8, 8, 1), Branch(8), Branch(16, stride=2), Branch(16),
+                         Branch(16))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), body)
+    assert stages_of(model) == [(["1.0", "1.1"], 1), (["1.4", "1.5", "1.6"], 2)]
+
+
+class Around(nn.Module):
+    """Its forward decides what becomes of its blocks."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.blocks = nn.ModuleList(Branch(8) for _ in range(3))
+        self.last = nn.Conv2d(8 if how != "concatenated" else 32, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if self.how == "side by side":
+            return self.last(sum(block(x) for block in self.blocks))
+        if self.how == "twice":
+            for block in (*self.blocks, *self.blocks):
+                x = block(x)
+            return self.last(x)
+        if self.how == "backwards":
+            for block in reversed(self.blocks):
+                x = block(x)
+            return self.last(x)
+        outputs = [x]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+        return self.last(torch.cat(outputs, 1) if self.how == "concatenated" else outputs[-1])
+
+
+@pytest.mark.parametrize("how", ["side by side", "twice", "backwards"])
+def test_blocks_that_do_not_run_in_turn_are_no_stage(how: str) -> None:
+    with pytest.raises(adn.ConversionError, match="no stages to bypass found"):
+        adn.plan(Around(how))
+
+
+def test_blocks_whose_outputs_are_concatenated_become_narrow() -> None:
+    model = nn.Sequential(randomise(Around("concatenated"))).eval()
+    expected = model(X)
+    net = adn.convert(model)
+    assert torch.equal(net(X), expected)
+    (stage,) = adn.plan(nn.Sequential(Around("concatenated")))
+    assert stage.kind == "narrow"
+    with adn.at_depth(net, "base"):
+        assert not torch.allclose(net(X), expected)
+
+
+class Tokens(nn.Module):
+    """A ViT of somebody's: blocks are given a mask too."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.q_norm, self.linear = nn.LayerNorm(12), nn.LayerNorm(12), nn.Linear(12, 12)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            return x + scale * mask * self.linear(self.q_norm(self.norm(x)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 8, 8)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(7))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        mask = torch.ones(x.shape[1], 1, device=x.device)
+        for block in self.blocks:
+            x = block(x, mask, scale=0.7)
+        return self.head(x.mean(1))
+
+
+def test_a_model_of_one_width_is_in_groups_of_three_as_a_vit() -> None:
+    torch.manual_seed(0)
+    model = randomise(Tokens()).eval()
+    plan = adn.plan(model)
+    assert [(len(stage.blocks), stage.has_flag, stage.channel_dim) for stage in plan] == [
+        (3, True, -1), (3, True, -1), (1, False, -1)]
+    assert plan[0].norms == ["blocks.0.norm", "blocks.1.norm"]
+    net = adn.convert(model)
+    for depth in adn.depths(net):
+        static = adn.extract(net, depth)
+        assert not any("adn" in type(m).__module__.split(".") for m in static.modules())
+        for each in (static, copy.deepcopy(static), torch.load(save(static), weights_only=False)):
+            with torch.no_grad(), adn.at_depth(net, depth):
+                assert torch.equal(each(X), net(X)), depth
+
+
+def save(model: nn.Module):
+    import io
+
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+def test_nothing_is_changed_and_nothing_left_behind() -> None:
+    model = cifar().train()
+    model.layer1[0].eval()
+    seen: list[torch.Tensor] = []
+    model.layer1[0].register_forward_hook(lambda *_: seen.append(1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    adn.plan(model)
+    assert not seen, "a hook of the user's is not for a run without values"
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
+
+
+def test_a_model_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        assert stages_of(CifarResNet()) == stages_of(CifarResNet())
+    assert stages_of(cifar()) == [([f"{layer}.{i}" for i in range(3)], 2) for layer in LAYERS]
+
+
+def test_a_model_that_does_not_run_says_why() -> None:
+    model = nn.Sequential(Odd(), chain("plain", "plain"))
+    with pytest.raises(CannotRun, match=r"\(1, 3, 224, 224\)"):
+        dry_run(model)
+    with pytest.raises(adn.ConversionError, match=r"does not run \(RuntimeError for an input .*plan=\[name"):
+        adn.plan(model)
+    assert len(adn.depths(adn.convert(model, plan=["1.1"]))) == 2
+
+
+def test_no_suggestion_that_has_not_been_tried() -> None:
+    """A refusal used to name containers, most of which were refused when pasted."""
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()))
+    with pytest.raises(adn.ConversionError) as caught:
+        adn.plan(model)
+    assert "'0'" not in str(caught.value)
+    assert "runs of residual blocks that keep their shape" in str(caught.value)
