@@ -257,6 +257,10 @@ def test_other_files(tmp_path: Path) -> None:
         load(tmp_path / "none.safetensors")
     with pytest.raises(adn.CheckpointError, match="folder"):
         load(tmp_path)
+    for name in ("last.pt", "best.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(adn.CheckpointError, match=r"--resume needs, not a net; the net is in best\.safetensors beside"):
+        load(tmp_path / "last.pt")
     page = tmp_path / "page.safetensors"
     page.write_text("<!DOCTYPE html><html>not found</html>")
     with pytest.raises(adn.CheckpointError, match="no safetensors file"):

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import adn
 from adn.cli import build_parser, main
@@ -51,3 +55,51 @@ def test_a_command_is_needed(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    ("profile --model resnet18 --budget -1", "--budget -1; pass milliseconds"),
+    ("profile --model resnet18 --budget nan", "--budget nan; pass milliseconds"),
+    ("profile --model resnet18 --plot a.xyz", "a.xyz: a figure is written as one of .*png"),
+    ("profile --model resnet18 --device gpu", "--device gpu: there is no such kind of device; pass cpu, cuda"),
+    ("profile --model resnet18 --depth 0011", "0011 is FFTT"),
+])
+def test_what_cannot_work_is_said_before_anything_is_measured(
+    command: str, message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adn.cli.profile.profile", lambda *_, **__: pytest.fail("it measures"))
+    assert main(command.split()) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["profile --model resnet18 --devce cpu", "train photos --out x --epocs 3"])
+def test_an_unknown_option_shows_the_usage_of_its_command(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: adn {command.split()[0]} ")
+    assert command.split()[-2] in error.splitlines()[-1]
+
+
+def test_a_net_that_was_only_converted_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of its shallower depths, which nothing has been taught; and a folder stands for the images in it."""
+    net = adn.create_model("anydepth_resnet18", num_classes=3)
+    file, photos = tmp_path / "net.safetensors", tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 40)).save(photos / name)
+    adn.save(net, file)
+    command = ["predict", str(photos), "--checkpoint", str(file)]
+    warning = "never trained as an any-depth net"
+    assert main(command) == 0
+    output = capsys.readouterr()
+    assert output.out.count(".png") == 2
+    assert warning not in output.err
+    assert main([*command, "--depth", "TFFF"]) == 0
+    assert warning in capsys.readouterr().err
+    with torch.no_grad():
+        net.layer1[0].bn1.skip.bias += 0.1
+    adn.save(net, file)
+    assert main([*command, "--depth", "TFFF"]) == 0
+    assert warning not in capsys.readouterr().err

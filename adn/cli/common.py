@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..convert import convert
+from ..core.depth import Depth
 from ..core.state import depths as all_depths
-from ..core.state import state_of
+from ..core.state import only_converted, state_of
 from ..data import images
 from ..models.registry import ENTRIES, create_model
 from ..tasks import TASKS, Task, task_of
@@ -81,6 +82,11 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_device(name: str | None) -> str:
+    if name:
+        try:
+            torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"--device {name}: there is no such kind of device; pass cpu, cuda or cuda:1") from None
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch ({torch.__version__}) finds no CUDA device")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,6 +151,20 @@ def make_loader(data: Dataset, args: argparse.Namespace, task: Task, **options: 
                       pin_memory=args.device.startswith("cuda"), **options)
 
 
+def image_files(paths: Iterable[Path]) -> list[Path]:
+    """The files, and of folders the images in them."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found: list[Path] = []
+    for path in paths:
+        images = [path]
+        if path.is_dir():
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
+            if not images:
+                raise ValueError(f"no image in the folder {path}")
+        found += images
+    return found
+
+
 def each_image(task: Task, net: nn.Module, args: argparse.Namespace, sources: Iterable[Path], upright: bool
                ) -> Iterator[tuple[int, Image.Image, dict[str, Tensor]]]:
     """The index of each image, the image and what the net finds on it; a line to stderr for one that cannot be read."""
@@ -157,6 +177,12 @@ def each_image(task: Task, net: nn.Module, args: argparse.Namespace, sources: It
             print(f"{source}: cannot be read ({error})", file=sys.stderr)
         else:
             yield i, image, task.find(net, image, prepared)
+
+
+def warn_if_untrained(net: nn.Module, depths: Iterable[Depth]) -> None:
+    if any(depth != state_of(net).full for depth in depths) and only_converted(net):
+        print("this net was converted and never trained as an any-depth net: only its full depth is of use before adn "
+              "train --checkpoint (or adn.SelfDistillation) has taught it the others", file=sys.stderr)
 
 
 def report_others(net: nn.Module, shown: int) -> None:

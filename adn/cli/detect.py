@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import nn
 
 from ..core.state import get_depth, set_depth, state_of
@@ -54,13 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold}; pass a score from 0 to 1")
-    sources = list(_files(args.images))
+    sources = common.image_files(args.images)
     targets = _targets(sources, args.out)
     _check_kept(sources, [*filter(None, targets), *([args.json] if args.json else [])])
     common.make_folder(args.json)
     net, names = _load(args)
     if args.depth is not None:
         set_depth(net, args.depth)
+    common.warn_if_untrained(net, [get_depth(net)])
     found = []
     for i, image, result in common.each_image(DETECT, net, args, sources, upright=True):
         result = {name: values[result["scores"] >= args.threshold] for name, values in result.items()}
@@ -95,19 +95,6 @@ def coco_names() -> list[str]:
 
     listed = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     return [name for name in listed if name not in _NOT_CLASSES]
-
-
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files, and of folders the images in them."""
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        images = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
-        if not images:
-            raise ValueError(f"no image in the folder {path}")
-        yield from images
 
 
 def _targets(sources: Sequence[Path], out: Path | None) -> list[Path | None]:

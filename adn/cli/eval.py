@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     # Of a model that is not any-depth by itself, the only depth that its weights were trained at.
     default = "super" if args.model and not ENTRIES[args.model].any_depth else "chain"
     depths = choose_depths(net, args.depth or default)
+    common.warn_if_untrained(net, depths)
     options = {name: getattr(args, name) for name in _PASSED.get(task.name, ()) if getattr(args, name)}
     rows = task.evaluate(net, common.make_loader(data, args, task), depths, args.device, amp=args.amp, **options)
     x = example(net, prepared["size"])

@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     for file in (args.csv, args.plot):
         common.make_folder(file)
     if args.plot:
-        require_matplotlib()
+        require_matplotlib(args.plot)
+    if args.budget is not None and not args.budget > 0:
+        raise ValueError(f"--budget {args.budget:g}; pass milliseconds, more than 0")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.checkpoint:

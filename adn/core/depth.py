@@ -109,6 +109,10 @@ class Depth(tuple):
 def _entries_from_text(text: str) -> tuple[bool | int, ...]:
     entries: list[bool | int] = []
     for part in text.replace(" ", "").split("|"):
+        if part and set(part) <= {"0", "1"} and (len(part) > 2 or part[0] == "0"):
+            letters = part.replace("1", "T").replace("0", "F")
+            raise ValueError(f"{text!r}: flags are letters, digits are a number of layers; if 1 is to bypass, {part} "
+                             f"is {letters}. Pass {_ACCEPTED}")
         if part.isascii() and part.isdigit() and int(part) > 0:
             entries.append(int(part))
             continue

@@ -110,6 +110,16 @@ def unwrap(net: nn.Module) -> nn.Module:
     return inner
 
 
+def only_converted(net: nn.Module) -> bool:
+    """Are all second sets still the copies that `convert` made? Then no depth but the full one has been trained."""
+    state = state_of(net)
+    pairs = [(state.placed[f"{name}.skip"][0], state.placed[f"{name}.skip"][2])
+             for _, kind in state.plan.parts for name in kind.seconds if f"{name}.skip" in state.placed]
+    return bool(pairs) and all(
+        value.shape == other.shape and torch.equal(value, other) for module, twin in pairs
+        for name, value in twin.state_dict().items() if (other := module.state_dict().get(name)) is not None)
+
+
 def state_of(net: nn.Module) -> State:
     return unwrap(net).__dict__["_adn"]
 

@@ -4,6 +4,7 @@
     net = adn.create_model("anydepth_rtdetr_r50vd")
     data = open_coco("coco", "val", eval_transform(640))
     rows = evaluate_detector(net, DataLoader(data, 8, collate_fn=collate), ["super", "base"])
+    found = postprocess(net.eval()(images), sizes)
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from ..measure.average_precision import detection_table, evaluate_detector
 from ..models.rtdetr.criterion import DetectionLoss, DistillationLoss
 from ..models.rtdetr.distill import DetectionDistillation, DetectionSupervised
 from ..models.rtdetr.model import RTDETR
+from ..models.rtdetr.postprocess import postprocess
 from ..tasks import is_detector
 
 __all__ = [
     "RTDETR", "CocoImages", "DetectionDistillation", "DetectionLoss", "DetectionSupervised", "DistillationLoss",
     "collate", "detection_table", "draw_detections", "eval_transform", "evaluate_detector", "is_detector", "open_coco",
-    "train_transform", "write_scenes",
+    "postprocess", "train_transform", "write_scenes",
 ]
 
 for _name, _module in {

@@ -13,6 +13,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -278,16 +279,24 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def require_matplotlib() -> None:
-    """Raise ImportError, naming the extra, where a figure could not be drawn."""
+def require_matplotlib(path: str | os.PathLike[str] | None = None) -> None:
+    """Before there is a figure: can it be drawn, and written to this file?
+
+    Raises:
+        ImportError: without matplotlib; names the extra.
+        ValueError: if the name of the file ends in what matplotlib cannot write.
+    """
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
         raise ImportError('a figure needs matplotlib: pip install "adn[plot]"') from error
+    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path is not None and Path(path).suffix.removeprefix(".").lower() not in kinds:
+        raise ValueError(f"{path}: a figure is written as one of {', '.join(kinds)}, by the ending of its name")
 
 
 def _draw(profile: Profile, path: str | os.PathLike) -> None:
-    require_matplotlib()
+    require_matplotlib(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -148,6 +148,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; pass the file that adn.save wrote")
+    beside = [name for name in ("best.safetensors", "model.safetensors") if path.with_name(name).exists()]
+    if path.suffix == ".pt" and beside:
+        raise CheckpointError(f"{path} is what adn train --resume needs, not a net; the net is in "
+                              f"{' and '.join(beside)} beside it")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
