@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
+
+from ..core.progress import progress_bar
 
 CLASSES = tuple("0123456789")  # categories 1 to 10
 SPLITS = ("train", "val")
@@ -88,7 +89,7 @@ def write_scenes(out: str | os.PathLike[str], images: int = 2000, val_images: in
     glyphs, digits, held_out = load_digits()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    bar = tqdm(total=images + val_images, desc="scenes", unit="image", leave=False, disable=None if progress else True)
+    bar = progress_bar(total=images + val_images, desc="scenes", unit="image", show=progress)
     try:
         with bar:
             for number, (split, count) in enumerate(zip(SPLITS, (images, val_images), strict=True)):

@@ -47,29 +47,53 @@ def family(*timm_modules: str) -> Callable[[Finder], Finder]:
 
 
 def find_plan(model: nn.Module) -> Plan:
-    """The plan of the family that knows the model's blocks; of several, that which finds the most flags and stacks.
-    Of other models what running them shows (`residual`).
+    """The plan of the families that know the model's blocks. Of other models what running them shows (`residual`), of
+    timm's also where a family knows a part of them only.
 
     Raises:
         ConversionError: if there are no stages; it says what was looked for and what to pass.
     """
     _import_own(model)
-    found = [Plan(stages, known.name, getattr(stages, "stacks", ()))
-             for known in FAMILIES.values() if (stages := known.find(model))]
-    if found:
-        return max(found, key=lambda plan: len(plan.choices)).resolve(model)
+    found = _together(model, [Plan(stages, known.name, getattr(stages, "stacks", ()))
+                              for known in FAMILIES.values() if (stages := known.find(model))])
+    module = type(model).__module__.removeprefix("timm.models.")
+    if found is not None and (module == type(model).__module__ or module.startswith("_") or any(
+            module in known.timm_modules for known in FAMILIES.values())):
+        return found.resolve(model)
     residual = importlib.import_module(f"{__name__}.residual")
     try:
-        stages = residual.residual(model)
-        if stages:
-            return Plan(stages, residual.NAME).resolve(model)
+        seen_to_be = Plan(residual.residual(model), residual.NAME)
+        if found is not None and len(found.flags) >= len(seen_to_be.flags):
+            return found.resolve(model)
+        if seen_to_be:
+            return seen_to_be.resolve(model)
         seen = " and, by running it without values, for runs of residual blocks that keep their shape"
     except CannotRun as error:
+        if found is not None:
+            return found.resolve(model)
         seen = f"; others are found by running the model without values, but it does not run ({error})"
     raise ConversionError(
         f"no stages to bypass found in this {type(model).__name__}: looked for the blocks of {', '.join(FAMILIES)} "
         f"(timm and torchvision){seen}. If it has such runs, say where they are: adn.convert(model, plan=[name of "
         "each stage's container])")
+
+
+def _together(model: nn.Module, plans: list[Plan]) -> Plan | None:
+    """Of plans of several families that with the most flags and stacks, and what others know of the rest of the model:
+    a ViT on top of a ResNet is of two."""
+    plans = sorted(plans, key=lambda plan: -len(plan.choices))
+    if len(plans) < 2:
+        return plans[0] if plans else None
+    taken: set[nn.Module] = set()
+    chosen: list[Plan] = []
+    for plan in plans:
+        inside = {m for stage in plan for block in stage.blocks for m in model.get_submodule(block).modules()}
+        if not taken & inside:
+            chosen.append(plan)
+            taken |= inside
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    stages = sorted((stage for plan in chosen for stage in plan), key=lambda stage: order[stage.blocks[0]])
+    return Plan(stages, " + ".join(plan.family for plan in chosen), (s for plan in chosen for s in plan.stacks))
 
 
 def _import_own(model: nn.Module) -> None:

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Subset
 from torchvision.ops import box_convert
-from tqdm import tqdm
 
 from ..core.depth import Depth
 from ..core.files import atomic_write
+from ..core.progress import progress_bar
 from ..core.state import DepthLike, is_any_depth, state_of
 from ..data.coco import CocoImages, Target
 from ..models.registry import source_of
@@ -136,8 +136,8 @@ def evaluate_detector(
     if not distributed or dist.get_rank() == 0:
         if not found[0]:
             raise ValueError(no_image("evaluate on", loader))
-        bar = tqdm(zip(chosen, found, strict=True), "compare", len(chosen), unit="depth", leave=False,
-                   disable=None if progress else True)
+        bar = progress_bar(zip(chosen, found, strict=True), desc="compare", total=len(chosen), unit="depth",
+                           show=progress)
         for depth, of_depth in bar:
             results = to_results(data, of_depth)
             if results_dir is not None:

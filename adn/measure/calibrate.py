@@ -13,9 +13,9 @@ from itertools import islice
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..core.behaviours import BATCH_NORMS
+from ..core.progress import progress_bar
 from ..core.state import DepthLike, set_depth, unwrap
 from .cost import in_use
 from .passes import device_of, evaluating, no_image, try_forward
@@ -101,8 +101,8 @@ def _average(net: nn.Module, loader: Iterable[tuple[torch.Tensor, torch.Tensor] 
     former = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)})
               for norm in norms]
     seen = 0
-    bar = tqdm(islice(loader, batches), desc=what.partition(" ")[0], unit="batch", leave=False, total=batches,
-               disable=None if progress else True)
+    bar = progress_bar(islice(loader, batches), desc=what.partition(" ")[0], unit="batch", total=batches,
+                            show=progress)
     try:
         with evaluating(net), torch.no_grad():
             for norm in norms:

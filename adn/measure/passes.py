@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from ..core.depth import Depth
+from ..core.progress import progress_bar
 from ..core.state import at_depth, get_depth, is_any_depth, set_depth
 from ..models.registry import source_of
 
@@ -27,7 +27,7 @@ def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], 
     the loader has beside images."""
     run = net.module if isinstance(net, DistributedDataParallel) else net
     dtype = next(run.parameters()).dtype
-    bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True)
+    bar = progress_bar(loader, desc="evaluate", unit="batch", show=progress)
     with evaluating(net), torch.inference_mode(), autocast(device, amp):
         for batch in bar:
             if batch is None:

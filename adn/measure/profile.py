@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..core.depth import Depth
+from ..core.progress import progress_bar
 from ..core.state import DepthLike, set_depth
 from ..core.tables import read_table, table
 from ..models.registry import task_name
@@ -223,7 +223,7 @@ def _measure(net: nn.Module, x: torch.Tensor, depths: list[Depth], run: Callable
     times = np.empty((len(depths), rounds))
     clock = _cuda_ms if x.is_cuda else _host_ms
     shuffle = random.Random(0).sample
-    bar = tqdm(total=warmup + rounds, desc="profile", unit="round", leave=False, disable=None if progress else True)
+    bar = progress_bar(total=warmup + rounds, desc="profile", unit="round", show=progress)
     with evaluating(net), torch.inference_mode(), bar:
         for step in range(-warmup, rounds):
             for i in shuffle(range(len(depths)), len(depths)):

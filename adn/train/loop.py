@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from adn_kernels.private import pytree
 
 from ..convert import convert_sync_batchnorm
+from ..core.progress import progress_bar
 from ..core.state import is_converted, state_of
 from ..measure.passes import autocast, of_all_processes, processes
 from ..settings import Settings
@@ -219,10 +219,9 @@ class _Run:
         images = 0
         look_every = 1 if self.device.type == "cpu" else _STEPS_PER_LOOK
         self.steps = 0
-        bar = tqdm(loader, f"epoch {epoch + 1}/{recipe.epochs}", unit="step", leave=False,
-                   disable=None if self.talk else True)
-        with bar:
-            for x, y in self._readable(bar):
+        steps = progress_bar(loader, desc=f"epoch {epoch + 1}/{recipe.epochs}", unit="step", show=self.talk)
+        with steps:
+            for x, y in self._readable(steps):
                 interrupts.hold = True
                 losses = self._step(x, y)
                 if self.ema is not None and self.steps % recipe.ema_every == 0:
@@ -233,7 +232,7 @@ class _Run:
                 images += len(x)
                 if self.steps % look_every == 0:
                     loss = self._check_finite(total["loss"])
-                    bar.set_postfix(loss=f"{loss / images:.4f}", refresh=False)
+                    steps.set_postfix(loss=f"{loss / images:.4f}", refresh=False)
                 self.steps += 1
                 interrupts.hold = False
                 interrupts.check()
