@@ -31,16 +31,21 @@ MODELS = {
              "tv_swin_v2_t"],
     "convnext": ["convnext_atto", "convnext_pico", "convnextv2_atto", "tv_convnext_tiny"],
     "regnet": ["regnetx_002", "regnety_002", "regnetz_005", "regnetv_040", "tv_regnet_y_400mf", "tv_regnet_x_400mf"],
+    "residual": ["pvt_v2_b0", "starnet_s1", "eva02_tiny_patch14_224", "mambaout_femto", "edgenext_xx_small", "gernet_s",
+                 "ghostnet_100", "regnetz_b16", "twins_svt_small", "tv_mnasnet0_5", "tv_maxvit_t", "fastvit_t8"],
 }
+OWN_SIZE = ("eva02_tiny_patch14_224", "tv_maxvit_t")
 NAMES = [name for names in MODELS.values() for name in names]
 # Of each library and kind of block the quick ones.
 IN_CI = ["resnet18", "tv_resnet18", "resnetv2_50d", "mobilenetv3_small_075", "tv_mobilenet_v3_small",
-         "vit_tiny_patch16_224", "tv_swin_v2_t", "convnextv2_atto", "tv_regnet_x_400mf"]
+         "vit_tiny_patch16_224", "tv_swin_v2_t", "convnextv2_atto", "tv_regnet_x_400mf", "pvt_v2_b0", "starnet_s1"]
 SIZED = ("vit", "deit", "swin")  # timm models built for one input size
 
 
 def net_and_input(name: str, size: int = 64) -> tuple[nn.Module, torch.Tensor]:
     kwargs = {"num_classes": 10}
+    if name in OWN_SIZE:
+        size = 224
     if name.startswith("tv_vit"):
         kwargs["image_size"] = size
     elif name.startswith(SIZED) and not name.startswith("tv_"):
@@ -87,7 +92,7 @@ def test_family(name: str, table: list) -> None:
             exempt = {n for block in stage.essential for n, m in block.named_modules()
                       if behaviours.is_norm(m) and not n.endswith("skip") and not isinstance(m, behaviours.SkipNorm)}
             # Shortcuts see the stage's input; query/key norms belong to attention, not to the residual stream.
-            assert all("downsample" in n or n.startswith("proj") or n.endswith(("q_norm", "k_norm"))
+            assert all("downsample" in n or "shortcut" in n or n.startswith("proj") or n.endswith(("q_norm", "k_norm"))
                        for n in exempt), exempt
 
         called: list[str] = []

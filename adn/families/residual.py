@@ -18,6 +18,10 @@ from ..core.kinds.stage import StagePlan
 from . import GROUP, in_groups, stage_of
 
 NAME = "residual"  # of the family, in plans
+# Modules of timm whose models have such runs, and those of their names that have none: what running all has shown.
+TIMM_MODULES = ("beit", "edgenext", "efficientvit_mit", "eva", "fastvit", "focalnet", "gcvit", "mambaout", "pvt_v2",
+                "starnet", "twins")
+NOT_RESIDUAL: tuple[str, ...] = ()
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 OF_ATTENTION = ("q_norm", "k_norm", "norm_q", "norm_k")
 

@@ -17,6 +17,7 @@ from torch import nn
 from ..convert import convert
 from ..core.state import is_any_depth, state_of, unwrap
 from ..families import FAMILIES
+from ..families.residual import NOT_RESIDUAL, TIMM_MODULES
 from ..settings import Settings
 from .entry import Entry
 
@@ -142,8 +143,9 @@ def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 @functools.cache
 def _names() -> tuple[str, ...]:
-    known = {name for family in FAMILIES.values() for module in family.timm_modules
-             for name in timm.list_models(module=module, exclude_filters=list(_EXCLUDED))}
+    modules = (*(module for family in FAMILIES.values() for module in family.timm_modules), *TIMM_MODULES)
+    known = {name for module in modules
+             for name in timm.list_models(module=module, exclude_filters=[*_EXCLUDED, *NOT_RESIDUAL])}
     return (*(PREFIX + name for name in timm.list_models() if name in known), *ENTRIES)
 
 
@@ -153,6 +155,6 @@ def _unknown(name: object) -> str:
     plain = str(name).removeprefix(PREFIX)
     close = difflib.get_close_matches(PREFIX + plain, _names(), n=5)
     hint = f"did you mean {', '.join(close)}? " if close else ""
-    extra = "; timm has it, but no family here knows its blocks: build it and pass adn.convert a plan" \
-        if timm.is_model(plain) else ""
+    extra = "; timm has it, but it is not known to have runs of residual blocks: adn.convert(timm.create_model(...)) " \
+        "looks for some, or takes a plan" if timm.is_model(plain) else ""
     return f"unknown model {name!r}{extra}; {hint}Names are timm's with the prefix {PREFIX!r}, see adn.list_models()"
