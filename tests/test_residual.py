@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import randomise
@@ -168,9 +171,7 @@ def test_a_model_of_one_width_is_in_groups_of_three_as_a_vit() -> None:
                 assert torch.equal(each(X), net(X)), depth
 
 
-def save(model: nn.Module):
-    import io
-
+def save(model: nn.Module) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -213,3 +214,41 @@ def test_no_suggestion_that_has_not_been_tried() -> None:
         adn.plan(model)
     assert "'0'" not in str(caught.value)
     assert "runs of residual blocks that keep their shape" in str(caught.value)
+
+
+def test_by_name_saved_and_loaded(tmp_path: Path) -> None:
+    name = "anydepth_pvt_v2_b0"
+    assert name in adn.list_models()
+    net = randomise(adn.create_model(name, num_classes=3)).eval()
+    adn.save(net, tmp_path / "net.safetensors")
+    again = adn.load(tmp_path / "net.safetensors").eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for depth in ("super", "TFTF", "base"):
+            with adn.at_depth(net, depth), adn.at_depth(again, depth):
+                assert torch.equal(net(x), again(x)), depth
+
+
+def test_a_model_of_two_families_is_converted_as_a_whole() -> None:
+    """A ViT on top of a ResNet, of which the blocks of one family only were found."""
+    model = timm.create_model("vit_base_r50_s16_224", embed_dim=48, depth=6, num_heads=2, img_size=64)
+    plan = adn.plan(model)
+    assert plan.family == "resnetv2 + vit"
+    assert [stage.name for stage in plan] == [
+        *(f"patch_embed.backbone.stages.{i}.blocks" for i in range(3)), "blocks[0:3]", "blocks[3:6]"]
+    net = adn.convert(randomise(model).eval())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        outputs = {depth: run(net, depth, x) for depth in adn.depths(net)}
+    assert len({y.numpy().tobytes() for y in outputs.values()}) == 32
+
+
+def run(net: nn.Module, depth: adn.Depth, x: torch.Tensor) -> torch.Tensor:
+    with adn.at_depth(net, depth):
+        return net(x)
+
+
+def test_blocks_around_those_of_a_family_are_found_too() -> None:
+    """MobileViT has a ViT's blocks inside of others."""
+    names = [stage.name for stage in adn.plan(timm.create_model("mobilevit_xxs"))]
+    assert names == ["stages.1", *(f"stages.{i}.1.transformer" for i in (2, 3, 4))]
