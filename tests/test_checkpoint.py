@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import build, randomise
 from torch import nn
@@ -386,3 +387,35 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "touch", refuse)  # tests may run as root, whom no folder refuses
     with pytest.raises(PermissionError, match=r"cannot write .*net\.safetensors: Permission denied"):
         save(net, tmp_path / "net.safetensors")
+
+
+def quantised_by_torch(net: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def quantised_by_torchao(net: nn.Module) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
+    return net
+
+
+@pytest.mark.parametrize("quantise", [quantised_by_torch, quantised_by_torchao])
+def test_quantised_nets_run_at_every_depth_and_are_not_written(quantise, tmp_path: Path) -> None:
+    net = adn.convert(build("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=6)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = {depth: at(net, depth, x) for depth in adn.depths(net)}
+        quantise(net)
+        for depth, y in expected.items():
+            found = at(net, depth, x)
+            assert F.cosine_similarity(found, y).min() > 0.99, depth
+            assert not torch.equal(found, y)
+    file = tmp_path / "net.safetensors"
+    with pytest.raises(ValueError, match="save the net before it is quantised"):
+        save(net, file)
+    assert not file.exists()
+
+
+def at(net: nn.Module, depth: adn.Depth, x: torch.Tensor) -> torch.Tensor:
+    with adn.at_depth(net, depth):
+        return net(x)

@@ -46,8 +46,8 @@ def save(net: nn.Module, path: str | os.PathLike[str], *, class_names: Sequence[
         extra: anything else worth keeping that JSON can hold, returned by `read_metadata`.
 
     Raises:
-        ValueError: on a net not converted, a number of class names that is not the number of classes, or an
-            `extra` that is no JSON.
+        ValueError: on a net not converted, weights that are not plain tensors (quantised ones), a number of class
+            names that is not the number of classes, or an `extra` that is no JSON.
         OSError: if the file cannot be written (full disk, missing or unwritable folder); a former file is intact.
     """
     from .. import __version__
@@ -57,6 +57,7 @@ def save(net: nn.Module, path: str | os.PathLike[str], *, class_names: Sequence[
     classes = getattr(inner, "num_classes", None)
     if names is not None and isinstance(classes, int) and len(names) != classes:
         raise ValueError(f"{len(names)} class names for a net of {classes} classes")
+    _check_plain(inner.state_dict())
     metadata = {
         "format": FORMAT,
         "adn": __version__,
@@ -170,6 +171,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {field: found[field] for field in _FIELDS}
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its description cannot be read ({error!r})") from error
+
+
+def _check_plain(state: Mapping[str, Any]) -> None:
+    if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor) or value.is_quantized
+               or type(value) not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided]:
+        kind = type(state[odd[0]])
+        raise ValueError(f"{odd[0]} is a {kind.__module__}.{kind.__name__}, which has no place in a file of tensors: "
+                         "save the net before it is quantised, load it and quantise it again; or keep it with "
+                         "torch.save")
 
 
 def _separate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
