@@ -60,8 +60,7 @@ def convert(
     computes bit for bit what the model computed. Convert after `torch.nn.SyncBatchNorm.convert_sync_batchnorm`,
     before wrapping in DDP or `torch.compile`.
 
-    Converting teaches nothing: until the net has been trained (`adn.SelfDistillation`), only full depth is of use. A
-    pretrained MobileNetV2, just converted, agrees with itself as the base-net on none of a set of photographs.
+    Converting teaches nothing: until the net has been trained (`adn.SelfDistillation`), only full depth is of use.
 
     Args:
         model: a classifier or feature extractor of timm or torchvision; or any model of runs of residual blocks, with

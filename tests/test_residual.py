@@ -107,6 +107,10 @@ class Around(nn.Module):
             for block in reversed(self.blocks):
                 x = block(x)
             return self.last(x)
+        if self.how == "by keyword":
+            for block in self.blocks:
+                x = block(x=x)
+            return self.last(x)
         outputs = [x]
         for block in self.blocks:
             outputs.append(block(outputs[-1]))
@@ -117,6 +121,11 @@ class Around(nn.Module):
 def test_blocks_that_do_not_run_in_turn_are_no_stage(how: str) -> None:
     with pytest.raises(adn.ConversionError, match="no stages to bypass found"):
         adn.plan(Around(how))
+
+
+def test_blocks_that_are_given_their_input_by_keyword() -> None:
+    assert stages_of(Around("by keyword")) == [(["blocks.0", "blocks.1", "blocks.2"], 2)]
+    assert len(adn.depths(adn.convert(Around("by keyword"), plan=["blocks"]))) == 2
 
 
 def test_blocks_whose_outputs_are_concatenated_become_narrow() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adn_kernels.private import pytree
 
-from .behaviours import is_norm
+from .behaviours import input_of, is_norm
 
 _COMPUTING = (nn.Linear, nn.modules.conv._ConvNd)
 # What may follow a residual sum, other than what is the identity above zero.
@@ -42,9 +42,14 @@ class Call:
     number: int
 
     @property
+    def input(self) -> Any:
+        """Its first argument, however it was given."""
+        return input_of(self.module, self.args, self.kwargs) if self.args or self.kwargs else None
+
+    @property
     def keeps_shape(self) -> bool:
         """Does it turn its first argument, a tensor, into one of the same shape?"""
-        x = self.args[0] if self.args else None
+        x = self.input
         return isinstance(x, Tensor) and isinstance(self.output, Tensor) and self.output.shape == x.shape
 
 
@@ -139,7 +144,7 @@ def is_residual(call: Call) -> bool:
 
     with torch.no_grad(), torch.device("cpu"):
         args, kwargs = pytree.tree_map(real, (call.args, call.kwargs))
-        x = args[0].clone()
+        x = input_of(block, args, kwargs).clone()
         try:
             y = block(*args, **kwargs)
         except Exception:  # it needs other values than these; nobody has seen that it is residual

@@ -18,10 +18,9 @@ from ..core.kinds.stage import StagePlan
 from . import GROUP, in_groups, stage_of
 
 NAME = "residual"  # of the family, in plans
-# Modules of timm whose models have such runs, and those of their names that have none: what running all has shown.
+# Modules of timm all of whose models have such runs, as running them has shown.
 TIMM_MODULES = ("beit", "edgenext", "efficientvit_mit", "eva", "fastvit", "focalnet", "gcvit", "mambaout", "pvt_v2",
                 "starnet", "twins")
-NOT_RESIDUAL: tuple[str, ...] = ()
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 OF_ATTENTION = ("q_norm", "k_norm", "norm_q", "norm_k")
 
@@ -69,9 +68,9 @@ class _Judge:
     def follows(self, name: str, former: str) -> bool:
         """Does a block take what the other, which runs before it, may have made?"""
         a, b = self.calls.get(former), self.calls.get(name)
-        if a is None or b is None or not b.args or (a.args and a.args[0] is b.args[0]):
+        if a is None or b is None or a.input is b.input:
             return False
-        return getattr(a.output, "shape", None) == getattr(b.args[0], "shape", ()) and a.number < b.number
+        return getattr(a.output, "shape", None) == getattr(b.input, "shape", ()) and a.number < b.number
 
 
 def _looks(module: nn.Module) -> str:

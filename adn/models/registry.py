@@ -17,7 +17,7 @@ from torch import nn
 from ..convert import convert
 from ..core.state import is_any_depth, state_of, unwrap
 from ..families import FAMILIES
-from ..families.residual import NOT_RESIDUAL, TIMM_MODULES
+from ..families.residual import TIMM_MODULES
 from ..settings import Settings
 from .entry import Entry
 
@@ -145,7 +145,7 @@ def build_source(name: str, kwargs: dict[str, Any]) -> nn.Module:
 def _names() -> tuple[str, ...]:
     modules = (*(module for family in FAMILIES.values() for module in family.timm_modules), *TIMM_MODULES)
     known = {name for module in modules
-             for name in timm.list_models(module=module, exclude_filters=[*_EXCLUDED, *NOT_RESIDUAL])}
+             for name in timm.list_models(module=module, exclude_filters=list(_EXCLUDED))}
     return (*(PREFIX + name for name in timm.list_models() if name in known), *ENTRIES)
 
 

@@ -154,7 +154,7 @@ def check_keeps_shape(call: Call | None, name: str, where: str) -> None:
     """
     if call is None or call.keeps_shape:
         return
-    x, y = call.args[0] if call.args else None, call.output
+    x, y = call.input, call.output
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         changed = f"it turns {tuple(x.shape)} into {tuple(y.shape)}; begin a stage with it"
     else:
