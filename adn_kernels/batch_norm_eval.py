@@ -184,17 +184,20 @@ def batch_norm_eval_backward_kernel(
         tl.store(bias_sums + at, tl.sum(bias_sum, 0), mask=cmask)
 
 
-def _tile(channels: int, pixels: int, adjacent_channels: bool, num_warps: int) -> dict[str, int]:
+def _tile(
+    channels: int, pixels: int, adjacent_channels: bool, num_warps: int, elements: int = 2048
+) -> dict[str, int]:
     """2048 elements: one 16-byte load of a half-precision tensor for each of 256 threads, or two for each of 128.
 
     Of float32 it is two for each of 256: four for each of 128 would not fit their registers on every architecture.
+    Backward has room for one: 1024 elements.
     """
     if adjacent_channels:
         bc = min(next_power_of_2(channels), 64)
-        return {"BP": 2048 // bc, "BC": bc, "num_warps": num_warps}
+        return {"BP": elements // bc, "BC": bc, "num_warps": num_warps}
     bp = min(next_power_of_2(pixels), 1024) if isinstance(pixels, int) else 256
     # A thread has elements of many channels if there are few pixels, and their parameters take registers.
-    return {"BP": bp, "BC": min(next_power_of_2(channels), 2048 // bp), "num_warps": 8}
+    return {"BP": bp, "BC": min(next_power_of_2(channels), elements // bp), "num_warps": 8}
 
 
 def _split(samples: int, pixels: int, channel_blocks: int, bp: int, sums: bool) -> tuple[int, int]:
@@ -274,8 +277,8 @@ def launch_batch_norm_eval_backward(
     channels, adjacent = dy.shape[1], view.channel == 1
     sums = train_weight or train_bias
     # Long loops of few programs where there are sums: those need loads in flight, others have many programs instead.
-    default = _tile(channels, pixels, adjacent, 8 if sums else 2 * x_dtype.itemsize) | {
-        "STAGES": stages(dy.device, 3, 5) if sums else 1}
+    default = _tile(channels, pixels, adjacent, num_warps=8 if sums else 2 * x_dtype.itemsize,
+                    elements=4096 // x_dtype.itemsize) | {"STAGES": stages(dy.device, 3, 5) if sums else 1}
     config = tuned("batch_norm_eval_backward", dy.device, default, channels=channels, channels_last=int(adjacent),
                    sums=int(sums), dtype=str(x_dtype))
     bp, channel_blocks = config["BP"], cdiv(channels, config["BC"])

@@ -49,7 +49,7 @@ def test_a_tag_of_timm_is_part_of_the_name() -> None:
         ("resnet50", "pass 'anydepth_resnet50'"),
         ("resnet50.a1_in1k", "pass 'anydepth_resnet50.a1_in1k'"),
         ("anydepth_resnet51", "did you mean anydepth_resnet5"),
-        ("anydepth_vgg16", "pass adn.convert a plan"),
+        ("anydepth_vgg16", "looks for some, or takes a plan"),
         ("anydepth_resnet10t", "adn.list_models"),
         ("anydepth_hf-hub:someone/something", "adn.list_models"),
         ("", "adn.list_models"),

@@ -578,7 +578,7 @@ def AOT_OF_CHANNELS(c: int) -> list[Callable]:
 
 def test_gathers_are_wide() -> None:
     """Of RT-DETR's heads, whose channels are known to be aligned; nothing in `AOT_EXPECT` can say it of one case."""
-    with fake_cuda():
+    with fake_cuda("sm_90"):
         launches = record(AOT["RT-DETR"], torch.bfloat16, "identity")
     for launch in launches:
         assert 16 in compile_launch(launch, "sm_90")["loads"]

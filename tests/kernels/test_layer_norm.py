@@ -894,7 +894,7 @@ AOT = {
 ], ids=str)
 def test_sums_stay_within_a_warp(channels: int, dtype: torch.dtype) -> None:
     """Where backward adds up the rows of each tile, all warps lie along a row: none waits for another to add."""
-    with fake_cuda():
+    with fake_cuda("sm_90"):
         kernel, *_ = record(_aot_backward((64, 197, channels), residual=True, banks=True), dtype, "identity")
     binaries, compile = [], triton.compile
     with mock.patch.object(triton, "compile", lambda *a, **k: binaries.append(compile(*a, **k)) or binaries[-1]):
