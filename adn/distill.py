@@ -146,7 +146,9 @@ class SelfDistillation(TwoPass):
         losses["loss"].backward()
 
     For many GPUs wrap this module, not the net, in DistributedDataParallel: its forward uses every parameter, so no
-    search for unused ones is needed. `backward` is the way with a lower peak of memory.
+    search for unused ones is needed. `backward` is the way with a lower peak of memory. In a module of one's own, as
+    trainers want it, hold this alone and not the net beside it, which is `kd.net`: safetensors writes no tensor under
+    two names.
 
     `single_pass=True` runs both nets in one forward of the net, with a doubled batch from where they part: what comes
     before runs once, every shared layer is launched once, gradients come from one backward. Losses, gradients and

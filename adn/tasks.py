@@ -93,6 +93,7 @@ class Task:
 
         open: (root, split, file of class names, class names of the net) to untransformed data to evaluate on.
         notes: what the user should know of them.
+        chance: of so many classes, the score of a net that guesses.
         preparation: (net, what is stored with it, size=, ...): how it wants its images, as arguments of the two that
             follow: as given, else as stored, else as is usual.
         transform: from these to a transform of the items of `open`, and of an RGB image alone, to (3, size, size).
@@ -129,10 +130,17 @@ class Task:
     check_outputs: Callable[[Any, int], None] = lambda outputs, classes: None
     warning: Callable[[nn.Module], str | None] = lambda net: None
     notes: Callable[[Any], list[str]] = lambda data: []
+    chance: Callable[[int], float] = lambda classes: 0.0
 
     @property
     def metric(self) -> Metric:
         return METRICS[self.name]
+
+    def untrained(self, rows: Sequence[Any], classes: int) -> list[Any]:
+        """Rows of `evaluate` of which the score is that of guessing, where the best is not."""
+        chance, scores = self.chance(classes), [getattr(row, self.logged[self.score]) for row in rows]
+        least = chance + (max(scores) - chance) / 20
+        return [row for row, score in zip(rows, scores, strict=True) if score <= least < max(scores)]
 
     def find(self, net: nn.Module, image: Image.Image, preparation: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """What the net says of an RGB image, see `postprocess`; on the CPU."""
@@ -179,7 +187,9 @@ def _open_labelled(config: Any) -> Data:
         raise ValueError(f"num_classes={config.num_classes}, but the data has {known} classes")
     if (classes := known or config.num_classes) is None:
         raise ValueError(f"{config.data!r} does not say how many classes it has; pass --num-classes")
-    return Data(training, validation, classes)
+    notes = [f"{split}: {note}" for split, data in ((config.train_split, training), (config.val_split, validation))
+             for note in data.notes]
+    return Data(training, validation, classes, notes)
 
 
 def _open_split(config: Any, split: str, **settings: Any) -> images.ImageData | images.ImageStream:
@@ -188,6 +198,9 @@ def _open_split(config: Any, split: str, **settings: Any) -> images.ImageData | 
     except ValueError as error:
         if not os.path.isdir(config.data):
             raise
+        if coco.is_coco(config.data, split):
+            raise ValueError(f"{config.data} has boxes in COCO's format: pass --task detect to train a detector on "
+                             "them") from error
         raise ValueError(f"{error}. Training reads the folders train and val of DATA (other names: --train-split, "
                          "--val-split), each with one sub-folder of images per class") from error
 
@@ -253,7 +266,8 @@ CLASSIFY = Task(
     open_training=_open_labelled, build=_build_classifier, heads=_heads, prepare=_prepare_labelled,
     check_outputs=_check_logits, loss=default_loss, collate=images.collate, open=_open_images,
     preparation=images.data_config, transform=images.eval_transform, evaluate=accuracy.evaluate,
-    table=accuracy.accuracy_table, postprocess=_best_classes,
+    table=accuracy.accuracy_table, postprocess=_best_classes, notes=lambda data: list(data.notes),
+    chance=lambda classes: 100 / classes,
 )
 
 # --------------------------------------------------------------------------------------------------------------- detect

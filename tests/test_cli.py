@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import adn
+import adn.tasks
 from adn.cli import build_parser, main
+from adn.measure.accuracy import Row
 
 COMMANDS = ["demo", "scenes", "train", "eval", "predict", "detect", "profile", "calibrate"]
 
@@ -103,3 +108,35 @@ def test_a_net_that_was_only_converted_is_warned_of(tmp_path: Path, capsys: pyte
     adn.save(net, file)
     assert main([*command, "--depth", "TFFF"]) == 0
     assert warning not in capsys.readouterr().err
+
+
+def test_images_of_few_bits_are_said_to_be_dark(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    adn.save(adn.create_model("anydepth_resnet18", num_classes=3), tmp_path / "net.safetensors")
+    pixels = np.linspace(0, 4095, 1600).astype(np.uint16).reshape(40, 40)
+    Image.frombytes("I;16", (40, 40), pixels.tobytes()).save(tmp_path / "a.png")
+    assert main(["predict", str(tmp_path / "a.png"), "--checkpoint", str(tmp_path / "net.safetensors")]) == 0
+    assert "multiply them by 16" in capsys.readouterr().err
+
+
+def test_depths_that_guess_are_told(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+                                    ) -> None:
+    for name in "abc":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "photos" / name / "0.png")
+    net = adn.create_model("anydepth_resnet18", num_classes=3)
+    with torch.no_grad():
+        net.layer1[0].bn1.skip.bias += 0.1
+    adn.save(net, tmp_path / "net.safetensors")
+    measured = {"TTTT": 95.0, "FFFF": 36.0}
+
+    def evaluate(net: nn.Module, _: object, depths: list, *__: object, **___: object) -> list[Row]:
+        return [Row(depth, measured[str(depth)], 100.0, 1.0, 3) for depth in depths]
+
+    monkeypatch.setitem(adn.tasks.TASKS, "classify", dataclasses.replace(adn.tasks.CLASSIFY, evaluate=evaluate))
+    command = ["eval", str(tmp_path / "photos"), "--checkpoint", str(tmp_path / "net.safetensors"), "--depth"]
+    assert main([*command, "TTTT,FFFF"]) == 0
+    assert "this depth does no better than guessing and may never have been trained: FFFF" in capsys.readouterr().err
+    measured["FFFF"] = 37.0  # a twentieth of the way from a third to 95 %
+    for depths in ("TTTT,FFFF", "FFFF"):
+        assert main([*command, depths]) == 0
+        assert "guessing" not in capsys.readouterr().err

@@ -62,6 +62,17 @@ def test_without_a_transform_items_are_rgb_images(photos: Path) -> None:
     assert image.size == (5, 4)
 
 
+@pytest.mark.parametrize(("largest", "said"), [(4095, "multiply them by 16"), (65535, None)])
+def test_few_bits_of_sixteen_are_noticed(tmp_path: Path, largest: int, said: str | None) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        pixels = np.linspace(0, largest, 1200).astype(np.uint16).reshape(30, 40)
+        Image.frombytes("I;16", (40, 30), pixels.tobytes()).save(tmp_path / name / "1.png")
+    notes = open_dataset(tmp_path).notes
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]
+
+
 def test_classes_in_natural_order_and_by_class_map(tmp_path: Path) -> None:
     photos = write_images(tmp_path / "n", {"10": 1, "9": 1, "2": 1})
     assert open_dataset(photos).class_names == ["2", "9", "10"]

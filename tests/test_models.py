@@ -62,6 +62,17 @@ def test_unknown_names(name: object, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_without_a_connection_it_is_said_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, pretrained: bool, **__: object) -> None:
+        raise FileNotFoundError("Please check your connection" if pretrained else "something else")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(OSError, match=r"timm's weights of resnet18 .*check your connection.*adn train --weights"):
+        create_model("anydepth_resnet18", pretrained=True)
+    with pytest.raises(FileNotFoundError, match="something else"):
+        create_model("anydepth_resnet18")
+
+
 @pytest.mark.parametrize("name", ["anydepth_hf-hub:a/b", "hf_hub:a/resnet50", "local-dir:/etc", "nothing"])
 def test_rebuilding_fetches_nothing(name: str) -> None:
     with pytest.raises(ValueError, match="has no model"):

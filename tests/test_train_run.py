@@ -169,14 +169,24 @@ def test_starting_from_weights(images: Path, tmp_path: Path) -> None:
     source = create_model("anydepth_resnet18", num_classes=5, **KWARGS)
     torch.save(source.state_dict(), tmp_path / "5.pth")
     still = SMALL.but(epochs=1, lr=0.0, weight_decay=0.0)
-    with pytest.raises(ValueError, match="fc"):
+    with pytest.raises(ValueError, match=r"other classes than the 3 of the data \(fc.*pass --new-head"):
         train(config(images, tmp_path / "a", still, weights=str(tmp_path / "5.pth")), progress=False)
     train(config(images, tmp_path / "a", still, weights=str(tmp_path / "5.pth"), new_head=True), progress=False)
     after = load(tmp_path / "a" / "model.safetensors")
     assert torch.equal(after.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
     other = still.but(model_kwargs={"channels": [8, 8, 16, 32]})
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match=r"does not fit resnet18 .*\n\d+ of other shape: layer4"):
         train(config(images, tmp_path / "b", other, weights=str(tmp_path / "5.pth"), new_head=True), progress=False)
+    deeper = still.but(model="resnet34")
+    with pytest.raises(ValueError, match=r"(?s)does not fit resnet34 .*\d+ missing: layer1\.1"):
+        train(config(images, tmp_path / "b", deeper, weights=str(tmp_path / "5.pth"), new_head=True), progress=False)
+
+
+def test_boxes_are_not_for_classifiers(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train.json").write_text("{}")
+    with pytest.raises(ValueError, match="boxes in COCO's format: pass --task detect"):
+        train(config(tmp_path, tmp_path / "out", SMALL), progress=False)
 
 
 def test_image_settings_of_the_model_itself(images: Path, tmp_path: Path) -> None:

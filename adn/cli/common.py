@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -165,10 +166,12 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def each_image(task: Task, net: nn.Module, args: argparse.Namespace, sources: Iterable[Path], upright: bool
+def each_image(task: Task, net: nn.Module, args: argparse.Namespace, sources: Sequence[Path], upright: bool
                ) -> Iterator[tuple[int, Image.Image, dict[str, Tensor]]]:
     """The index of each image, the image and what the net finds on it; a line to stderr for one that cannot be read."""
     prepared = preparation(args, net)
+    for note in images.notes_of_range(functools.partial(Image.open, source) for source in sources):
+        print(note, file=sys.stderr)
     for i, source in enumerate(sources):
         try:
             with Image.open(source) as file:

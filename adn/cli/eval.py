@@ -14,7 +14,7 @@ others, which its weights were not trained for.
 Images that cannot be read are left out, counted and named.
 
 examples:
-  adn eval photos/val --checkpoint net.safetensors
+  adn eval photos/val --checkpoint runs/photos/best.safetensors
   adn eval photos --split val --checkpoint net.safetensors --depth all --csv accuracy.csv
   adn eval photos/val --checkpoint net.safetensors --depth super,TTFF,base --amp bf16
   adn eval digits --checkpoint detector.safetensors --csv accuracy.csv --latency
@@ -30,7 +30,7 @@ import sys
 
 import torch
 
-from ..core.state import state_of
+from ..core.state import only_converted, state_of
 from ..measure.accuracy import choose_depths
 from ..measure.cost import count_macs
 from ..measure.passes import autocast
@@ -96,6 +96,10 @@ def run(args: argparse.Namespace) -> int:
     rows = [dataclasses.replace(row, **cost) for row, cost in zip(rows, costs, strict=True)]
     print(task.table(rows))
     print(f"{rows[0].images} images")
+    if (lost := task.untrained(rows, len(data.class_names) or 1000)) and not only_converted(net):
+        print(f"{'these depths do' if len(lost) > 1 else 'this depth does'} no better than guessing and may never have "
+              f"been trained: {', '.join(str(row.depth) for row in lost)}; adn train --checkpoint teaches a net every "
+              "depth", file=sys.stderr)
     if args.csv:
         columns = ("depth", "macs", *task.columns, "images", *(["latency_ms"] if args.latency else []))
         with open(args.csv, "w", newline="", encoding="utf-8") as file:

@@ -122,19 +122,24 @@ def _inputs(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def is_residual(call: Call) -> bool:
-    """Is a block the identity, or an activation, where its convolutions, linear layers and norms are all zero?"""
-    if not call.keeps_shape:
+    """Is a block the identity, or an activation, where its convolutions and linear layers are zero, and its norms zero
+    too or, should one stand on the shortcut, without effect?"""
+    if not call.keeps_shape or not any(isinstance(module, _COMPUTING) for module in call.module.modules()):
         return False
+    return any(_passes_on(call, norms) for norms in (0, 1))
+
+
+def _passes_on(call: Call, norms: int) -> bool:
+    """The same, with that scale of the norms."""
     block = copy.deepcopy(call.module).to_empty(device="cpu")
     with torch.no_grad():
         for module in block.modules():
-            zero = isinstance(module, _COMPUTING) or is_norm(module)
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    parameter.fill_(0 if zero else 1)
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    buffer.zero_()
+            values = {"weight": norms, "running_var": norms} if is_norm(module) else {}
+            other = 0 if values or isinstance(module, _COMPUTING) else 1
+            for tensors, usual in ((module._parameters, other), (module._buffers, 0)):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensor.fill_(values.get(name, usual))
 
     def real(value: Any) -> Any:
         if not isinstance(value, Tensor):

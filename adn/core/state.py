@@ -55,11 +55,15 @@ class State:
         """Raise RuntimeError if other code has replaced a module that follows the depth.
 
         A wrapper around it (torch.compile, a checkpoint wrapper) goes on following; a substitute does not, and going
-        on would silently compute, or save, something else.
+        on would silently compute, or save, something else. A copy of a twin (which PEFT puts in its place when it
+        merges) is as good as the twin, and becomes it.
         """
         for name, (parent, child, module) in self.placed.items():
             current = parent._modules.get(child)
             if current is module or (current is not None and any(m is module for m in current.modules())):
+                continue
+            if child == "skip" and type(current) is type(module):
+                self.placed[name] = parent, child, current
                 continue
             now = "is gone" if current is None else f"has become {type(current).__name__}"
             raise RuntimeError(
@@ -97,13 +101,17 @@ class Stage:
         return blocks[self.plan.last(self.choice.entry)]
 
 
+# What the wrappers of torch.compile, DDP and averages, and PEFT call the net that they hold.
+_HELD_AS = ("_orig_mod", "module", "base_model", "model")
+
+
 def unwrap(net: nn.Module) -> nn.Module:
-    """The converted net inside wrappers that hold it as `module` (DDP) or `_orig_mod` (torch.compile)."""
+    """The converted net inside wrappers, see `_HELD_AS`."""
     inner = net
     while "_adn" not in inner.__dict__:
         # Plain attribute access would see a user's own submodule called `module` as a wrapper only if it leads to a
         # converted net, which is what is asked for.
-        child = inner._modules.get("_orig_mod", inner._modules.get("module"))
+        child = next((inner._modules[name] for name in _HELD_AS if name in inner._modules), None)
         if child is None:
             raise ValueError(f"this {type(net).__name__} is not any-depth: pass the net that adn.convert returned")
         inner = child

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -14,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes
 
-from .images import UNREADABLE, to_rgb, upright
+from .images import LOOKED_AT, UNREADABLE, notes_of_range, to_rgb, upright
 
 Target = dict[str, torch.Tensor]
 Transform = Callable[[Image.Image, Target], tuple[Any, Target]]
@@ -37,8 +38,6 @@ _VALIDATION = ("val", "valid", "validation")
 _SLACK = 0.5
 # Numbers in the file stay below this, so that areas are finite.
 _LARGEST = 1e15
-# So many images are looked at when the data are opened: do they have the sizes that the file says?
-_LOOKED_AT = 16
 
 
 class Category(NamedTuple):
@@ -84,7 +83,8 @@ class CocoImages(Dataset):
 
         Raises:
             ValueError: if the file is missing, cut short or of another format, contradicts itself (the same id or
-                file twice, annotations of unknown images or categories), or none of its images is in the folder.
+                file twice, annotations of unknown images or categories), has boxes in parts of the image instead of
+                pixels, or none of its images is in the folder.
         """
         self.folder, self.file, self.transform = os.fspath(images), os.fspath(annotations), transform
         content = _read_json(self.file)
@@ -178,9 +178,9 @@ class CocoImages(Dataset):
         self._areas = np.where(np.isnan(areas), self._boxes[:, 2] * self._boxes[:, 3], areas)
 
     def _look_at_first(self) -> None:
-        """Raise ValueError if the folder holds none of the images, or others than annotated."""
+        """Raise ValueError if the folder holds none of the images, or others than annotated; complete `notes`."""
         there = (index for index in range(len(self)) if os.path.exists(self._path(index)))
-        first = list(itertools.islice(there, _LOOKED_AT))
+        first = list(itertools.islice(there, LOOKED_AT))
         if not first:
             raise ValueError(f"none of the {len(self)} images of {self.file} is in {self.folder!r}, the first would be "
                              f"{self._path(0)}: pass the folder that the file names are relative to")
@@ -193,16 +193,60 @@ class CocoImages(Dataset):
             raise ValueError(f"{path} has {width} x {height} pixels, but {self.file} is for {w} x {h}, "
                              f"and so on for {len(sizes)} images: images and annotations do not belong together, or "
                              "one of them was resized alone")
+        self.notes += notes_of_range(functools.partial(Image.open, self._path(index)) for index in first)
+        self._look_for_turned(first)
+
+    def _look_for_turned(self, first: Sequence[int]) -> None:
+        """Note images that are to be shown turned but were measured as stored: of which were the boxes drawn?"""
+        owner = np.repeat(np.arange(len(self)), np.diff(self._start))
+        corners = _corners(self._boxes)
+        over = _reaches_over(corners, self._sizes[owner])
+        not_turned = _reaches_over(corners, self._sizes[owner][:, ::-1])
+        # Their boxes fit the image only if it is turned.
+        suspects = np.setdiff1d(owner[over], owner[not_turned])[:LOOKED_AT].tolist()
+        turned = {index for index in {*first, *suspects} if self._is_to_be_turned(index)}
+        if wrong := sorted(turned.intersection(suspects)):
+            self.notes.append(
+                f"boxes of {self._path(wrong[0])} reach over its edge, and would not if it were turned as its EXIF "
+                f"data say ({len(wrong)} such images seen): they were drawn on the turned picture, but width and height "
+                "are those of the stored one. Turn the images (PIL.ImageOps.exif_transpose), or write the width and "
+                "height of the turned pictures")
+        elif turned:
+            self.notes.append(
+                f"{self._path(min(turned))} is to be shown turned, as its EXIF data say ({len(turned)} such images "
+                f"among {len({*first, *suspects})}), and is taken as stored, which is what its width and height are "
+                "of. If boxes were drawn on the turned pictures, turn the images (PIL.ImageOps.exif_transpose)")
+
+    def _is_to_be_turned(self, index: int) -> bool:
+        """By its EXIF data, where stored pixels have the annotated size."""
+        with contextlib.suppress(*UNREADABLE), Image.open(self._path(index)) as file:
+            return file.size == self._size(index) and file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return False
 
     def _look_over_boxes(self) -> None:
-        """Set `trainable` and `notes`."""
+        """Set `trainable` and `notes`.
+
+        Raises:
+            ValueError: if there are boxes and all are within 0..1.
+        """
+        self.notes = []
+        names = Counter(self.class_names)
+        for name in (name for name, count in names.items() if count > 1):
+            ids = [category.id for category in self.categories if category.name == name]
+            counts = [int((self._labels == i).sum()) for i, other in enumerate(self.class_names) if other == name]
+            self.notes.append(f"categories {_listed(ids)} are all called {name!r} and are classes of their own, with "
+                              f"{_listed(counts)} objects: if one is meant, give its objects one category_id")
+        if len(self._boxes) and 0 < self._boxes.max() <= 1 and self._boxes.min() >= 0:
+            raise ValueError(f"{self.file}: no number of its {len(self._boxes)} boxes is above 1, the first is "
+                             f"{self._boxes[0].tolist()}; boxes are left, top, width and height in pixels: multiply "
+                             "those in parts of the image by its width and height")
         sizes = np.repeat(self._sizes, np.diff(self._start), axis=0)
         corners = _corners(self._boxes)
         clipped = _clip(corners, sizes)
         usable = _has_area(clipped) & ~self._crowd
         empty = ~usable & ~self._crowd
-        moved = (abs(clipped - corners) > _SLACK).any(axis=1) & usable
-        self.trainable, self.notes = int(usable.sum()), []
+        moved = _reaches_over(corners, sizes) & usable
+        self.trainable = int(usable.sum())
         if moved.any():
             self.notes.append(f"boxes that reach over the edge of their image, and are clipped: {moved.sum()}")
         if empty.any():
@@ -245,8 +289,7 @@ def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | N
     Raises:
         ValueError: if there is no such layout, saying what was looked for; otherwise as `CocoImages`.
     """
-    names = dict.fromkeys((split, *(_VALIDATION if split in _VALIDATION else ())))
-    places = [tuple(part.format(split=name) for part in layout) for name in names for layout in _LAYOUTS]
+    places = _places(split)
     for file, folder in places:
         if Path(root, file).is_file() and Path(root, folder).is_dir():
             return CocoImages(Path(root, folder), Path(root, file), transform)
@@ -256,6 +299,16 @@ def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | N
     looked = "; ".join(f"{file} with images in {folder}" for file, folder in places[: len(_LAYOUTS)])
     raise ValueError(f"{os.fspath(root)!r} {'has' if Path(root).is_dir() else 'is no folder, so it has'} no COCO split "
                      f"{split!r}. Looked for {looked}")
+
+
+def is_coco(root: str | os.PathLike[str], split: str) -> bool:
+    """Are there annotations where `open_coco` looks for them?"""
+    return any(Path(root, file).is_file() for file, _ in _places(split))
+
+
+def _places(split: str) -> list[tuple[str, str]]:
+    names = dict.fromkeys((split, *(_VALIDATION if split in _VALIDATION else ())))
+    return [tuple(part.format(split=name) for part in layout) for name in names for layout in _LAYOUTS]
 
 
 def read_class_names(path: str | os.PathLike[str]) -> list[str]:
@@ -361,6 +414,14 @@ def _corners(boxes: np.ndarray) -> np.ndarray:
 def _clip(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """xyxy (n, 4) within images of width and height (2,) or (n, 2)."""
     return corners.clip(0, np.concatenate([sizes, sizes], axis=-1))
+
+
+def _reaches_over(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    return (abs(_clip(corners, sizes) - corners) > _SLACK).any(axis=1)
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:-1])) + f" and {values[-1]}"
 
 
 def _has_area(corners: np.ndarray) -> np.ndarray:

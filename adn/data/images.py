@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import os
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,9 @@ _EVALUATION = ("validation", "val", "valid", "eval", "evaluation")
 _FACTORY = {"torch": "torchvision", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets",
             "wds": "webdataset"}
 
+# So many images are looked at when data are opened.
+LOOKED_AT = 16
+
 Transform = Callable[[Image.Image], Any]
 
 
@@ -39,13 +45,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         OSError: for numbers of which it is not known what is white (32-bit and floating ones).
     """
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    if image.mode in ("I", "F") and not sixteen:
+    if image.mode in ("I", "F") and not _has_16_bits(image):
         raise OSError(f"pixels are {'32-bit' if image.mode == 'I' else 'floating'} numbers of unknown range; convert "
                       "the image to 8 bits")
-    if sixteen:
+    if _has_16_bits(image):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     return image.convert("RGB")
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+def notes_of_range(files: Iterable[Callable[[], Image.Image]]) -> list[str]:
+    """What to tell of 16-bit images that use a small part of their range, as cameras of 10 and 12 bits write them.
+
+    One image may be dark; of `LOOKED_AT`, none of which reaches a sixteenth of white, it is said.
+    """
+    brightest = []
+    for open_file in itertools.islice(files, LOOKED_AT):
+        with contextlib.suppress(*UNREADABLE), open_file() as image:
+            if _has_16_bits(image):
+                brightest.append(int(np.asarray(image).max()))
+    if not 0 < max(brightest, default=0) < 4096:
+        return []
+    bits = max(brightest).bit_length()
+    return [f"the 16-bit images looked at ({len(brightest)}) have no number above {max(brightest)}: 65535 is taken for "
+            f"white, so they are almost black. If they are of {max(bits, 8)} bits, multiply them by "
+            f"{2 ** (16 - max(bits, 8))} before"]
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -90,6 +117,17 @@ class ImageData(Dataset):
         """Names of the images that could not be read so far, in any process of a DataLoader; each once."""
         return [self._name(index) for index in self._failed.nonzero().flatten().tolist()]
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the images, one sentence each; looks at some of each part of them."""
+        if self._reader is None:
+            return []
+        step = max(1, len(self) // LOOKED_AT)
+        return notes_of_range(functools.partial(self._open, index) for index in range(0, len(self), step))
+
+    def _open(self, index: int) -> Image.Image:
+        return Image.open(self._reader[index][0])
+
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if self._reader is None:
             image, label = self.source[index]
@@ -109,6 +147,7 @@ class ImageStream(IterableDataset):
     """
 
     unreadable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(self, source: IterableDataset, class_names: Sequence[str] = (), transform: Transform | None = None
                  ) -> None:

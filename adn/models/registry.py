@@ -67,6 +67,7 @@ def create_model(name: str, *, num_classes: int | None = None, pretrained: bool 
 
     Raises:
         ValueError: on an unknown name; the message lists close ones.
+        OSError: if the pretrained weights cannot be fetched.
     """
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
@@ -80,7 +81,14 @@ def create_model(name: str, *, num_classes: int | None = None, pretrained: bool 
     except RuntimeError as error:
         tags = ", ".join(timm.list_pretrained(f"{timm_name.partition('.')[0]}.*"))
         raise ValueError(f"{error} timm has {tags or 'none'}") from error
-    net = convert(timm.create_model(timm_name, pretrained=pretrained, **kwargs), twins=twins or "copy")
+    try:
+        model = timm.create_model(timm_name, pretrained=pretrained, **kwargs)
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise OSError(f"timm's weights of {timm_name} could not be fetched ({error}). Without a connection: download "
+                      "them elsewhere, and adn.load_weights(net, FILE), or adn train --weights FILE") from error
+    net = convert(model, twins=twins or "copy")
     state_of(net).origin = {"name": name, "kwargs": _about_the_model(kwargs)}
     return net
 

@@ -277,7 +277,8 @@ def _load_weights(net: nn.Module, config: _Run, classes: int) -> None:
     wrong = [problem for problem in (*report.missing, *report.mismatched, *report.unexpected)
              if not problem.startswith(heads)]
     if wrong:
-        raise ValueError(f"{config.weights} does not fit {config.recipe.model}: {'; '.join(wrong[:4])}")
+        raise ValueError(f"{config.weights} does not fit {config.recipe.model} ({report.naming}, {len(report.loaded)} "
+                         "entries do):\n" + "\n".join(report.problems()))
     if report.mismatched and not config.new_head:
         raise ValueError(f"{config.weights} is for other classes than the {classes} of the data "
                          f"({report.mismatched[0]}); pass --new-head to begin with fresh heads")

@@ -129,7 +129,7 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
         if not norms and any(".skip." in name for name in report.unexpected):
             hint = "\nThese are weights of an any-depth net: convert the model first (adn.convert)"
         elif not report.missing and not report.unexpected:
-            hint = "\nstrict=False loads the rest, e.g. to train another head"
+            hint = "\nstrict=False loads the rest, e.g. to train another head; of adn train it is --new-head"
         raise CheckpointError("\n".join([f"{where} does not fit this {type(inner).__name__} ({report.naming}, "
                                          f"{len(report.loaded)} entries do):", *report.problems()]) + hint)
     inner.load_state_dict(chosen, strict=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,61 @@ def test_exif_orientation_counts_only_if_the_annotations_were_made_with_it(tmp_p
     turned, _ = data[1]
     assert turned.size == (40, 30)
     assert turned.getpixel((39, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("box", "said"), [
+    ([5, 5, 10, 10], r"first\.png is to be shown turned, as its EXIF data say \(1 such images among 3\)"),
+    ([5, 30, 10, 9], r"boxes of .*first\.png reach over its edge, and would not if it were turned .*drawn on the turned"),
+    ([5, 31, 30, 9], r"first\.png is to be shown turned"),  # fits neither way
+])
+def test_boxes_drawn_on_turned_pictures_are_noticed(tmp_path: Path, box: list[float], said: str) -> None:
+    data = content()
+    data["annotations"] = [an_object(7, 1, box)]
+    folder, file = write(tmp_path, data)
+    oriented(folder / "first.png", (40, 30), 6)
+    notes = [note for note in CocoImages(folder, file).notes if "EXIF" in note]
+    assert len(notes) == 1
+    assert re.search(said, notes[0])
+    oriented(folder / "first.png", (30, 40), 6)  # measured as it is shown: in order
+    assert not any("EXIF" in note for note in CocoImages(folder, file).notes)
+
+
+def test_turned_pictures_are_noticed_by_their_boxes_wherever_they_are(tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in range(40)]
+    data = content() | {"images": images, "annotations": [an_object(33, 1, [5, 30, 10, 9])]}
+    folder, file = write(tmp_path, data)
+    oriented(folder / "33.png", (40, 30), 6)
+    assert any("boxes of" in note and "33.png" in note for note in CocoImages(folder, file).notes)
+
+
+def test_boxes_in_parts_of_the_image_are_an_error(tmp_path: Path) -> None:
+    data = content()
+    data["annotations"] = [an_object(7, 1, [0.1, 0.2, 0.5, 0.6]), an_object(3, 1, [0, 0, 1, 1])]
+    with pytest.raises(ValueError, match=r"no number of its 2 boxes is above 1.*multiply"):
+        CocoImages(*write(tmp_path, data))
+    data["annotations"].append(an_object(3, 1, [0, 0, 1.5, 1]))  # one of a pixel and a half: pixels
+    assert len(CocoImages(*write(tmp_path, data))) == 3
+
+
+def test_categories_of_one_name_are_noticed(tmp_path: Path) -> None:
+    data = content()
+    assert not any("categories" in note for note in CocoImages(*write(tmp_path, data)).notes)
+    data["categories"].append({"id": 91, "name": " toothbrush"})
+    notes = CocoImages(*write(tmp_path, data)).notes
+    assert any("categories 90 and 91 are all called 'toothbrush'" in note and "1 and 0 objects" in note
+               for note in notes)
+
+
+@pytest.mark.parametrize(("largest", "said"), [(4095, "multiply them by 16"), (1000, "multiply them by 64"),
+                                               (4096, None), (65535, None), (0, None)])
+def test_few_bits_of_sixteen_are_noticed(tmp_path: Path, largest: int, said: str | None) -> None:
+    folder, file = write(tmp_path, content())
+    for name in ("first", "second", "third"):
+        pixels = np.linspace(0, largest, 1200).astype(np.uint16).reshape(30, 40)
+        Image.frombytes("I;16", (40, 30), pixels.tobytes()).save(folder / f"{name}.png")
+    notes = [note for note in CocoImages(folder, file).notes if "16-bit" in note]
+    assert len(notes) == (said is not None)
+    assert said is None or (said in notes[0] and f"no number above {largest}" in notes[0])
 
 
 def test_an_image_of_another_size_than_annotated_is_left_out(tmp_path: Path) -> None:
