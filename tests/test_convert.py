@@ -16,6 +16,7 @@ from torch import nn
 
 import adn
 from adn.core import behaviours
+from adn.families import FAMILIES
 
 # (family, names): 3 to 12 of each. Small inputs and reduced widths where a model allows, so that all run on a laptop.
 MODELS = {
@@ -71,12 +72,38 @@ def test_at_least_forty_names() -> None:
 
 @pytest.mark.parametrize("name", few(NAMES, IN_CI.__contains__))
 def test_family(name: str, table: list) -> None:
-    model, x = net_and_input(name)
     family = next(f for f, names in MODELS.items() if name in names)
+    every_depth(name, family, *net_and_input(name), table)
+
+
+# Of timm, those of which a family does not know the blocks.
+MODULES = [module for module in timm.list_modules()
+           if not any(module in family.timm_modules for family in FAMILIES.values())]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("module", MODULES)
+def test_module_of_timm(module: str, table: list) -> None:
+    """The three smallest models of a module of timm, at the size that they are built for."""
+    listed = [name.removeprefix("anydepth_") for name in adn.list_models()]
+    models = {}
+    for name in set(listed).intersection(timm.list_models(module=module)):
+        with torch.device("meta"):
+            models[name] = timm.create_model(name, num_classes=10)
+    if not models:
+        pytest.skip("nothing to bypass in any")
+    for name in sorted(models, key=lambda name: sum(p.numel() for p in models[name].parameters()))[:3]:
+        x = torch.randn(1, *models[name].pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(1))
+        every_depth(name, None, build(name, num_classes=10), x, table)
+
+
+def every_depth(name: str, family: str | None, model: nn.Module, x: torch.Tensor, table: list) -> None:
+    """Convert a model of a family (None = whichever) and compare all depths, or of very many a sample."""
     source = copy.deepcopy(model)
     with torch.inference_mode():
         expected = source(x)
-        assert adn.plan(model).family == family
+        found = adn.plan(model).family
+        assert found == (family or found)
         net = adn.convert(model)
         assert net is model
         assert isinstance(net, type(source))
@@ -88,7 +115,7 @@ def test_family(name: str, table: list) -> None:
             norms = [m for block in stage.essential for n, m in block.named_modules()
                      if behaviours.is_norm(m) and not n.endswith("skip")]
             with_twin = [m for m in norms if isinstance(m, behaviours.SkipNorm)]
-            assert with_twin, stage.name
+            assert with_twin or not norms, stage.name
             exempt = {n for block in stage.essential for n, m in block.named_modules()
                       if behaviours.is_norm(m) and not n.endswith("skip") and not isinstance(m, behaviours.SkipNorm)}
             # Shortcuts see the stage's input; query/key norms belong to attention, not to the residual stream.
@@ -96,10 +123,8 @@ def test_family(name: str, table: list) -> None:
                        for n in exempt), exempt
 
         called: list[str] = []
-        for stage in stages:
-            for block in stage.refinement:
-                for m in block.modules():
-                    m.register_forward_hook(lambda _m, _a, _o, name=stage.name: called.append(name))
+        hooks = [m.register_forward_hook(lambda _m, _a, _o, name=stage.name: called.append(name))
+                 for stage in stages for block in stage.refinement for m in block.modules()]
         outputs = {}
         for depth in stated_sample(net):
             adn.set_depth(net, depth)
@@ -111,9 +136,13 @@ def test_family(name: str, table: list) -> None:
         assert torch.equal(outputs[adn.Depth([False] * len(stages))], expected)
         distinct = {out.numpy().tobytes() for out in outputs.values()}
         assert len(distinct) == len(outputs), "every depth computes something else"
+        for hook in hooks:
+            hook.remove()
+        for depth in list(outputs)[1::max(1, len(outputs) // 3)]:
+            assert torch.equal(adn.extract(net, depth)(x), outputs[depth]), depth
     base = outputs[adn.Depth([True] * len(stages))]
     table.append({
-        "model": name, "family": family, "depths": 2 ** len(stages), "depths_run": len(outputs),
+        "model": name, "family": found, "depths": 2 ** len(stages), "depths_run": len(outputs),
         "twins": sum(len(stage.plan.norms) for stage in stages),
         "super_difference": (outputs[adn.Depth([False] * len(stages))] - expected).abs().max().item(),
         "base_difference": f"{(base - expected).abs().max().item():.2e}",

@@ -29,6 +29,9 @@ class Branch(nn.Module):
         self.scale = nn.Parameter(torch.full((width, 1, 1), 0.5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "normed":
+            x = self.norm(x)  # RepViT, RepVGG, Xception: what goes on is normed too
+            return x + self.conv(x)
         y = self.conv(self.norm(x))
         if self.kind == "no residual":
             return y
@@ -60,7 +63,7 @@ def test_the_cifar_resnet_needs_no_plan() -> None:
                 assert torch.equal(found(X), by_hand(X)), depth
 
 
-@pytest.mark.parametrize("kind", ["plain", "activated"])
+@pytest.mark.parametrize("kind", ["plain", "activated", "normed"])
 def test_blocks_are_told_by_what_they_compute(kind: str) -> None:
     assert stages_of(chain(kind, kind)) == [(["1.0", "1.1"], 1)]
     mixed = chain("no residual", kind, kind, "of the input's square", kind, kind)
@@ -75,6 +78,11 @@ def test_others_keep_the_shape_and_are_no_residual_blocks(kind: str) -> None:
     calls = dry_run(model)
     assert calls["1.1"].keeps_shape
     assert not is_residual(calls["1.1"])
+
+
+def test_norms_alone_are_no_blocks() -> None:
+    with pytest.raises(adn.ConversionError, match="no stages to bypass found"):
+        adn.plan(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(*(nn.BatchNorm2d(8) for _ in range(4)))))
 
 
 def test_a_run_ends_at_what_is_no_block_and_begins_with_one_that_changes_the_shape() -> None:

@@ -16,7 +16,7 @@ import timm
 import torch
 
 import adn
-from adn.models.registry import PREFIX
+from adn.models.registry import _EXCLUDED, PREFIX
 
 
 def judge(name: str) -> tuple[str, str]:
@@ -42,6 +42,11 @@ def is_listed(name: str) -> bool:
 def test_what_is_listed_converts(name: str) -> None:
     family, reason = judge(name)
     assert bool(family) is is_listed(name), reason
+
+
+def test_what_is_excluded_is_there() -> None:
+    for pattern in _EXCLUDED:
+        assert timm.list_models(pattern), f"nothing left to exclude by {pattern}"
 
 
 @pytest.mark.full

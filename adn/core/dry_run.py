@@ -154,4 +154,6 @@ def _passes_on(call: Call, norms: int) -> bool:
             y = block(*args, **kwargs)
         except Exception:  # it needs other values than these; nobody has seen that it is residual
             return False
-    return any(torch.allclose(y, share * activation(x), atol=1e-4) for activation in _ACTIVATIONS for share in (1, 0.5))
+    # To what the epsilon of a norm may take away.
+    return any(torch.allclose(y, share * activation(x), rtol=1e-3, atol=1e-4)
+               for activation in _ACTIVATIONS for share in (1, 0.5))

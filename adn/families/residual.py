@@ -18,9 +18,6 @@ from ..core.kinds.stage import StagePlan
 from . import GROUP, in_groups, stage_of
 
 NAME = "residual"  # of the family, in plans
-# Modules of timm all of whose models have such runs, as running them has shown.
-TIMM_MODULES = ("beit", "edgenext", "efficientvit_mit", "eva", "fastvit", "focalnet", "gcvit", "mambaout", "pvt_v2",
-                "starnet", "twins")
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 OF_ATTENTION = ("q_norm", "k_norm", "norm_q", "norm_k")
 
