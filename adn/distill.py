@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .core.behaviours import halves
-from .core.state import Stage, at_depth, stages, super_and_base
+from adn_kernels.private import pytree
+
+from .core.behaviours import halves, original_class
+from .core.dry_run import Call, CannotRun, dry_run
+from .core.state import Stage, at_depth, stages, super_and_base, unwrap
 from .core.taps import listening
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -174,7 +177,7 @@ class SelfDistillation(TwoPass):
         `kl_logits`, `kl_<stage>` (or `task_base`). And, detached, the logits `super_logits`, `base_logits`.
 
     Raises:
-        ValueError: if the net is not any-depth, or a setting is out of range.
+        ValueError: if the net is not any-depth, a setting is out of range, or the net cannot run both in one forward.
     """
 
     def __init__(
@@ -201,6 +204,8 @@ class SelfDistillation(TwoPass):
             features, top_classes = "all", None
         elif variant == "labels" and features:
             raise ValueError('variant="labels" distils nothing; leave `features` empty')
+        if single_pass:
+            _check_runs_both(net)
         self.net = net
         self.criterion = F.cross_entropy if criterion is None else criterion
         self.alpha = alpha
@@ -266,6 +271,39 @@ class SelfDistillation(TwoPass):
 
     def _teaching(self, of_super: _Output) -> _Output:
         return _Output(of_super.logits.detach(), [feature.detach() for feature in of_super.features])
+
+
+def _check_runs_both(net: nn.Module) -> None:
+    """Raise ValueError if running super-net and base-net in one forward changes more than the size of the batch.
+
+    A model may compute with a size that it read before the two part (`x.reshape(B, h, w, -1)`), and then mixes them.
+    What cannot be run without values is not looked at.
+    """
+    inner = unwrap(net)
+    try:
+        alone = dry_run(inner)
+    except CannotRun:
+        return
+    reason = "use SelfDistillation with single_pass=False"
+    try:
+        both = dry_run(inner, lambda skeleton: super_and_base(skeleton, samples=1))
+    except CannotRun as error:
+        raise ValueError(f"this {original_class(inner).__name__} cannot run super-net and base-net in one forward "
+                         f"({error}): {reason}") from error
+    for name in filter(alone.__contains__, both):
+        for one, two in zip(_tensors(alone[name]), _tensors(both[name]), strict=False):
+            doubled = [tuple(2 * n if i == dim else n for i, n in enumerate(one.shape)) for dim in range(one.ndim)
+                       if dim == 0 or one.shape[dim] == 1]  # the dimension of the one sample, wherever it stands
+            if two.shape not in (one.shape, *doubled):
+                raise ValueError(
+                    f"this {original_class(inner).__name__} cannot run super-net and base-net in one forward: {name!r} "
+                    f"computes {tuple(two.shape)} for both and {tuple(one.shape)} for one, so the samples of the two "
+                    f"get mixed (a size of the batch that was read before they part?); {reason}")
+
+
+def _tensors(call: Call) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs, call.output)) if torch.is_tensor(leaf)
+            and leaf.ndim]
 
 
 class _Output(NamedTuple):

@@ -152,6 +152,14 @@ def test_computed_buffers_are_rebuilt(tmp_path: Path, name: str) -> None:
             assert torch.equal(net.eval()(x), back.eval()(x))
 
 
+def test_a_model_that_asks_for_the_version_of_what_it_loads(tmp_path: Path) -> None:
+    net = adn.convert(build("tv_mnasnet0_5", num_classes=5))
+    save(net, tmp_path / "net.safetensors")
+    again = load(tmp_path / "net.safetensors", build("tv_mnasnet0_5", num_classes=5))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items())
+    adn.load_weights(again, net.state_dict())
+
+
 def test_a_wrapped_net(tmp_path: Path) -> None:
     net = small_net()
     wrapper = nn.Module()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from pathlib import Path
 
@@ -78,6 +79,17 @@ def test_others_keep_the_shape_and_are_no_residual_blocks(kind: str) -> None:
     calls = dry_run(model)
     assert calls["1.1"].keeps_shape
     assert not is_residual(calls["1.1"])
+
+
+def test_a_forward_that_may_hold_the_model_is_not_run() -> None:
+    model = chain("plain", "plain").train()
+    forward = model.forward
+    model.forward = lambda x: forward(x)
+    with pytest.raises(CannotRun, match="forward of the model was replaced by a function"):
+        dry_run(model)
+    model.forward = functools.partial(type(model).forward, model)  # as Accelerate does it
+    assert stages_of(model) == [(["1.0", "1.1"], 1)]
+    assert all(m.num_batches_tracked == 0 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def test_norms_alone_are_no_blocks() -> None:

@@ -3,9 +3,11 @@ which of them are residual. Takes about a second, no memory to speak of, and cha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,9 +55,13 @@ class Call:
         return isinstance(x, Tensor) and isinstance(self.output, Tensor) and self.output.shape == x.shape
 
 
-def dry_run(model: nn.Module) -> dict[str, Call]:
+def dry_run(model: nn.Module, way: Callable[[nn.Module], contextlib.AbstractContextManager] = contextlib.nullcontext
+            ) -> dict[str, Call]:
     """The calls of a model's modules, by name, in the order in which they return; of modules called more than once,
     none. In evaluation mode, on one input of the size that the model was built for.
+
+    Args:
+        way: a context that what runs, a copy of the model, is put in meanwhile.
 
     Raises:
         CannotRun: if the model runs on none of the inputs tried.
@@ -76,7 +82,7 @@ def dry_run(model: nn.Module) -> dict[str, Call]:
 
         handles = [module.register_forward_hook(note, with_kwargs=True) for module in names]
         try:
-            with torch.no_grad(), torch.device("meta"):
+            with torch.no_grad(), torch.device("meta"), way(skeleton):
                 skeleton(torch.empty(shape))
         except Exception as error:  # of the model's own code
             reason = reason or f"{type(error).__name__} for an input {shape}: {error}".partition("\n")[0]
@@ -90,6 +96,10 @@ def dry_run(model: nn.Module) -> dict[str, Call]:
 
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy of the structure: no memory is taken for its tensors."""
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), types.FunctionType):
+            # A copy would call the same function, and that may hold, and run, the model itself.
+            raise CannotRun(f"the forward of {name or 'the model'} was replaced by a function")
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,18 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, device
         detach(net)
         raise
     _match_dtypes(net, tensors)
-    net.load_state_dict(tensors)
+    load_tensors(net, tensors)
     state = state_of(net)
     state.origin, state.class_names = origin, metadata["class_names"]
     set_depth(net, metadata["depth"])
     return net.to(device)
+
+
+def load_tensors(net: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True) -> None:
+    """`net.load_state_dict`, of tensors named as those of this version of its modules: some (MNASNet) ask for it."""
+    state = OrderedDict(tensors)
+    state._metadata = net.state_dict()._metadata
+    net.load_state_dict(state, strict)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

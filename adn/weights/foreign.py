@@ -40,6 +40,7 @@ from ..core.errors import CheckpointError
 from ..core.state import is_any_depth, state_with_modules, unwrap
 from ..models.entry import Naming
 from ..models.registry import ENTRIES
+from .checkpoint import load_tensors
 
 State = Mapping[str, torch.Tensor]
 Table = Mapping[str, str]
@@ -132,7 +133,7 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
             hint = "\nstrict=False loads the rest, e.g. to train another head; of adn train it is --new-head"
         raise CheckpointError("\n".join([f"{where} does not fit this {type(inner).__name__} ({report.naming}, "
                                          f"{len(report.loaded)} entries do):", *report.problems()]) + hint)
-    inner.load_state_dict(chosen, strict=False)
+    load_tensors(inner, chosen, strict=False)
     return report
 
 
