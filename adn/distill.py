@@ -273,6 +273,9 @@ class SelfDistillation(TwoPass):
         return _Output(of_super.logits.detach(), [feature.detach() for feature in of_super.features])
 
 
+_TRIED = 5  # samples: a number that few other sizes of tensors are
+
+
 def _check_runs_both(net: nn.Module) -> None:
     """Raise ValueError if running super-net and base-net in one forward changes more than the size of the batch.
 
@@ -281,19 +284,19 @@ def _check_runs_both(net: nn.Module) -> None:
     """
     inner = unwrap(net)
     try:
-        alone = dry_run(inner)
+        alone = dry_run(inner, _TRIED)
     except CannotRun:
         return
     reason = "use SelfDistillation with single_pass=False"
     try:
-        both = dry_run(inner, lambda skeleton: super_and_base(skeleton, samples=1))
+        both = dry_run(inner, _TRIED, lambda skeleton: super_and_base(skeleton, _TRIED))
     except CannotRun as error:
         raise ValueError(f"this {original_class(inner).__name__} cannot run super-net and base-net in one forward "
                          f"({error}): {reason}") from error
     for name in filter(alone.__contains__, both):
         for one, two in zip(_tensors(alone[name]), _tensors(both[name]), strict=False):
             doubled = [tuple(2 * n if i == dim else n for i, n in enumerate(one.shape)) for dim in range(one.ndim)
-                       if dim == 0 or one.shape[dim] == 1]  # the dimension of the one sample, wherever it stands
+                       if dim == 0 or one.shape[dim] == _TRIED]  # the dimension of the samples, wherever it stands
             if two.shape not in (one.shape, *doubled):
                 raise ValueError(
                     f"this {original_class(inner).__name__} cannot run super-net and base-net in one forward: {name!r} "

@@ -387,13 +387,15 @@ def test_a_batch_size_read_before_the_two_part_is_refused() -> None:
 
     net = adn.convert(Tokens(), plan=[
         adn.StagePlan("a", ["blocks.0", "blocks.1"]), adn.StagePlan("b", ["blocks.2", "blocks.3"])])
-    with pytest.raises(ValueError, match=r"'blocks\.2.* computes \(1, 3, 448, 224\) for both and \(1, 3, 224, 224\)"):
+    with pytest.raises(ValueError, match=r"'blocks\.2.* computes \(5, 3, 448, 224\) for both and \(5, 3, 224, 224\)"):
         adn.SelfDistillation(net, single_pass=True)
 
 
-def test_a_model_that_reads_a_batch_size_early_is_refused() -> None:
-    net = adn.convert(build("pvt_v2_b0", num_classes=10))
-    with pytest.raises(ValueError, match="PyramidVisionTransformerV2 cannot run super-net and base-net in one forward"):
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "hrnet_w18_small"])
+def test_models_whose_nets_do_not_stay_apart_are_refused(name: str) -> None:
+    """One reads the size of the batch before the two part; in the other, one of parallel branches parts first."""
+    net = adn.convert(build(name, num_classes=10))
+    with pytest.raises(ValueError, match="cannot run super-net and base-net in one forward"):
         adn.SelfDistillation(net, single_pass=True)
 
 

@@ -55,12 +55,13 @@ class Call:
         return isinstance(x, Tensor) and isinstance(self.output, Tensor) and self.output.shape == x.shape
 
 
-def dry_run(model: nn.Module, way: Callable[[nn.Module], contextlib.AbstractContextManager] = contextlib.nullcontext
-            ) -> dict[str, Call]:
+def dry_run(model: nn.Module, samples: int = 1,
+            way: Callable[[nn.Module], contextlib.AbstractContextManager] = contextlib.nullcontext) -> dict[str, Call]:
     """The calls of a model's modules, by name, in the order in which they return; of modules called more than once,
-    none. In evaluation mode, on one input of the size that the model was built for.
+    none. In evaluation mode, on inputs of the size that the model was built for.
 
     Args:
+        samples: how many inputs.
         way: a context that what runs, a copy of the model, is put in meanwhile.
 
     Raises:
@@ -83,9 +84,9 @@ def dry_run(model: nn.Module, way: Callable[[nn.Module], contextlib.AbstractCont
         handles = [module.register_forward_hook(note, with_kwargs=True) for module in names]
         try:
             with torch.no_grad(), torch.device("meta"), way(skeleton):
-                skeleton(torch.empty(shape))
+                skeleton(torch.empty(samples, *shape))
         except Exception as error:  # of the model's own code
-            reason = reason or f"{type(error).__name__} for an input {shape}: {error}".partition("\n")[0]
+            reason = reason or f"{type(error).__name__} for an input {(samples, *shape)}: {error}".partition("\n")[0]
         else:
             return {name: call for name, call in calls.items() if name not in twice}
         finally:
@@ -117,18 +118,18 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 
 def _inputs(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Shapes of inputs to try: of the size that the model says it is for, then of usual ones."""
+    """Shapes of an input to try: of the size that the model says it is for, then of usual ones."""
     conv = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     first = 3 if conv is None else conv.in_channels
     if isinstance(conv, nn.Conv3d):
-        yield from ((1, first, 16, side, side) for side in (112, 224))
+        yield from ((first, 16, side, side) for side in (112, 224))
         return
     said = [getattr(module, name, None) for name in ("img_size", "image_size") for module in model.modules()]
     config = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (first, 224, 224)
     sides = [side if isinstance(side, tuple) else (side, side) for side in said if side]
     shapes = [(channels, *side) for side in (*sides, config[1:], *((n, n) for n in (224, 256, 384, 64, 32)))
               for channels in (config[0], 3) if len(side) == 2 and all(isinstance(n, int) for n in side)]
-    yield from ((1, *shape) for shape in dict.fromkeys(shapes))
+    yield from dict.fromkeys(shapes)
 
 
 def is_residual(call: Call) -> bool:

@@ -116,7 +116,10 @@ class _Tracer(fx.Tracer):
         return super().iter(obj) if obj.parts is None else (obj[i] for i in range(obj.parts))
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return name in self.leaves or is_norm(module) or not any(is_norm(child) for child in module.modules())
+        if name in self.leaves or is_norm(module):
+            return True
+        looked_into = any(is_norm(child) for child in module.modules())
+        return not (looked_into or any(watched.startswith(f"{name}.") for watched in self.watched))
 
     def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict):
         result = super().call_module(module, forward, args, kwargs)

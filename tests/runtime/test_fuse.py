@@ -406,6 +406,30 @@ class WritesTwice(Hand):
         return y + z
 
 
+def test_blocks_without_norms() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.conv(x).relu()
+
+    torch.manual_seed(0)
+    net = adn.convert(nn.Sequential(*(nn.Sequential(*(Block() for _ in range(n))) for n in (3, 2)))).eval()
+    fused, x = fuse(net), torch.randn(2, 3, 8, 8)
+    outputs = {}
+    with torch.inference_mode():
+        for depth in adn.depths(net):
+            with adn.at_depth(net, depth), adn.at_depth(fused, depth):
+                outputs[depth] = net(x)
+                torch.testing.assert_close(fused(x), outputs[depth])
+        flags = torch.tensor([[True, False], [False, True]])
+        found = fused.per_image(x, flags)
+        torch.testing.assert_close(found[:1], outputs[adn.Depth([True, False])][:1])
+        torch.testing.assert_close(found[1:], outputs[adn.Depth([False, True])][1:])
+
+
 def test_writes_in_place_keep_their_order() -> None:
     net, x = adn.convert(randomise(WritesTwice()).eval(), plan=["first", "second"]), torch.randn(2, 5, 9, 7)
     for depth in adn.depths(net):
