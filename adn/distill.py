@@ -251,6 +251,10 @@ class SelfDistillation(TwoPass):
         samples = x.shape[0]
         with super_and_base(self.net, samples), _tap(self.features) as features:
             logits = _as_logits(self.net(x))
+        if logits.shape[0] != 2 * samples:
+            raise RuntimeError(f"super-net and base-net of {samples} samples ran at once, but there are logits of "
+                               f"{logits.shape[0]}: their samples got mixed; use SelfDistillation with "
+                               "single_pass=False")
         both = [halves(output, samples) for output in (logits, *features)]
         (logits, *features), (base_logits, *base_features) = zip(*both, strict=True)
         return _Output(logits, features), _Output(base_logits, base_features)

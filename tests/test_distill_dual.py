@@ -369,26 +369,29 @@ def test_samples_elsewhere_are_refused() -> None:
     adn.SelfDistillation(net)(torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2]))
 
 
-def test_a_batch_size_read_before_the_two_part_is_refused() -> None:
-    """Both nets' tokens would silently become one sample's."""
-    class Tokens(nn.Module):
+@pytest.mark.parametrize("pool", [True, False], ids=["seen", "unseen"])
+def test_a_batch_size_read_before_the_two_part_is_refused(pool: bool) -> None:
+    """Both nets' pixels would silently become one sample's. Without a module that sees it, the logits tell."""
+    class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = nn.ModuleList(Block(3) for _ in range(4))
+            self.blocks = nn.ModuleList(Block(3) for _ in range(2))
+            self.pool = nn.AdaptiveAvgPool2d(1) if pool else None
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            b = x.shape[0]
-            for block in self.blocks[:2]:
+            b, w = x.shape[0], x.shape[-1]
+            for block in self.blocks:
                 x = block(x)
-            x = x.reshape(b, 3, -1, x.shape[-1])
-            for block in self.blocks[2:]:
-                x = block(x)
-            return x.mean((2, 3))
+            x = x.reshape(b, 3, -1, w)
+            return self.pool(x).flatten(1) if pool else x.mean((2, 3))
 
-    net = adn.convert(Tokens(), plan=[
-        adn.StagePlan("a", ["blocks.0", "blocks.1"]), adn.StagePlan("b", ["blocks.2", "blocks.3"])])
-    with pytest.raises(ValueError, match=r"'blocks\.2.* computes \(5, 3, 448, 224\) for both and \(5, 3, 224, 224\)"):
-        adn.SelfDistillation(net, single_pass=True)
+    net = adn.convert(Late(), plan=["blocks"])
+    if pool:
+        with pytest.raises(ValueError, match=r"'pool' computes \(5, 3, 448, 224\) for both and \(5, 3, 224, 224\)"):
+            adn.SelfDistillation(net, single_pass=True)
+    else:
+        with pytest.raises(RuntimeError, match="3 samples ran at once, but there are logits of 3"):
+            adn.SelfDistillation(net, single_pass=True)(torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2]))
 
 
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "hrnet_w18_small"])
