@@ -200,6 +200,73 @@ def test_a_model_of_one_width_is_in_groups_of_three_as_a_vit() -> None:
                 assert torch.equal(each(X), net(X)), depth
 
 
+class Grids(nn.Module):
+    """As MViTv2: blocks are given the size of the grid with the tokens, and return both; one halves the grid."""
+
+    class Block(nn.Module):
+        def __init__(self, pool: bool, honest: bool) -> None:
+            super().__init__()
+            self.norm, self.linear, self.pool, self.honest = nn.LayerNorm(12), nn.Linear(12, 12), pool, honest
+
+        def forward(self, x: torch.Tensor, grid: list[int]) -> tuple[torch.Tensor, list[int]]:
+            x = x + self.linear(self.norm(x)).relu()
+            if self.pool:
+                x = F.avg_pool2d(x.transpose(1, 2).unflatten(2, grid), 2).flatten(2).transpose(1, 2)
+                return x, [n // 2 for n in grid]
+            return x, list(grid) if self.honest else [n + 1 for n in grid]
+
+    def __init__(self, honest: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 8, 8)
+        self.blocks = nn.ModuleList(self.Block(honest and i == 3, honest) for i in range(7))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        grid = list(x.shape[2:])
+        x = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x, grid = block(x, grid)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("plan", [None, [adn.StagePlan("a", ["blocks.0", "blocks.1", "blocks.2"], channel_dim=-1),
+                                         adn.StagePlan("b", [f"blocks.{i}" for i in range(3, 6)], channel_dim=-1)]],
+                         ids=["found", "by hand"])
+def test_blocks_that_hand_on_more_than_their_stream(plan: list[adn.StagePlan] | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomise(Grids()).eval()
+    assert stages_of(model) == [(["blocks.0", "blocks.1", "blocks.2"], 2),
+                                (["blocks.3", "blocks.4", "blocks.5"], 2)]
+    by_hand, source = copy.deepcopy(model), copy.deepcopy(model)
+    expected = model(X)
+    net = adn.convert(model, plan=plan)
+    adn.save(net, tmp_path / "net.safetensors")
+    loaded = adn.load(tmp_path / "net.safetensors", model=copy.deepcopy(source)).eval()
+    compiled = adn.compile(copy.deepcopy(net), backend="eager")
+    for depth in adn.depths(net):
+        by_hand.blocks = nn.ModuleList(block for i, block in enumerate(source.blocks)
+                                       if not (i == 2 and depth[0] or i == 5 and depth[1]))
+        with torch.no_grad(), adn.at_depth(net, depth), adn.at_depth(loaded, depth):
+            assert torch.equal(net(X), by_hand(X)), depth
+            assert torch.equal(loaded(X), net(X)), depth
+            assert torch.equal(adn.extract(net, depth)(X), net(X)), depth
+            adn.set_depth(compiled, depth)
+            torch.testing.assert_close(compiled(X), net(X))
+    assert torch.equal(net(X), expected)
+    net.train()
+    y = torch.arange(len(X)) % 5
+    both = [adn.SelfDistillation(net, features="all", single_pass=single)(X, y)["loss"] for single in (False, True)]
+    torch.testing.assert_close(*both)
+
+
+def test_blocks_that_change_what_they_hand_on_cannot_be_bypassed() -> None:
+    with pytest.raises(adn.ConversionError, match="no stages to bypass found"):
+        adn.plan(Grids(honest=False))
+    with pytest.raises(adn.ConversionError, match=r"'blocks.2' cannot be bypassed, it does not .* hand on all"):
+        adn.convert(Grids(honest=False), plan=[adn.StagePlan("a", ["blocks.0", "blocks.1", "blocks.2"])])
+
+
 def save(model: nn.Module) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(model, file)

@@ -102,6 +102,26 @@ class Bypass(Follows):
         return super().__call__(*args, **kwargs)
 
 
+class HandsOn(Swapped):
+    """A block that returns a tuple of all it is given, of which only the first is new (MViTv2: tokens, and the height
+    and width of their grid). Between this and `TakesFirst` it is one that turns a tensor into a tensor."""
+
+    order = 0
+
+    def __call__(self, x: torch.Tensor, *others: Any) -> Any:
+        y = super().__call__(x, *others)
+        return y if isinstance(y, Proxy) else (y, *others)  # that of a call, which will return the tuple
+
+
+class TakesFirst(Swapped):
+    """See `HandsOn`."""
+
+    order = 25
+
+    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
+        return super().forward(x, *others)[0]
+
+
 class Fork(Swapped):
     """The block at whose entry super-net and base-net part, where one forward runs both: doubles the batch.
 

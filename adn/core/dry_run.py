@@ -49,10 +49,28 @@ class Call:
         return input_of(self.module, self.args, self.kwargs) if self.args or self.kwargs else None
 
     @property
+    def result(self) -> Any:
+        """What it made of its input: its output, or the first of several."""
+        return self.output[0] if isinstance(self.output, tuple) and self.output else self.output
+
+    @property
+    def hands_on(self) -> bool:
+        """Does it return a tuple of all it was given, by position, of which only the first is new?"""
+        return (isinstance(self.output, tuple) and not self.kwargs and len(self.output) == len(self.args) > 1
+                and all(map(_same, self.args[1:], self.output[1:])))
+
+    @property
     def keeps_shape(self) -> bool:
-        """Does it turn its first argument, a tensor, into one of the same shape?"""
-        x = self.input
-        return isinstance(x, Tensor) and isinstance(self.output, Tensor) and self.output.shape == x.shape
+        """Does it turn its first argument, a tensor, into one of the same shape, and hand on what else there is?"""
+        x, y = self.input, self.result
+        alone = self.output is y or self.hands_on
+        return alone and isinstance(x, Tensor) and isinstance(y, Tensor) and y.shape == x.shape
+
+
+def _same(given: Any, returned: Any) -> bool:
+    if isinstance(given, list | tuple) and isinstance(returned, list | tuple):
+        return list(given) == list(returned)
+    return given is returned or (type(given) is type(returned) is int and given == returned)
 
 
 def dry_run(model: nn.Module, samples: int = 1,
@@ -69,6 +87,7 @@ def dry_run(model: nn.Module, samples: int = 1,
     """
     skeleton = _on_meta(model)
     names = {module: name for name, module in skeleton.named_modules() if name}
+    dtype = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), None)
     reason = ""
     for shape in _inputs(model):
         calls: dict[str, Call] = {}
@@ -84,7 +103,7 @@ def dry_run(model: nn.Module, samples: int = 1,
         handles = [module.register_forward_hook(note, with_kwargs=True) for module in names]
         try:
             with torch.no_grad(), torch.device("meta"), way(skeleton):
-                skeleton(torch.empty(samples, *shape))
+                skeleton(torch.empty(samples, *shape, dtype=dtype))
         except Exception as error:  # of the model's own code
             reason = reason or f"{type(error).__name__} for an input {(samples, *shape)}: {error}".partition("\n")[0]
         else:
@@ -163,6 +182,7 @@ def _passes_on(call: Call, norms: int) -> bool:
         x = input_of(block, args, kwargs).clone()
         try:
             y = block(*args, **kwargs)
+            y = y[0] if call.hands_on else y
         except Exception:  # it needs other values than these; nobody has seen that it is residual
             return False
     # To what the epsilon of a norm may take away.

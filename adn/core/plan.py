@@ -86,6 +86,7 @@ class Plan(list[StagePlan]):
         for stage in resolved if by_hand else ():
             for block in stage.refinement_blocks:
                 check_keeps_shape(calls.get(block), block, f"stage {stage.name!r}")
+                stage.hands_on |= block in calls and calls[block].hands_on
         if not resolved.flagged:
             raise ConversionError(
                 f"no stage of this {type(model).__name__} has a block to bypass (a stage needs at least two residual "

@@ -32,11 +32,12 @@ def residual(model: nn.Module) -> list[StagePlan]:
     found = [run for run in _runs(model, "", _Judge(calls)) if len(run.blocks) > 1]
     found.sort(key=lambda run: _position(calls, run))
     dims = [_channel_dim(calls[run.blocks[-1]]) for run in found]
-    widths = {calls[run.blocks[-1]].output.shape[dim] for run, dim in zip(found, dims, strict=True)}
+    widths = {calls[run.blocks[-1]].result.shape[dim] for run, dim in zip(found, dims, strict=True)}
     stages = []
     for run, dim in zip(found, dims, strict=True):
         for stage in in_groups(run) if len(widths) == 1 and len(run.blocks) > GROUP else [run]:
             stage.channel_dim = dim
+            stage.hands_on = calls[stage.blocks[-1]].hands_on
             try:
                 stage = as_it_concatenates(model, stage).resolve(model)
             except ConversionError:  # the net would concatenate copies
@@ -67,7 +68,7 @@ class _Judge:
         a, b = self.calls.get(former), self.calls.get(name)
         if a is None or b is None or a.input is b.input:
             return False
-        return getattr(a.output, "shape", None) == getattr(b.input, "shape", ()) and a.number < b.number
+        return getattr(a.result, "shape", None) == getattr(b.input, "shape", ()) and a.number < b.number
 
 
 def _looks(module: nn.Module) -> str:
@@ -122,7 +123,7 @@ def _position(calls: Mapping[str, Call], run: StagePlan) -> int:
 
 def _channel_dim(call: Call) -> int:
     """By the shape of what a block makes of a square image."""
-    shape = call.output.shape
+    shape = call.result.shape
     if len(shape) != 4:
         return -1 if len(shape) == 3 else 1
     return -1 if shape[1] == shape[2] != shape[3] else 1

@@ -30,6 +30,7 @@ class Form:
     Attributes:
         seconds: those that hold a second set, which is in use.
         bypassed: blocks that are the identity.
+        handing_on: those of them that return a tuple of all they are given.
         off: stochastic depth that is.
         lists: how many of the first entries run, of lists of which not all do.
         inputs: how many of their first input channels convolutions read, which is fewer than they have.
@@ -40,6 +41,7 @@ class Form:
     off: tuple[str, ...] = ()
     lists: Mapping[str, int] = dataclasses.field(default_factory=dict)
     inputs: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    handing_on: tuple[str, ...] = ()
 
 
 class Follower(NamedTuple):
@@ -130,7 +132,7 @@ def freeze(form: Form, seconds: Mapping[str, nn.Module], place: Callable[[str], 
     for name in form.bypassed:
         parent, child = place(name)
         if not remove:
-            put(name, identity_for(parent._modules[child]))
+            put(name, identity_for(parent._modules[child], name in form.handing_on))
         elif isinstance(parent, nn.Sequential):
             del parent._modules[child]
         else:
@@ -144,15 +146,16 @@ def freeze(form: Form, seconds: Mapping[str, nn.Module], place: Callable[[str], 
         put(name, of_first_inputs(parent._modules[child], inputs))
 
 
-def identity_for(block: nn.Module) -> nn.Module:
-    """`nn.Identity`; for a block that may be given more than its input, a module that takes the same and returns it."""
+def identity_for(block: nn.Module, hands_on: bool = False) -> nn.Module:
+    """`nn.Identity`; for a block that may be given more than its input, a module that takes the same and returns it,
+    or all of it if the block `hands_on`."""
     parameters = list(inspect.signature(original_class(block).forward).parameters.values())[1:]
     if len(parameters) == 1:
         return nn.Identity()
     graph = fx.Graph()
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     given = [graph.placeholder(stars.get(p.kind, "") + p.name, default_value=p.default) for p in parameters]
-    graph.output(given[0])
+    graph.output(tuple(given) if hands_on else given[0])
     return fx.GraphModule(nn.Module(), graph, "Identity")
 
 
@@ -177,7 +180,7 @@ def part_in_form(model: nn.Module, name: str, form: Form, seconds: Mapping[str, 
         parent, _, child = of.rpartition(".")
         return holder.get_submodule(parent), child
 
-    form = Form(*map(inside, (form.seconds, form.bypassed, form.off, form.lists, form.inputs)))
+    form = Form(*(inside(getattr(form, field.name)) for field in dataclasses.fields(form)))
     changed = (*form.seconds, *form.bypassed, *form.off, *form.lists, *form.inputs)
     holder = nn.Module()
     holder.part = _shared(model.get_submodule(name), [of.removeprefix("part.") for of in changed if of != "part"])

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..behaviours import DROP_PATHS, Bypass, SkipNorm, is_norm
+from ..behaviours import DROP_PATHS, Bypass, HandsOn, SkipNorm, TakesFirst, is_norm
 from ..dry_run import Call
 from ..errors import ConversionError
 from . import Follower, Form, Kind, submodule
@@ -38,6 +38,7 @@ class StagePlan(Kind):
             None = every one in its essential blocks.
         channel_dim: where the channels of the stage's output are: 1 for (B, C, H, W), -1 for (B, T, C), (B, H, W, C).
         flag: stages that name the same flag share it; None = one of its own.
+        hands_on: blocks return a tuple of all they are given, of which only the first is new.
     """
 
     kind: ClassVar[str] = "stage"
@@ -48,6 +49,7 @@ class StagePlan(Kind):
     drop_paths: list[str] | None = None
     channel_dim: int = 1
     flag: str | None = None
+    hands_on: bool = False
 
     @property
     def has_flag(self) -> bool:
@@ -127,11 +129,15 @@ class StagePlan(Kind):
     def form(self, value: bool) -> Form:
         if not value:
             return Form()
-        return Form(seconds=tuple(self.norms), bypassed=tuple(self.refinement_blocks), off=tuple(self.drop_paths))
+        bypassed = tuple(self.refinement_blocks)
+        return Form(seconds=tuple(self.norms), bypassed=bypassed, off=tuple(self.drop_paths),
+                    handing_on=bypassed if self.hands_on else ())
 
     def follow(self) -> Iterator[Follower]:
         yield from (Follower(name, SkipNorm) for name in self.norms)
         yield from (Follower(name, Bypass) for name in (*self.drop_paths, *self.refinement_blocks))
+        if self.hands_on:
+            yield from (Follower(name, how) for name in self.refinement_blocks for how in (HandsOn, TakesFirst))
 
 
 def is_inside(name: str, parent: str) -> bool:
@@ -154,9 +160,9 @@ def check_keeps_shape(call: Call | None, name: str, where: str) -> None:
     """
     if call is None or call.keeps_shape:
         return
-    x, y = call.input, call.output
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
+    x, y = call.input, call.result
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape != y.shape:
         changed = f"it turns {tuple(x.shape)} into {tuple(y.shape)}; begin a stage with it"
     else:
-        changed = "it does not turn one tensor into one tensor"
+        changed = "it does not turn one tensor into one tensor and hand on all else that it is given"
     raise ConversionError(f"{where}: {name!r} cannot be bypassed, {changed}")
