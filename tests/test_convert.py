@@ -39,7 +39,7 @@ OWN_SIZE = ("eva02_tiny_patch14_224", "tv_maxvit_t")
 NAMES = [name for names in MODELS.values() for name in names]
 # Of each library and kind of block the quick ones.
 IN_CI = ["resnet18", "tv_resnet18", "resnetv2_50d", "mobilenetv3_small_075", "tv_mobilenet_v3_small",
-         "vit_tiny_patch16_224", "tv_swin_v2_t", "convnextv2_atto", "tv_regnet_x_400mf", "pvt_v2_b0", "starnet_s1"]
+         "vit_tiny_patch16_224", "tv_swin_v2_t", "convnextv2_atto", "tv_regnet_x_400mf", "pvt_v2_b0"]
 SIZED = ("vit", "deit", "swin")  # timm models built for one input size
 
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from compilations import count
+from conftest import few
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -255,7 +256,7 @@ def test_depth_per_image(own: bool) -> None:
     torch.testing.assert_close(adn.Engine(fused).per_image(x, flags), want)
 
 
-@own_or_not
+@pytest.mark.parametrize("own", few([True, False], lambda own: not own), ids=["own kernel", "shared kernel"])
 def test_compiled(own: bool) -> None:
     net = converted(own, torch.float32)
     x = batch(dtype=torch.float32)

@@ -225,7 +225,7 @@ GMACS = {
 }
 
 
-@pytest.mark.parametrize("name", few(GMACS, ["rtdetr_r18vd", "anydepth_rtdetr_r50vd"].__contains__))
+@pytest.mark.parametrize("name", few(GMACS, ["rtdetr_r18vd"].__contains__))
 def test_multiply_adds_are_the_published_ones(name: str) -> None:
     net = adn.create_model(name).eval()
     if not name.startswith("anydepth"):
@@ -259,15 +259,16 @@ def test_every_depth_computes_something_else() -> None:
     x = torch.rand(1, 3, 64, 96)
     seen = set()
     with torch.inference_mode():
-        for depth in adn.depths(net):
+        for i, depth in enumerate(adn.depths(net)):
             adn.set_depth(net, depth)
             outputs = net(x)
             assert outputs["pred_logits"].shape == (1, 20, 5)
             assert outputs["query_index"].unique().numel() == 20
-            static = adn.extract(net, depth).eval()
-            assert len(static.decoder.decoder.layers) == len(static.decoder.dec_score_head) == depth[-1]
-            # Not bit for bit: where a copy lies in memory, torch 2.11 rounds products of attention otherwise.
-            torch.testing.assert_close(static(x), outputs)
+            if i % 5 == 0:  # all numbers of layers, and both values of every flag
+                static = adn.extract(net, depth).eval()
+                assert len(static.decoder.decoder.layers) == len(static.decoder.dec_score_head) == depth[-1]
+                # Not bit for bit: where a copy lies in memory, torch 2.11 rounds products of attention otherwise.
+                torch.testing.assert_close(static(x), outputs)
             seen.add(outputs["pred_boxes"].sum().item())
     assert len(seen) == len(adn.depths(net)) == 64
 
