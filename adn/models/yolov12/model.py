@@ -14,6 +14,7 @@ from ...detect.detector import Detector
 from . import STRIDE
 from .head import Detect
 from .layers import A2C2f, C3k2, Conv
+from .postprocess import postprocess
 
 AREAS = 4  # of the attention at stride 16
 # Layers of the backbone whose maps the neck reads again, and those of the neck; its last three are the head's.
@@ -50,6 +51,8 @@ class YOLOv12(Detector):
     """
 
     stride = STRIDE
+    postprocess = staticmethod(postprocess)
+    class_heads = tuple(f"model.21.cv3.{i}" for i in range(3))
 
     def __init__(
         self, *, num_classes: int = 80, depth: float = 1.0, width: float = 1.0, most: int = 1024, c3k: bool = False,
