@@ -38,20 +38,27 @@ class Detect(nn.Module):
 
     def __init__(self, channels: Sequence[int], num_classes: int, box_bias: float = 1.0) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.channels = tuple(channels)
         box = max(16, channels[0] // 4, 4 * BINS)
         self.cv2 = nn.ModuleList(
             nn.Sequential(Conv(c, box, 3), Conv(box, box, 3), nn.Conv2d(box, 4 * BINS, 1)) for c in channels)
-        of_class = max(channels[0], min(num_classes, 100))
-        self.cv3 = nn.ModuleList(
-            nn.Sequential(nn.Sequential(Conv(c, c, 3, groups=c), Conv(c, of_class)),
-                          nn.Sequential(Conv(of_class, of_class, 3, groups=of_class), Conv(of_class, of_class)),
-                          nn.Conv2d(of_class, num_classes, 1)) for c in channels)
-        self.dfl = Distances()
-        for of_box, of_classes, stride in zip(self.cv2, self.cv3, STRIDES, strict=True):
+        for of_box in self.cv2:
             nn.init.constant_(of_box[-1].bias, box_bias)
+        self.reset_classifier(num_classes)
+        self.dfl = Distances()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Fresh branches for so many classes, whose width depends on it."""
+        self.num_classes = num_classes
+        width = max(self.channels[0], min(num_classes, 100))
+        self.cv3 = nn.ModuleList(
+            nn.Sequential(nn.Sequential(Conv(c, c, 3, groups=c), Conv(c, width)),
+                          nn.Sequential(Conv(width, width, 3, groups=width), Conv(width, width)),
+                          nn.Conv2d(width, num_classes, 1)) for c in self.channels)
+        for of_classes, stride in zip(self.cv3, STRIDES, strict=True):
             # As many objects, of all classes, as five in an image of 640 pixels.
             nn.init.constant_(of_classes[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
+        self.to(self.cv2[0][-1].bias)
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, list[Tensor] | Tensor]:
         found = [torch.cat((of_box(x), of_classes(x)), 1) for x, of_box, of_classes in zip(maps, self.cv2, self.cv3)]

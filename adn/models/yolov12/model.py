@@ -12,9 +12,12 @@ from torch import Tensor, fx, nn
 from ...core.regions import only_calls, unseen
 from ...detect.detector import Detector
 from . import STRIDE
+from .criterion import DetectionLoss, DistillationLoss
+from .distill import YOLODistillation
 from .head import Detect
 from .layers import A2C2f, C3k2, Conv
 from .postprocess import postprocess
+from .recipes import YOLORecipe
 
 AREAS = 4  # of the attention at stride 16
 # Layers of the backbone whose maps the neck reads again, and those of the neck; its last three are the head's.
@@ -100,6 +103,18 @@ class YOLOv12(Detector):
             kept[i] = x
         outputs = self.model[-1]([kept[i] for i in NECK[1:]])
         return outputs | {"features": [kept[i] for i in COMPARED]} if self.training else outputs
+
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.model[-1].reset_classifier(num_classes)
+
+    def distillation(self, recipe: YOLORecipe, sizes: Sequence[int]) -> nn.Module:
+        return YOLODistillation(
+            self, DetectionLoss(recipe.box, recipe.classes, recipe.distances),
+            DistillationLoss(recipe.kd_box, recipe.kd_classes, recipe.kd_distances, recipe.kd_features,
+                             recipe.temperature, recipe.distance_temperature),
+            alpha=recipe.alpha, multi_scale=sizes)
 
 
 # What layers concatenate with the output of the one before.

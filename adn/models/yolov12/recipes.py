@@ -3,15 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
-from ...settings import DetectorSettings
+from ...data.transforms import multi_scale_sizes
+from ...settings import DetectorSettings, setting
+from . import STRIDE
 
 
 @dataclasses.dataclass(frozen=True)
 class YOLORecipe(DetectorSettings):
-    """Every setting of the training of a YOLOv12 that its numbers depend on."""
+    """Every setting of the training of a YOLOv12 that its numbers depend on. `YOLORecipe()` holds the published values
+    of AnyDepth-YOLO L, but for what four processes share."""
+
+    bias_ending: ClassVar[str] = ".bias"
+    whole_norms: ClassVar[bool] = False
 
     model: str = "anydepth_yolov12l"
+    epochs: int = 600
+    batch_size: int = 16
+    optimizer: str = "nesterov"
+    lr: float = 0.01
+    lr_min: float = 1e-4
+    momentum: float = 0.937
+    weight_decay: float = 5e-4
+    norm_decay: float | None = 0.0
+    bias_decay: float | None = 0.0
+    clip: float | None = 10.0
+    warmup_epochs: int = 3
+    warmup_factor: float = 0.0
+    ema: bool = True
+    ema_decay: float = 0.9999
+    ema_every: int = 1
+    ema_ramp: int = 2000
+
+    multi_scale: bool = False
+
+    box: float = setting("loss", 7.5, "weight of boxes", least=0)
+    classes: float = setting("loss", 0.5, "weight of classes", least=0)
+    distances: float = setting("loss", 1.5, "weight of the distributions of distances", least=0)
+    alpha: float = setting("loss", 0.2, "weight of the objects in what the base-net learns; the rest is distillation",
+                           share=True)
+    kd_box: float = setting("loss", 1.2, "weight of boxes in distillation", least=0)
+    kd_classes: float = setting("loss", 0.4, "weight of classes in distillation", least=0)
+    kd_distances: float = setting("loss", 0.8, "weight of the distributions of distances in distillation", least=0)
+    kd_features: float = setting("loss", 0.4, "weight of pooled features in distillation", least=0)
+    temperature: float = setting("loss", 2.0, "of the classes in distillation", least=0)
+    distance_temperature: float = setting("loss", 1.0, "of the distributions of distances in distillation", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        multi_scale_sizes(self.size, STRIDE)
 
 
-RECIPES: dict[str, YOLORecipe] = {}
+RECIPES: dict[str, YOLORecipe] = {
+    "yolo-digits": YOLORecipe(
+        model="yolov12n", epochs=12, batch_size=8, warmup_epochs=1, size=128, distort=0.0, zoom_out=0.0, crop=0.0,
+        flip=0.0, ema_decay=0.99, ema_ramp=40, schedule="cosine"),
+}
