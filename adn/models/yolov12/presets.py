@@ -41,7 +41,9 @@ _ANY_DEPTH: dict[str, dict[str, Any]] = {
 
 ENTRIES = {
     **{f"yolov12{scale}": entry(args) for scale, args in _SCALES.items()},
-    **{f"yolo12{scale}": entry({**args, "packed": True}) for scale, args in _SCALES.items()},
+    # The package's large ones have narrower perceptrons: of 1.2, as their number of parameters shows.
+    **{f"yolo12{scale}": entry({**args, "packed": True, **({"mlp_ratio": 1.2} if "mlp_ratio" in args else {})})
+       for scale, args in _SCALES.items()},
     **{f"anydepth_yolov12{scale}": entry({**args, "split": "inside"}, any_depth=True)
        for scale, args in _ANY_DEPTH.items()},
     **{f"anydepth_yolov12{scale}_orig": entry({**args, "split": "blocks"}, any_depth=True)
