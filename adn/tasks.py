@@ -198,9 +198,9 @@ def _open_split(config: Any, split: str, **settings: Any) -> images.ImageData | 
     except ValueError as error:
         if not os.path.isdir(config.data):
             raise
-        if coco.is_coco(config.data, split):
-            raise ValueError(f"{config.data} has boxes in COCO's format: pass --task detect to train a detector on "
-                             "them") from error
+        if coco.has_boxes(config.data, split):
+            raise ValueError(f"{config.data} has images with boxes: pass --task detect to train a detector on them"
+                             ) from error
         raise ValueError(f"{error}. Training reads the folders train and val of DATA (other names: --train-split, "
                          "--val-split), each with one sub-folder of images per class") from error
 

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes
 
+from . import yolo
 from .images import LOOKED_AT, UNREADABLE, notes_of_range, to_rgb, upright
 
 Target = dict[str, torch.Tensor]
@@ -74,12 +75,13 @@ class CocoImages(Dataset):
     """
 
     def __init__(self, images: str | os.PathLike[str], annotations: str | os.PathLike[str],
-                 transform: Transform | None = None) -> None:
+                 transform: Transform | None = None, content: Mapping[str, list[Any]] | None = None) -> None:
         """Read the annotations.
 
         Args:
             images: the folder that the file names in `annotations` are relative to.
             annotations: a json file with lists `images`, `annotations` and `categories`.
+            content: the same, if it has been read already; `annotations` is then what messages call it.
 
         Raises:
             ValueError: if the file is missing, cut short or of another format, contradicts itself (the same id or
@@ -87,7 +89,7 @@ class CocoImages(Dataset):
                 pixels, or none of its images is in the folder.
         """
         self.folder, self.file, self.transform = os.fspath(images), os.fspath(annotations), transform
-        content = _read_json(self.file)
+        content = _read_json(self.file) if content is None else content
         self.categories = _categories(self.file, content["categories"])
         self.class_names = [category.name for category in self.categories]
         self._take_images(content["images"])
@@ -275,7 +277,8 @@ class CocoImages(Dataset):
 
 
 def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | None = None) -> CocoImages:
-    """Open one split of a folder in one of the usual layouts.
+    """Open one split of a folder in one of the usual layouts, or of YOLO's label files (a `data.yaml`, see
+    `adn.data.yolo`).
 
     These are `ROOT/annotations/instances_SPLIT2017.json` with images in `ROOT/SPLIT2017` or `ROOT/images/SPLIT2017`,
     the same without 2017, `ROOT/instances_SPLIT.json` with `ROOT/images/SPLIT`, and `ROOT/SPLIT/_annotations.coco.json`
@@ -293,6 +296,9 @@ def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | N
     for file, folder in places:
         if Path(root, file).is_file() and Path(root, folder).is_dir():
             return CocoImages(Path(root, folder), Path(root, file), transform)
+    if (description := yolo.find(root)) is not None:
+        folder, content = yolo.read(description, _named(split))
+        return CocoImages(folder, description, transform, content)
     if without := [(file, folder) for file, folder in places if Path(root, file).is_file()]:
         raise ValueError(f"{Path(root, without[0][0])} is there, but no folder with its images: looked for "
                          f"{', '.join(str(Path(root, folder)) for _, folder in without)}")
@@ -301,14 +307,17 @@ def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | N
                      f"{split!r}. Looked for {looked}")
 
 
-def is_coco(root: str | os.PathLike[str], split: str) -> bool:
+def has_boxes(root: str | os.PathLike[str], split: str) -> bool:
     """Are there annotations where `open_coco` looks for them?"""
-    return any(Path(root, file).is_file() for file, _ in _places(split))
+    return yolo.find(root) is not None or any(Path(root, file).is_file() for file, _ in _places(split))
 
 
 def _places(split: str) -> list[tuple[str, str]]:
-    names = dict.fromkeys((split, *(_VALIDATION if split in _VALIDATION else ())))
-    return [tuple(part.format(split=name) for part in layout) for name in names for layout in _LAYOUTS]
+    return [tuple(part.format(split=name) for part in layout) for name in _named(split) for layout in _LAYOUTS]
+
+
+def _named(split: str) -> list[str]:
+    return list(dict.fromkeys((split, *(_VALIDATION if split in _VALIDATION else ()))))
 
 
 def read_class_names(path: str | os.PathLike[str]) -> list[str]:

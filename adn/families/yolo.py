@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..core.behaviours import is_norm
+from ..core.errors import ConversionError
 from ..core.kinds.narrow import NarrowPlan
 from ..core.kinds.stage import StagePlan, is_inside
 from . import family
@@ -26,6 +27,9 @@ def yolo(model: nn.Module) -> list[StagePlan]:
     found: list[StagePlan] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential | nn.ModuleList) and any(map(_is_layer, module)):
+            if not any(map(is_norm, module.modules())):
+                raise ConversionError(f"the layers of {name or 'this model'!r} have no norms: they have been folded into "
+                                      "the convolutions (fused). Convert the model as it is before that")
             owner = model.get_submodule(name.rpartition(".")[0])
             found += _stages(model, name, module, getattr(owner, "split", None))
     return found

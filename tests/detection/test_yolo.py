@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,6 +215,86 @@ def test_a_step_of_distillation(dtype: torch.dtype, golden, seeded) -> None:
     np.testing.assert_allclose(norms, wanted, rtol=2e-6 if double else 1e-4, atol=1e-7 if double else 1e-5)
     means = [buffers[ours(name)].double().mean().item() for name in manifest["buffer_names"]]
     np.testing.assert_allclose(means, arrays["buffer_means"], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- conversion
+
+
+class Brought(nn.Module):
+    """As the package has it: layers that know their index and their sources."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        own = adn.create_model("yolo12n", num_classes=5)
+        sources = {10: [-1, 6], 13: [-1, 4], 16: [-1, 11], 19: [-1, 8], 21: [14, 17, 20]}
+        for i, layer in enumerate(own.model):
+            layer.i, layer.f, layer.type = i, sources.get(i, -1), type(layer).__name__
+        self.model, self.save = nn.Sequential(*own.model), [4, 6, 8, 11, 14, 17, 20]
+
+    def forward(self, x: torch.Tensor) -> Any:
+        kept: list[torch.Tensor | None] = []
+        for layer in self.model:
+            if layer.f != -1:
+                x = [x if i == -1 else kept[i] for i in layer.f]
+            x = layer(x)
+            kept.append(x if layer.i in self.save else None)
+        return x
+
+
+def test_a_model_that_the_user_brings() -> None:
+    """By the names of classes and of attributes alone; equal at full depth."""
+    torch.manual_seed(0)
+    model = randomise(Brought()).eval()
+    x = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        expected = flat(model(x)["maps"])
+        net = adn.convert(model)
+        assert adn.plan(Brought()).family == "yolo"
+        assert len(adn.get_depth(net)) == 6
+        seen = []
+        for depth in ("super", "TTFFFF", "FFTTTF", "base"):
+            with adn.at_depth(net, depth):
+                seen.append(flat(net(x)["maps"]))
+                torch.testing.assert_close(flat(adn.extract(net, depth)(x)["maps"]), seen[-1])
+    assert torch.equal(seen[0], expected)
+    assert all(not torch.allclose(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_a_fused_model_is_refused() -> None:
+    model = Brought()
+    for module in model.modules():
+        if isinstance(module, layers.Conv):
+            module.bn = nn.Identity()
+    with pytest.raises(adn.ConversionError, match=r"'model' have no norms: .*\(fused\)"):
+        adn.convert(model)
+
+
+def test_a_pickled_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the package writes them: the message says how it exports weights."""
+    module = types.ModuleType("ultralytics.nn.tasks")
+    module.DetectionModel = type("DetectionModel", (), {"__module__": module.__name__})
+    for name in ("ultralytics", "ultralytics.nn", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    torch.save({"model": module.DetectionModel()}, tmp_path / "yolo.pt")
+    with pytest.raises(adn.CheckpointError, match=r"ultralytics.nn.tasks.DetectionModel.*not run.*YOLO\(path\).model"):
+        adn.load_weights(adn.create_model("yolo12n"), tmp_path / "yolo.pt")
+
+
+def test_all_are_listed_and_there_are_256_depths() -> None:
+    names = [f"{form}{scale}" for form in ("yolov12", "yolo12") for scale in "nsmlx"]
+    names += [f"anydepth_yolov12{scale}{ending}" for scale in "nslx" for ending in ("", "_orig")]
+    assert set(names) <= set(adn.list_models())
+    with torch.device("meta"):
+        assert all(len(adn.depths(adn.create_model(name))) == 256 for name in names if name.startswith("any"))
+
+
+@pytest.mark.parametrize(("images", "message"), [
+    (torch.rand(3, 64, 64), "pass \\(B, 3, H, W\\)"), (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8"),
+    (torch.rand(1, 3, 64, 72), "72 x 64 pixels; both sides must be multiples of 32"),
+], ids=["shape", "type", "size"])
+def test_images_that_do_not_fit(images: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adn.create_model("yolov12n", num_classes=5)(images)
 
 
 # Parameters; GFLOPs (two for each multiply-add) at 640 pixels of the super-net, the base-net, one stage bypassed.
