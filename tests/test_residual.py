@@ -246,7 +246,7 @@ def test_blocks_that_hand_on_more_than_their_stream(plan: list[adn.StagePlan] | 
     compiled = adn.compile(copy.deepcopy(net), backend="eager")
     for depth in adn.depths(net):
         by_hand.blocks = nn.ModuleList(block for i, block in enumerate(source.blocks)
-                                       if not (i == 2 and depth[0] or i == 5 and depth[1]))
+                                       if not ((i == 2 and depth[0]) or (i == 5 and depth[1])))
         with torch.no_grad(), adn.at_depth(net, depth), adn.at_depth(loaded, depth):
             assert torch.equal(net(X), by_hand(X)), depth
             assert torch.equal(loaded(X), net(X)), depth

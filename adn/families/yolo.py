@@ -1,6 +1,6 @@
 """YOLOv12, this library's and others': layers that concatenate what their blocks make, told by the names of classes.
 
-Each such layer is a stage; a convolution between two of them switches its norm with the next. Where a layer has several
+Each such layer is a stage; a convolution between two of them switches its norm with the next. Where a layer has some
 blocks, the last are left out and what comes after reads fewer channels; else, or where the model says so (`split`), each
 block is shortened: a C3k by its last bottlenecks, a pair of attention blocks by the second.
 """
@@ -28,8 +28,8 @@ def yolo(model: nn.Module) -> list[StagePlan]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential | nn.ModuleList) and any(map(_is_layer, module)):
             if not any(map(is_norm, module.modules())):
-                raise ConversionError(f"the layers of {name or 'this model'!r} have no norms: they have been folded into "
-                                      "the convolutions (fused). Convert the model as it is before that")
+                raise ConversionError(f"the layers of {name or 'this model'!r} have no norms: they have been folded "
+                                      "into the convolutions (fused). Convert the model as it is before that")
             owner = model.get_submodule(name.rpartition(".")[0])
             found += _stages(model, name, module, getattr(owner, "split", None))
     return found
