@@ -211,8 +211,8 @@ class CocoImages(Dataset):
             self.notes.append(
                 f"boxes of {self._path(wrong[0])} reach over its edge, and would not if it were turned as its EXIF "
                 f"data say ({len(wrong)} such images seen): they were drawn on the turned picture, but width and "
-                "height are those of the stored one. Turn the images (PIL.ImageOps.exif_transpose), or write the width and "
-                "height of the turned pictures")
+                "height are those of the stored one. Turn the images (PIL.ImageOps.exif_transpose), or write the width "
+                "and height of the turned pictures")
         elif turned:
             self.notes.append(
                 f"{self._path(min(turned))} is to be shown turned, as its EXIF data say ({len(turned)} such images "

@@ -1,8 +1,8 @@
 """YOLOv12, this library's and others': layers that concatenate what their blocks make, told by the names of classes.
 
 Each such layer is a stage; a convolution between two of them switches its norm with the next. Where a layer has some
-blocks, the last are left out and what comes after reads fewer channels; else, or where the model says so (`split`), each
-block is shortened: a C3k by its last bottlenecks, a pair of attention blocks by the second.
+blocks, the last are left out and what comes after reads fewer channels; else, or where the model says so (`split`),
+each is shortened: a C3k by its last bottlenecks, a pair of attention blocks by the second.
 """
 
 from __future__ import annotations
