@@ -72,7 +72,8 @@ def main() -> None:
 def run(what: str, recipe: DetectionRecipe, data: Path, args: argparse.Namespace) -> list[dict[str, object]]:
     device = torch.device(args.device)
     torch.manual_seed(recipe.seed)
-    train = open_coco(data, "train", augmentation(recipe))
+    train = open_coco(data, "train")
+    train.transform = augmentation(recipe, train)
     validation = open_coco(data, "val", eval_transform(recipe.size))
     net = adn.convert(adn.create_model(recipe.model, num_classes=len(train.class_names), **recipe.model_kwargs))
     if what == "separate base":

@@ -1,12 +1,13 @@
 """Images with label files in YOLO's format, as the content of a file in COCO's.
 
 Beside a folder `images` stands one `labels`, with a text file for each image that has objects: per object a line of its
-class and its box, centre x, centre y, width and height in parts of the image. A `data.yaml` names the classes and says
-where the splits are.
+class and its box, centre x, centre y, width and height in parts of the image, or its outline, x and y of three points
+or more. A `data.yaml` names the classes and says where the splits are.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,8 +37,8 @@ def read(description: Path, splits: Sequence[str]) -> tuple[Path, dict[str, list
         splits: names of the split, the first that is there counts.
 
     Raises:
-        ValueError: if it is no such description, has no such split or no image; on label files with lines of other
-            than five numbers, classes that are not listed, and boxes outside of 0..1.
+        ValueError: if it is no such description, has no such split or no image; on label files with lines of another
+            number of columns, classes that are not listed, and places outside of 0..1.
     """
     about = _load(description)
     names = _names(description, about)
@@ -58,9 +59,13 @@ def read(description: Path, splits: Sequence[str]) -> tuple[Path, dict[str, list
         except UNREADABLE:  # left out, and named, when it is asked for
             width, height = 1, 1
         images.append({"id": len(images), "file_name": os.path.relpath(path, root), "width": width, "height": height})
-        for label, (x, y, w, h) in _labels(_label_file(path), names):
-            objects.append({"image_id": len(images) - 1, "category_id": label,
-                            "bbox": [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]})
+        for label, values in _labels(_label_file(path), names):
+            (left, top, right, bottom), outline = _corners(values), []
+            if len(values) > 4:
+                outline = [[value * side for value, side in zip(values, itertools.cycle((width, height)))]]
+            objects.append({
+                "image_id": len(images) - 1, "category_id": label, "segmentation": outline,
+                "bbox": [left * width, top * height, (right - left) * width, (bottom - top) * height]})
     return root, {"images": images, "annotations": objects,
                   "categories": [{"id": i, "name": name} for i, name in sorted(names.items())]}
 
@@ -102,6 +107,13 @@ def _images(description: Path, root: Path, where: Any) -> Iterator[Path]:
                         if line.strip())
 
 
+def _corners(values: list[float]) -> tuple[float, float, float, float]:
+    if len(values) > 4:
+        return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
+    x, y, w, h = values
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+
+
 def _label_file(image: Path) -> Path:
     parts = list(image.parts)
     for i in reversed(range(len(parts) - 1)):
@@ -121,12 +133,11 @@ def _labels(file: Path, names: dict[int, str]) -> Iterator[tuple[int, list[float
             values = [float(word) for word in words]
         except ValueError:
             values = []
-        if len(values) != 5 or not values[0].is_integer():
-            more = " (more are an outline: this reads boxes)" if len(words) > 5 else ""
-            raise ValueError(f"{where}: {line.strip()[:60]!r}; a line is a class and centre x, centre y, width and "
-                             f"height{more}")
+        if not (len(values) == 5 or (len(values) >= 7 and len(values) % 2)) or not values[0].is_integer():
+            raise ValueError(f"{where}: {line.strip()[:60]!r}; a line is a class, then centre x, centre y, width and "
+                             "height, or x and y of the points of an outline")
         if int(values[0]) not in names:
             raise ValueError(f"{where}: class {int(values[0])} of {len(names)}, which are {min(names)} to {max(names)}")
         if not all(0 <= value <= 1 for value in values[1:]):
-            raise ValueError(f"{where}: {line.strip()[:60]!r}; boxes are in parts of the image, from 0 to 1")
+            raise ValueError(f"{where}: {line.strip()[:60]!r}; places are in parts of the image, from 0 to 1")
         yield int(values[0]), values[1:]

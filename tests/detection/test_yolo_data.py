@@ -57,9 +57,24 @@ def test_what_training_gets_is_what_the_files_say(tmp_path: Path) -> None:
     assert data[1][1]["labels"].dtype == torch.int64
 
 
+def test_outlines(tmp_path: Path) -> None:
+    root = write(tmp_path, {"train/a": "1 0.25 0.2 0.75 0.2 0.25 0.6\n0 0.5 0.5 0.5 0.4\n"})
+    data = open_coco(root, "train", masks=True)
+    target = data[0][1]
+    assert target["boxes"].tolist() == [[10, 6, 30, 18], [10, 9, 30, 21]]
+    triangle, none = target["masks"]
+    assert triangle[8, 12]
+    assert triangle[16, 11]
+    assert not triangle[16, 28]
+    assert not triangle[4, 15]
+    assert not none.any()
+    assert "masks" not in open_coco(root, "train")[0][1]
+
+
 @pytest.mark.parametrize(("labels", "message"), [
-    ("0 0.5 0.5 0.5\n", r"a\.txt, line 1: .*a line is a class and centre x"),
-    ("0 0.5 0.5 0.5 0.5\n1 0.1 0.1 0.2 0.2 0.3 0.3\n", r"line 2: .*more are an outline"),
+    ("0 0.5 0.5 0.5\n", r"a\.txt, line 1: .*a line is a class, then centre x"),
+    ("0 0.5 0.5 0.5 0.5\n1 0.1 0.1 0.2 0.2 0.3\n", r"line 2: .*or x and y of the points of an outline"),
+    ("0 0.1 0.1 0.2 0.2 0.3 1.3\n", "places are in parts of the image"),
     ("0 0.5 0.5 0.5 1.5\n", "in parts of the image, from 0 to 1"),
     ("0 20 15 10 10\n", "in parts of the image, from 0 to 1"),
     ("3 0.5 0.5 0.5 0.5\n", "class 3 of 3, which are 0 to 2"),

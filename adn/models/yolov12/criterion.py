@@ -13,6 +13,7 @@ from ...detect.boxes import complete_iou, widened
 from ...detect.targets import Targets, fitting, pack
 from .assign import Assigned, Padded, assign, padded
 from .head import BINS, STRIDES, anchors, corners
+from .recipes import CLASS_FORMS
 
 Outputs = Mapping[str, Any]
 
@@ -56,6 +57,8 @@ class DetectionLoss(nn.Module):
         box, classes, distances: weights.
     """
 
+    summed = True
+
     def __init__(self, box: float = 7.5, classes: float = 0.5, distances: float = 1.5) -> None:
         super().__init__()
         self.box, self.classes, self.distances = box, classes, distances
@@ -94,13 +97,21 @@ class DistillationLoss(nn.Module):
 
     Args:
         box, classes, distances, features: weights.
-        temperature: of the classes, a softmax, as the published code has it.
+        temperature: of the classes.
         distance_temperature: of the distributions.
+        form: of the classes: "softmax", one distribution over all of them, as the published code has it; "sigmoid", the
+            sum over two for each of them, as the detector's scores are.
+        scaled: multiply the divergence of the distributions by the square of their temperature, as that of classes;
+            the published code does not.
     """
 
     def __init__(self, box: float = 1.2, classes: float = 0.4, distances: float = 0.8, features: float = 0.4,
-                 temperature: float = 2.0, distance_temperature: float = 1.0) -> None:
+                 temperature: float = 2.0, distance_temperature: float = 1.0, form: str = "softmax",
+                 scaled: bool = False) -> None:
         super().__init__()
+        if form not in CLASS_FORMS:
+            raise ValueError(f"form={form!r}; pass one of {', '.join(CLASS_FORMS)}")
+        self.form, self.scaled = form, scaled
         self.box, self.classes, self.distances, self.features = box, classes, distances, features
         self.temperature, self.distance_temperature = temperature, distance_temperature
 
@@ -121,10 +132,10 @@ class DistillationLoss(nn.Module):
         # The box and its distances only if there are some of both anywhere, as that of the classes.
         of_classes, of_boxes = weight.where(of_super.positive, 0), weight.where(both, 0)
         t = self.temperature
-        classes = _kl(teacher.logits / t, base.logits / t) * t**2
+        classes = (_kl if self.form == "softmax" else _kl_each)(teacher.logits / t, base.logits / t) * t**2
         box = 1 - complete_iou(base.boxes, teacher.boxes)
         t = self.distance_temperature
-        distance = _kl(teacher.bins / t, base.bins / t).mean(-1)
+        distance = _kl(teacher.bins / t, base.bins / t).mean(-1) * (t**2 if self.scaled else 1)
         return {"kd_box": images * self.box * _mean(box, of_boxes),
                 "kd_class": images * self.classes * _mean(classes, of_classes),
                 "kd_distance": images * self.distances * _mean(distance, of_boxes)}
@@ -163,6 +174,13 @@ def _kl(teacher: Tensor, student: Tensor) -> Tensor:
     """Of distributions in the last dimension, from logits."""
     log = teacher.log_softmax(-1)
     return (log.exp() * (log - student.log_softmax(-1))).sum(-1)
+
+
+def _kl_each(teacher: Tensor, student: Tensor) -> Tensor:
+    """The sum over the last dimension, each a distribution of two, from its logit."""
+    yes, no = teacher.sigmoid(), (-teacher).sigmoid()
+    return (yes * (F.logsigmoid(teacher) - F.logsigmoid(student))
+            + no * (F.logsigmoid(-teacher) - F.logsigmoid(-student))).sum(-1)
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:

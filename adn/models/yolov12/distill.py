@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.transforms import draw_size, rescale
 from ...detect.targets import Targets
+from ...detect.training import Step, prefixed
 from ...distill import TwoPass
 from . import STRIDE
 from .criterion import DetectionLoss, DistillationLoss, Outputs
 
 
-class YOLODistillation(TwoPass):
+class YOLODistillation(Step, TwoPass):
     """The training loss of an any-depth YOLOv12: `criterion(super) + alpha criterion(base) + (1 - alpha)
     distillation(base, super)`.
 
@@ -42,15 +42,11 @@ class YOLODistillation(TwoPass):
     def __init__(self, net: nn.Module, criterion: DetectionLoss | None = None,
                  distillation: DistillationLoss | None = None, *, alpha: float = 0.2, multi_scale: Sequence[int] = (),
                  generator: torch.Generator | None = None) -> None:
-        super().__init__()
+        super().__init__(net, DetectionLoss() if criterion is None else criterion, STRIDE, multi_scale, generator)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha}; pass a weight between 0 and 1")
-        if bad := [size for size in multi_scale if size < STRIDE or size % STRIDE]:
-            raise ValueError(f"multi_scale has {bad}; pass multiples of {STRIDE}")
-        self.net = net
-        self.criterion = DetectionLoss() if criterion is None else criterion
         self.distillation = DistillationLoss() if distillation is None else distillation
-        self.alpha, self.multi_scale, self.generator = alpha, tuple(multi_scale), generator
+        self.alpha = alpha
 
     def forward(self, x: Tensor, y: Targets) -> dict[str, Tensor]:
         return super().forward(self._resized(x), y)
@@ -58,27 +54,14 @@ class YOLODistillation(TwoPass):
     def backward(self, x: Tensor, y: Targets, scaler: Any = None) -> dict[str, Tensor]:
         return super().backward(self._resized(x), y, scaler)
 
-    def _resized(self, images: Tensor) -> Tensor:
-        """At one size for both passes, whose cells are compared."""
-        return rescale(images, draw_size(self.multi_scale, self.generator)) if self.multi_scale else images
-
-    def _run(self, images: Tensor, _targets: Targets) -> Outputs:
-        return self.net(images)
-
     def _super_terms(self, of_super: Outputs, targets: Targets) -> dict[str, Tensor]:
-        terms = self.criterion(of_super, targets)
-        return {**{f"super.{name}": value for name, value in terms.items()}, "super": _sum(terms)}
+        return prefixed("super", self.criterion(of_super, targets))
 
     def _base_terms(self, of_base: Outputs, targets: Targets, of_super: Outputs) -> dict[str, Tensor]:
         of_objects = {name: self.alpha * value for name, value in self.criterion(of_base, targets).items()}
         taught = {name: (1 - self.alpha) * value
                   for name, value in self.distillation(of_base, of_super, targets).items()}
-        terms = {**of_objects, **taught}
-        return {**{f"base.{name}": value for name, value in terms.items()}, "base": _sum(terms)}
+        return prefixed("base", {**of_objects, **taught})
 
     def _teaching(self, of_super: Outputs) -> dict[str, list[Tensor]]:
         return {name: [x.detach() for x in of_super[name]] for name in ("maps", "features")}
-
-
-def _sum(terms: dict[str, Tensor]) -> Tensor:
-    return torch.stack([*terms.values()]).sum()

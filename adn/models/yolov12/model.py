@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...core.regions import only_calls, unseen
-from ...detect.detector import Detector
+from ...core.regions import only_calls
+from ...detect.detector import Detector, checked
 from . import STRIDE
 from .criterion import DetectionLoss, DistillationLoss
 from .distill import YOLODistillation
@@ -54,6 +54,7 @@ class YOLOv12(Detector):
     """
 
     stride = STRIDE
+    letterbox = True
     postprocess = staticmethod(postprocess)
     class_heads = tuple(f"model.21.cv3.{i}" for i in range(3))
 
@@ -96,7 +97,7 @@ class YOLOv12(Detector):
 
     @only_calls
     def forward(self, images: Tensor) -> dict[str, Any]:
-        x = checked(images)
+        x = checked(images, STRIDE)
         kept: dict[int, Tensor] = {}
         for i, layer in enumerate(self.model[:-1]):
             x = layer([x, kept[_JOINED[i]]] if i in _JOINED else x)
@@ -113,23 +114,11 @@ class YOLOv12(Detector):
         return YOLODistillation(
             self, DetectionLoss(recipe.box, recipe.classes, recipe.distances),
             DistillationLoss(recipe.kd_box, recipe.kd_classes, recipe.kd_distances, recipe.kd_features,
-                             recipe.temperature, recipe.distance_temperature),
+                             recipe.temperature, recipe.distance_temperature, recipe.kd_form, recipe.kd_scaled),
             alpha=recipe.alpha, multi_scale=sizes)
 
 
+fx.wrap("checked")
+
 # What layers concatenate with the output of the one before.
 _JOINED = {10: 6, 13: 4, 16: 11, 19: 8}
-
-
-@fx.wrap
-@unseen
-def checked(images: Tensor) -> Tensor:
-    """The images, if a detector can take them."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images of shape {tuple(images.shape)}; pass (B, 3, H, W)")
-    if not images.is_floating_point():
-        raise ValueError(f"images of {images.dtype}; pass floating numbers in 0..1, such as images.float() / 255")
-    h, w = images.shape[-2:]
-    if h % STRIDE or w % STRIDE or not h or not w:
-        raise ValueError(f"images of {w} x {h} pixels; both sides must be multiples of {STRIDE}")
-    return images

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert
 
-from ...detect.boxes import widened
+from ...detect.boxes import fitted, widened
 from .head import STRIDES
 
 MOST = 30_000  # candidates of an image
@@ -51,7 +51,8 @@ def suppressed(decoded: Tensor, *, conf: float = 0.001, iou: float = 0.7, top: i
 
 def postprocess(outputs: Mapping[str, Any], sizes: Sequence[Tensor | Sequence[int]], **settings: Any
                 ) -> list[dict[str, Tensor]]:
-    """What is found on images that were resized to the size of the net's input.
+    """What is found on images that were fitted into the net's input, as `adn.data.transforms.eval_transform` does with
+    `letterbox`.
 
     Args:
         outputs: of a net in evaluation.
@@ -66,6 +67,8 @@ def postprocess(outputs: Mapping[str, Any], sizes: Sequence[Tensor | Sequence[in
         raise ValueError(f"{len(sizes)} sizes for a batch of {len(decoded)}; pass (width, height) of each image")
     found = suppressed(decoded, **settings)
     for result, size in zip(found, sizes, strict=True):
-        scale = torch.as_tensor(size).to(result["boxes"]) / result["boxes"].new_tensor([w, h]) / STRIDES[0]
-        result["boxes"] = result["boxes"] * scale.repeat(2)
+        width, height = map(int, size)
+        new_width, new_height, left, top = fitted((width, height), (w * STRIDES[0], h * STRIDES[0]))
+        of_image = result["boxes"] - result["boxes"].new_tensor([left, top, left, top])
+        result["boxes"] = of_image * of_image.new_tensor([width / new_width, height / new_height] * 2)
     return found
