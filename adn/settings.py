@@ -161,7 +161,7 @@ class DetectorSettings(Settings):
     saturation: float = setting("augmentation", 0.0, "change of saturation, in parts of it", share=True)
     brightness: float = setting("augmentation", 0.0, "change of brightness, in parts of it", share=True)
     mosaic: float = setting("augmentation", 0.0, "probability of a mosaic of four images", share=True)
-    blend: float = setting("augmentation", 0.0, "probability of a blend of two images (mixup of images with boxes)", share=True)
+    blend: float = setting("augmentation", 0.0, "probability of a blend of two images (mixup)", share=True)
     copy_paste: float = setting(
         "augmentation", 0.0, "share of the objects with outlines that are pasted once more, mirrored", share=True)
     scale: float = setting("augmentation", 0.0, "change of the size of images and objects, in parts of it", share=True)

@@ -342,6 +342,11 @@ def _sizes(net: nn.Module, recipe: Settings) -> Sequence[int]:
     return sizes if recipe.multi_scale else ()
 
 
+def _detector_loss(net: nn.Module, recipe: Settings) -> nn.Module:
+    model = source_of(net)
+    return (model.distillation if is_converted(net) else model.supervised)(recipe, _sizes(net, recipe))
+
+
 def _detector_size(net: nn.Module, stored: Mapping[str, Any] | None = None, *, size: int | None = None, **_: Any
                    ) -> dict[str, Any]:
     model = source_of(net)
@@ -364,7 +369,7 @@ DETECT = Task(
     require=functools.partial(average_precision.require_backend, "pycocotools"),
     open_training=_open_boxes, build=_build_detector, prepare=_prepare_boxes,
     heads=lambda net: source_of(net).class_heads, warning=lambda net: source_of(net).warning(),
-    loss=lambda net, recipe: source_of(net).distillation(recipe, _sizes(net, recipe)),
+    loss=_detector_loss,
     collate=coco.collate, collate_training=coco.collate, notes=_notes,
     open=lambda root, split, *_: coco.open_coco(root, split or "val"),
     preparation=_detector_size, transform=transforms.eval_transform, evaluate=average_precision.evaluate_detector,

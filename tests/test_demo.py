@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import adn
-from adn import demo
 from adn.cli import main
+from adn.demo import digits as demo
+from adn.demo import scenes
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -71,6 +72,28 @@ def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
     again = demo.run(tmp_path / "again", epochs=1, progress=False)
     assert [p.top1 for p in again.profile] == [p.top1 for p in profile], "the same numbers for the same seed"
+
+
+def test_a_user_finds_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("pycocotools")
+    monkeypatch.setattr(scenes, "IMAGES", 16)
+    monkeypatch.setattr(scenes, "HELD_OUT", 4)
+    out = tmp_path / "demo"
+    for _ in range(2):
+        assert main(["demo", "--task", "detect", "--out", str(out), "--epochs", "1"]) == 0
+        printed = capsys.readouterr().out
+    table = printed[printed.index("\ndepth ") + 1 :].splitlines()[1:10]
+    assert [line.split()[0] for line in table] == ["T" * i + "F" * (8 - i) for i in range(9)]
+    with Image.open(out / "detections.png") as picture:
+        assert picture.width > 2 * 3 * scenes.RECIPE.size
+        assert picture.height > 3 * 3 * scenes.RECIPE.size
+    assert (out / "depths.png").stat().st_size > 10_000
+    net = adn.load(out / "model.safetensors")
+    assert adn.is_detector(net)
+    command = next(line for line in printed.splitlines() if line.startswith("next:")).split()[2:]
+    assert main([*command, "--rounds", "1"]) in (0, 1)
+    assert main(["detect", str(out / "scenes" / "images" / "val"), "--checkpoint", str(out / "model.safetensors"),
+                 "--out", str(tmp_path / "found"), "--depth", "TFTFTFTF"]) == 0
 
 
 def test_another_run_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -13,7 +13,14 @@ from torch import nn
 
 import adn
 from adn.train import RECIPES, Recipe, TrainBatches, mixing, recipe, train_sampler, train_transform
-from adn.train.optim import WeightAverage, create_optimizer, create_scheduler, ema_decay, parameter_groups, warm_momentum
+from adn.train.optim import (
+    WeightAverage,
+    create_optimizer,
+    create_scheduler,
+    ema_decay,
+    parameter_groups,
+    warm_momentum,
+)
 
 COMMON = {"alpha": 0.5, "temperature": 1.0, "top_classes": 500, "features": (), "variant": "neurips", "flip": 0.5,
           "momentum": 0.9, "gamma": 0.1, "eval_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -128,8 +135,8 @@ def test_rates_between_epochs() -> None:
                warmup_momentum=0.5)
     optimizer = create_optimizer(nn.Linear(2, 2), r)
     scheduler = create_scheduler(optimizer, r)
-    for epoch, lr, momentum in ((0, 0, 0.5), (0.5, 0.025, 0.6), (1.5, 0.075, 0.8), (2, 0.0802, 0.9), (5.25, 0.048025, 0.9),
-                                (10, 0.001, 0.9)):
+    for epoch, lr, momentum in ((0, 0, 0.5), (0.5, 0.025, 0.6), (1.5, 0.075, 0.8), (2, 0.0802, 0.9),
+                                (5.25, 0.048025, 0.9), (10, 0.001, 0.9)):
         scheduler.step(epoch)
         warm_momentum(optimizer, r, epoch)
         for group in optimizer.param_groups:

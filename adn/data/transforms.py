@@ -47,14 +47,14 @@ class _Colours(v2.Transform):
 
 
 def train_transform(size: int = 640, *, distort: float = 0.5, zoom_out: float = 0.5, crop: float = 0.8,
-                    flip: float = 0.5, hue: float = 0.0, saturation: float = 0.0, brightness: float = 0.0,
-                    compose: mosaic.Compose | None = None) -> v2.Transform:
+                    flip: float = 0.5, hue: float = 0.0, saturation: float = 0.0,
+                    brightness: float = 0.0, compose: mosaic.Compose | None = None) -> v2.Transform:
     """Augmentation for `CocoImages`.
 
     Of each image photometric distortion, zoom-out onto black and IoU crop, as RT-DETR has them; then, if asked for, one
-    of several, see `compose`; changes of hue, saturation and brightness, as YOLO has them; horizontal flip; resizing without
-    keeping the aspect ratio. Objects whose centre is cropped away, or of less than a pixel in width or height before or
-    after resizing, are left out.
+    of several, see `compose`; changes of hue, saturation and brightness, as YOLO has them; horizontal flip; resizing
+    without keeping the aspect ratio. Objects whose centre is cropped away, or of less than a pixel in width or height
+    before or after resizing, are left out.
 
     Args:
         size: side of the images that the net gets, in pixels.

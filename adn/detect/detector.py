@@ -59,6 +59,10 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
+    def supervised(self, recipe: Settings, sizes: Sequence[int]) -> nn.Module:
+        """The same for a net of one depth, which learns from the objects alone; see `adn.detect.training`."""
+        raise NotImplementedError
+
     def warning(self) -> str | None:
         """Why training from nothing would go wrong, and what to do; None if it would not."""
         return None

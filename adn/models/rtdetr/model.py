@@ -20,7 +20,7 @@ from . import STRIDE
 from .criterion import DistillationLoss
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
-from .distill import DetectionDistillation
+from .distill import DetectionDistillation, DetectionSupervised
 from .encoder import HybridEncoder
 from .postprocess import postprocess
 from .presnet import PResNet
@@ -121,6 +121,9 @@ class RTDETR(Detector):
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.decoder.reset_classifier(num_classes)
+
+    def supervised(self, _recipe: DetectionRecipe, sizes: Sequence[int]) -> nn.Module:
+        return DetectionSupervised(self, multi_scale=sizes)
 
     def distillation(self, recipe: DetectionRecipe, sizes: Sequence[int]) -> nn.Module:
         for cut in state_of(self).cuts:

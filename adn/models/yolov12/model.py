@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ...core.regions import only_calls
 from ...detect.detector import Detector, checked
+from ...detect.training import Supervised
 from . import STRIDE
 from .criterion import DetectionLoss, DistillationLoss
 from .distill import YOLODistillation
@@ -109,6 +110,9 @@ class YOLOv12(Detector):
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.model[-1].reset_classifier(num_classes)
+
+    def supervised(self, recipe: YOLORecipe, sizes: Sequence[int]) -> nn.Module:
+        return Supervised(self, DetectionLoss(recipe.box, recipe.classes, recipe.distances), STRIDE, sizes)
 
     def distillation(self, recipe: YOLORecipe, sizes: Sequence[int]) -> nn.Module:
         return YOLODistillation(
