@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -43,8 +44,10 @@ def test_batches_are_shifted_digits() -> None:
             assert found
 
 
-def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "demo"
+def test_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    out, whole = tmp_path / "demo", demo.Digits.load()
+    few = dataclasses.replace(whole, x=whole.x[:160], y=whole.y[:160])
+    monkeypatch.setattr(demo.Digits, "load", lambda: few)
     assert main(["demo", "--out", str(out), "--epochs", "1", "--compare"]) == 0
     printed = capsys.readouterr().out
     table = printed[printed.index("depth  MMACs"):].splitlines()[1:17]
@@ -53,8 +56,7 @@ def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "trained separately" in printed
     assert (out / "depths.png").stat().st_size > 10_000
 
-    profile = adn.Profile.from_csv(out / "depths.csv")
-    digits = demo.Digits.load()
+    profile, digits = adn.Profile.from_csv(out / "depths.csv"), few
     checkpoint = ["--checkpoint", str(out / "model.safetensors")]
     assert main(["profile", *checkpoint, "--rounds", "1", "--budget", "10000"]) == 0
     assert "FFFF fits 10000 ms" in capsys.readouterr().out
