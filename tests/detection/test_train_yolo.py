@@ -54,8 +54,8 @@ def test_published_recipes() -> None:
 @pytest.mark.parametrize(("name", "sizes"), [("anydepth_yolov12l", (341, 232, 347)),
                                              ("anydepth_yolov12s_orig", (302, 212, 308))])
 def test_groups_of_the_optimizer(name: str, sizes: tuple[int, int, int]) -> None:
-    """As many tensors as the authors' logs have: weights of norms, decayed weights, biases; of the second but the frozen
-    table of distances."""
+    """As many tensors as the logs of the authors have: weights of norms, decayed weights, biases; but for the frozen
+    table of distances, which is among their second."""
     with torch.device("meta"):
         net = adn.create_model(name)
     groups = parameter_groups(net, recipes.YOLORecipe())
