@@ -6,7 +6,7 @@ Each reads the parameters of the modules it stands for (`refresh`) and keeps the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adn_kernels import ops, private
 from adn_kernels.activation import act_reference
+from adn_kernels.conv import choose
 
 from ..core.trace import hooked
 from .norms import activation_in, evenly_spaced
@@ -47,6 +48,13 @@ def conv_shape(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequen
     channels, _, kh, kw = weight.shape
     return (n, channels, (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1,
             (width + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1)
+
+
+class Place(NamedTuple):
+    """Channels of a tensor, from `start` on, that a layer is to write to."""
+
+    room: Tensor
+    start: int
 
 
 class Layer(nn.Module):
@@ -93,10 +101,24 @@ class ConvNormAct(Layer):
         self._keep("bias", bias)
         self.packed = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor | None = None,
+                into: Place | None = None) -> Tensor:
+        """With `into`, the result is that part of its room, if a Triton kernel computes it and it is of that type."""
         if residual is not None and tuple(residual.shape) != conv_shape(x, self.source[0].weight, *self.place[:3]):
             return act_reference(self._convolve(x, None, "identity", bank) + residual, self.activation)
+        if into is not None and self._can_write(x, residual):
+            stride, padding, _, groups = self.place
+            out = into.room.narrow(1, into.start, self.weight.shape[0])
+            return ops.conv_(out, x, self.weight, self.bias, residual=residual, activation=self.activation,
+                             stride=stride[0], padding=padding[0], groups=groups)
         return self._convolve(x, residual, self.activation, bank)
+
+    def _can_write(self, x: Tensor, residual: Tensor | None) -> bool:
+        if not is_square(self.source[0]) or (residual is not None and residual.dtype != x.dtype):
+            return False
+        stride, padding, _, groups = self.place
+        return choose(x, self.weight, None, residual, None, self.activation, stride[0], padding[0], groups,
+                      None) == "triton"
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, bank: Tensor | None) -> Tensor:
         # A compiler has no use for weights in oneDNN's own layout.

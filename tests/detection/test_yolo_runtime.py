@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from conftest import few, randomise
 from test_detector_runtime import graphs, images, nothing_compiled, table_of  # noqa: F401
 from torch import Tensor, nn
 from torch.compiler import set_stance
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adn
+from adn.core.behaviours import original_class
+from adn.models.yolov12.layers import A2C2f, Bottleneck, C3k, C3k2
+from adn.runtime import joining
 from adn.runtime.compile import compile
 from adn.runtime.engine import Engine
 from adn.runtime.fuse import fuse
@@ -74,6 +79,45 @@ def test_deploy_form(kind: str) -> None:
     for segment in fused.segments:
         for path in segment.paths:
             assert not any(isinstance(m, NormAct | nn.BatchNorm2d) for m in path.modules())
+
+
+class Operators(TorchDispatchMode):
+    """How often each operator is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.calls[str(function.overloadpacket).removeprefix("aten.")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_write_where_their_part_of_a_concatenation_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the neck's four concatenations and the head's four copy, those of the layers do not."""
+    net, x = detector(kind).double(), images(dtype=torch.float64).to(memory_format=torch.channels_last)
+    fused = fuse(net)
+    before, after = Operators(), Operators()
+    with before:
+        forward(fused, x, "super")
+    monkeypatch.setattr(joining, "writes", lambda x: True)
+    for depth in some(net):
+        expected = forward(net, x, depth)
+        agree(forward(fused, x, depth), expected, depth, tolerance=1e-11)
+    with after:
+        forward(fused, x, "super")
+    # What bottlenecks give is a sum after its activation: one is copied, several are concatenated as ever.
+    joined = written = 0
+    for layer in net.modules():
+        kind = original_class(layer)
+        if kind in (A2C2f, C3k2, C3k):
+            sums = sum(original_class(m) is Bottleneck for m in layer.m)
+            others = 1 + (0 if kind is C3k else len(layer.m) - sums)
+            if kind is C3k or sums < 2:
+                joined, written = joined + 1, written + others
+    assert before.calls["cat"] - after.calls["cat"] == joined > 10
+    assert after.calls["adn.conv_"] == written
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
