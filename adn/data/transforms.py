@@ -97,10 +97,12 @@ def eval_transform(size: int = 640, letterbox: bool = False) -> v2.Transform:
         letterbox: keep the aspect ratio, with grey above and below or on both sides; else it changes.
 
     Returns:
-        As `train_transform`; it takes an RGB `PIL.Image` alone, too.
+        As `train_transform`; it takes an RGB `PIL.Image` alone, too. It has `letterbox` as an attribute.
     """
     fit = [functools.partial(mosaic.letterbox, size=size)] if letterbox else []
-    return v2.Compose([*fit, *_resize(size), _as_net_input])
+    transform = v2.Compose([*fit, *_resize(size), _as_net_input])
+    transform.letterbox = letterbox
+    return transform
 
 
 def multi_scale_sizes(base: int = 640, stride: int = 32) -> list[int]:

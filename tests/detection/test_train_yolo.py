@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 import adn
 from adn.cli import main
-from adn.data.coco import open_coco
+from adn.data.coco import collate, open_coco
 from adn.data.scenes import write_scenes
+from adn.data.transforms import eval_transform
 from adn.detect.training import Supervised
+from adn.measure.average_precision import evaluate_detector
 from adn.models.registry import build_source
 from adn.models.yolov12 import recipes
 from adn.models.yolov12.criterion import DetectionLoss, DistillationLoss, Predictions, objects_of
@@ -168,6 +171,15 @@ def test_a_resumed_run_is_the_same_run(scenes: Path, tmp_path: Path) -> None:
     for part in ("net", "ema"):
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items()), part
     assert one["ema_updates"] == two["ema_updates"] == 6  # a step for two batches
+
+
+def test_images_fitted_for_another_detector(scenes: Path) -> None:
+    net = adn.create_model("anydepth_yolov12n", num_classes=10, **KWARGS)
+    data = open_coco(scenes, "val", eval_transform(64))
+    with pytest.raises(ValueError, match=r"prepare them by eval_transform\(size, letterbox=True\)"):
+        evaluate_detector(net, DataLoader(data, 3, collate_fn=collate), ["base"])
+    data.transform = eval_transform(64, letterbox=True)
+    assert evaluate_detector(net, DataLoader(data, 3, collate_fn=collate), ["base"])[0].images == 3
 
 
 @pytest.mark.skipif(not COCO_MINI.is_dir(), reason="no mini COCO; ADN_COCO_MINI says where")
