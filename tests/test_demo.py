@@ -12,6 +12,7 @@ import adn
 from adn.cli import main
 from adn.demo import digits as demo
 from adn.demo import scenes
+from adn.tasks import is_detector
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -91,7 +92,7 @@ def test_a_user_finds_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         assert picture.height > 3 * 3 * scenes.RECIPE.size
     assert (out / "depths.png").stat().st_size > 10_000
     net = adn.load(out / "model.safetensors")
-    assert adn.is_detector(net)
+    assert is_detector(net)
     command = next(line for line in printed.splitlines() if line.startswith("next:")).split()[2:]
     assert main([*command, "--rounds", "1"]) in (0, 1)
     assert main(["detect", str(out / "scenes" / "images" / "val"), "--checkpoint", str(out / "model.safetensors"),

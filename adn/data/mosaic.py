@@ -13,7 +13,6 @@ from torchvision.ops import box_area, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
-from ..detect.boxes import fitted
 from .coco import CocoImages, Target
 
 Item = tuple[Image.Image, Target]
@@ -85,6 +84,22 @@ class Compose:
         """Any image that can be read; None if there seems to be none."""
         places = (int(torch.randint(len(self.data), ())) for _ in range(_TRIES))
         return next(filter(None, map(self.data.untransformed, places)), None)
+
+
+def fitted(image: tuple[int, int], canvas: tuple[int, int], factor: float = 1.0) -> tuple[int, int, int, int]:
+    """Where an image is, when it is enlarged or reduced to fit a canvas, and stands in the middle of it.
+
+    Args:
+        image, canvas: width and height.
+        factor: as large as that in place of 1.
+
+    Returns:
+        Width, height, left and top.
+    """
+    scale = factor * min(side / had for side, had in zip(canvas, image, strict=True))
+    size = [max(round(had * scale), 1) for had in image]
+    left, top = (round((side - has) / 2 - 0.1) for side, has in zip(canvas, size, strict=True))  # a half, down
+    return *size, left, top
 
 
 def letterbox(image: Image.Image, target: Target | None = None, *, size: int) -> Image.Image | Item:

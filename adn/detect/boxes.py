@@ -15,22 +15,6 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def fitted(image: tuple[int, int], canvas: tuple[int, int], factor: float = 1.0) -> tuple[int, int, int, int]:
-    """Where an image is, when it is enlarged or reduced to fit a canvas, and stands in the middle of it.
-
-    Args:
-        image, canvas: width and height.
-        factor: as large as that in place of 1.
-
-    Returns:
-        Width, height, left and top.
-    """
-    scale = factor * min(side / had for side, had in zip(canvas, image, strict=True))
-    size = [max(round(had * scale), 1) for had in image]
-    left, top = (round((side - has) / 2 - 0.1) for side, has in zip(canvas, size, strict=True))  # a half, down
-    return *size, left, top
-
-
 def iou_and_giou(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Intersection over union and its generalised form, of boxes a and b in the same places.
 

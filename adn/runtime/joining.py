@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from adn_kernels.view import memory_format
 
-from .layers import ConvNormAct, Place, conv_shape
+from .layers import ConvNormAct, conv_shape
 
 
 class Room(nn.Module):
@@ -38,21 +38,19 @@ def writes(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cuda")
 
 
-def place(room: Tensor | None, start: int) -> Place | None:
-    return None if room is None else Place(room, start)
-
-
-def joined(room: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
+class Joined(nn.Module):
     """The concatenation of the parts, of which some may be where they belong."""
-    if room is None:
-        return torch.cat(list(parts), 1)
-    start = 0
-    for part in parts:
-        own = room.narrow(1, start, part.shape[1])
-        if own.data_ptr() != part.data_ptr() or own.stride() != part.stride():
-            own.copy_(part)
-        start += part.shape[1]
-    return room
+
+    def forward(self, room: Tensor | None, parts: Sequence[Tensor]) -> Tensor:
+        if room is None:
+            return torch.cat(list(parts), 1)
+        start = 0
+        for part in parts:
+            own = room.narrow(1, start, part.shape[1])
+            if own.data_ptr() != part.data_ptr() or own.stride() != part.stride():
+                own.copy_(part)
+            start += part.shape[1]
+        return room
 
 
 class _Part(NamedTuple):
@@ -97,10 +95,11 @@ def join(path: fx.GraphModule) -> None:
             room = path.graph.call_module(name, first.args[:1])
         for producer, at in able:
             taken.add(producer)
-            with path.graph.inserting_before(producer):
-                where = path.graph.call_function(place, (room, at))
-            producer.kwargs = {**producer.kwargs, "into": where}
-        cat.target, cat.args, cat.kwargs = joined, (room, operands), {}
+            producer.kwargs = {**producer.kwargs, "into": (room, at)}
+        setattr(path, f"{cat.name}_joined", Joined())
+        with path.graph.inserting_before(cat):
+            cat.replace_all_uses_with(path.graph.call_module(f"{cat.name}_joined", (room, operands)))
+        path.graph.erase_node(cat)
 
 
 def _layer(path: fx.GraphModule, node: fx.Node) -> ConvNormAct | None:

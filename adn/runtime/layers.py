@@ -6,7 +6,7 @@ Each reads the parameters of the modules it stands for (`refresh`) and keeps the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,6 @@ def conv_shape(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequen
     channels, _, kh, kw = weight.shape
     return (n, channels, (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1,
             (width + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1)
-
-
-class Place(NamedTuple):
-    """Channels of a tensor, from `start` on, that a layer is to write to."""
-
-    room: Tensor
-    start: int
 
 
 class Layer(nn.Module):
@@ -102,13 +95,14 @@ class ConvNormAct(Layer):
         self.packed = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor | None = None,
-                into: Place | None = None) -> Tensor:
-        """With `into`, the result is that part of its room, if a Triton kernel computes it and it is of that type."""
+                into: tuple[Tensor | None, int] | None = None) -> Tensor:
+        """`into`, a tensor and a channel: from there on in it the result is written, if a Triton kernel computes it and
+        it is of that type."""
         if residual is not None and tuple(residual.shape) != conv_shape(x, self.source[0].weight, *self.place[:3]):
             return act_reference(self._convolve(x, None, "identity", bank) + residual, self.activation)
-        if into is not None and self._can_write(x, residual):
+        if into is not None and into[0] is not None and self._can_write(x, residual):
             stride, padding, _, groups = self.place
-            out = into.room.narrow(1, into.start, self.weight.shape[0])
+            out = into[0].narrow(1, into[1], self.weight.shape[0])
             return ops.conv_(out, x, self.weight, self.bias, residual=residual, activation=self.activation,
                              stride=stride[0], padding=padding[0], groups=groups)
         return self._convolve(x, residual, self.activation, bank)

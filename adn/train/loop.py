@@ -299,7 +299,9 @@ class _Run:
         """A step of the optimizer with the gradients of all batches since the last one; how many steps there were."""
         factor = self.world if getattr(self.loss, "summed", False) else 1 / self.pending
         if factor != 1:
-            torch._foreach_mul_([p.grad for p in self.net.parameters() if p.grad is not None], factor)
+            for parameter in self.net.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
         if self.recipe.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)

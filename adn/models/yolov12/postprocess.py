@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_convert
 
-from ...detect.boxes import fitted, widened
+from ...data.mosaic import fitted
+from ...detect.boxes import widened
 from .head import STRIDES
 
 MOST = 30_000  # candidates of an image
