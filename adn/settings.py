@@ -63,6 +63,9 @@ class Settings:
     table_decay: float | None = setting(
         "optimisation", None,
         "weight decay of class tokens, position embeddings and position bias tables; none = the same", least=0)
+    nominal_batch: int | None = setting(
+        "optimisation", None, "images of a step of the optimizer, over all processes: as many batches as come nearest; "
+        "none = one batch", least=1)
     clip: float | None = setting("optimisation", None, "largest norm of the gradient of both losses; none = no limit")
     amp: str | None = setting("optimisation", None, "mixed precision; none = float32", ("bf16", "fp16"))
     channels_last: bool = setting("optimisation", False, "keep images channels-last in memory")
@@ -73,13 +76,19 @@ class Settings:
     seed: int = setting("optimisation", 0, "of every random number: initial weights, order of images, augmentation",
                         least=0)
 
-    schedule: str = setting("schedule", "steps", "how the learning rate goes down", ("steps", "cosine", "constant"))
+    schedule: str = setting("schedule", "steps", "how the learning rate goes down",
+                            ("steps", "cosine", "linear", "constant"))
+    each_step: bool = setting("schedule", False, "the learning rate changes with every batch, not with every epoch")
     milestones: tuple[int, ...] = setting(
         "schedule", (), "epochs after warm-up from which the rate is multiplied by gamma: 60,100,140")
     gamma: float = setting("schedule", 0.1, "factor at each milestone")
-    lr_min: float = setting("schedule", 0.0, "where the cosine ends", least=0)
+    lr_min: float = setting("schedule", 0.0, "where the cosine or the line ends", least=0)
     warmup_epochs: int = setting("schedule", 0, "epochs of linear warm-up", least=0)
     warmup_factor: float = setting("schedule", 0.01, "share of the learning rate at which warm-up starts", share=True)
+
+    warmup_momentum: float | None = setting(
+        "schedule", None, "momentum at which warm-up starts, for optimizers that have one; none = where it stays",
+        share=True)
 
     ema: bool = setting(
         "averaging", False, "average the weights over time; the average is evaluated and saved. Made for long runs: it "
@@ -147,6 +156,17 @@ class DetectorSettings(Settings):
     crop: float = setting("augmentation", 0.8, "probability of a crop with a least overlap with its objects",
                           share=True)
     flip: float = setting("augmentation", 0.5, "probability of a horizontal flip", share=True)
+
+    hue: float = setting("augmentation", 0.0, "change of hue, in parts of a full turn", share=True)
+    saturation: float = setting("augmentation", 0.0, "change of saturation, in parts of it", share=True)
+    brightness: float = setting("augmentation", 0.0, "change of brightness, in parts of it", share=True)
+    mosaic: float = setting("augmentation", 0.0, "probability of a mosaic of four images", share=True)
+    blend: float = setting("augmentation", 0.0, "probability of a blend of two images (mixup)", share=True)
+    copy_paste: float = setting(
+        "augmentation", 0.0, "share of the objects with outlines that are pasted once more, mirrored", share=True)
+    scale: float = setting("augmentation", 0.0, "change of the size of images and objects, in parts of it", share=True)
+    translate: float = setting("augmentation", 0.0, "change of their place, in parts of the side", share=True)
+    plain_epochs: int = setting("augmentation", 0, "last epochs without mosaics, blends and copies", least=0)
 
     size: int = setting("images", 640, "side of images, a multiple of the model's stride: 32")
     multi_scale: bool = setting(

@@ -25,7 +25,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from .convert import convert
 from .core.state import is_converted
-from .data import coco, images, transforms
+from .data import coco, images, mosaic, transforms
 from .distill import SelfDistillation, Supervised
 from .measure import accuracy, average_precision
 from .measure.passes import try_forward
@@ -198,9 +198,9 @@ def _open_split(config: Any, split: str, **settings: Any) -> images.ImageData | 
     except ValueError as error:
         if not os.path.isdir(config.data):
             raise
-        if coco.is_coco(config.data, split):
-            raise ValueError(f"{config.data} has boxes in COCO's format: pass --task detect to train a detector on "
-                             "them") from error
+        if coco.has_boxes(config.data, split):
+            raise ValueError(f"{config.data} has images with boxes: pass --task detect to train a detector on them"
+                             ) from error
         raise ValueError(f"{error}. Training reads the folders train and val of DATA (other names: --train-split, "
                          "--val-split), each with one sub-folder of images per class") from error
 
@@ -276,7 +276,8 @@ _USUAL_SIZE = 640  # of published detectors
 
 
 def _open_boxes(config: Any) -> Data:
-    training, validation = (coco.open_coco(config.data, split) for split in (config.train_split, config.val_split))
+    training = coco.open_coco(config.data, config.train_split, masks=config.recipe.copy_paste > 0)
+    validation = coco.open_coco(config.data, config.val_split)
     if training.class_names != validation.class_names:
         raise ValueError(f"{training.file} and {validation.file} list different categories: labels would not mean the "
                          "same")
@@ -318,17 +319,21 @@ def _load_backbone(net: nn.Module, path: str) -> None:
 
 
 def _prepare_boxes(net: nn.Module, recipe: Settings, data: Data) -> Prepared:
-    data.training.transform = augmentation(recipe)
-    data.validation.transform = transforms.eval_transform(recipe.size)
+    letterbox = source_of(net).letterbox
+    data.training.transform = augmentation(recipe, data.training, letterbox)
+    data.validation.transform = transforms.eval_transform(recipe.size, letterbox)
     smallest = min((recipe.size, *_sizes(net, recipe)))
     return Prepared({"size": recipe.size}, (smallest,), f"{recipe.size} pixels",
                     f" (training would go down to {smallest} pixels: --size, --no-multi-scale, --model-kwargs)")
 
 
-def augmentation(recipe: Settings) -> Callable[..., Any]:
+def augmentation(recipe: Settings, data: coco.CocoImages, letterbox: bool = False) -> Callable[..., Any]:
     """Of a detector's training images, see `adn.data.transforms.train_transform`."""
-    return transforms.train_transform(recipe.size, distort=recipe.distort, zoom_out=recipe.zoom_out, crop=recipe.crop,
-                                      flip=recipe.flip)
+    moves = {name: getattr(recipe, name) for name in ("mosaic", "blend", "copy_paste", "scale", "translate")}
+    compose = mosaic.Compose(data, recipe.size, until=recipe.epochs - recipe.plain_epochs, **moves)
+    others = ("distort", "zoom_out", "crop", "flip", "hue", "saturation", "brightness")
+    return transforms.train_transform(recipe.size, compose=compose if letterbox or any(moves.values()) else None,
+                                      **{name: getattr(recipe, name) for name in others})
 
 
 def _sizes(net: nn.Module, recipe: Settings) -> Sequence[int]:
@@ -337,13 +342,18 @@ def _sizes(net: nn.Module, recipe: Settings) -> Sequence[int]:
     return sizes if recipe.multi_scale else ()
 
 
+def _detector_loss(net: nn.Module, recipe: Settings) -> nn.Module:
+    model = source_of(net)
+    return (model.distillation if is_converted(net) else model.supervised)(recipe, _sizes(net, recipe))
+
+
 def _detector_size(net: nn.Module, stored: Mapping[str, Any] | None = None, *, size: int | None = None, **_: Any
                    ) -> dict[str, Any]:
     model = source_of(net)
     if size is not None and (size < model.stride or size % model.stride):
         name = (model.adn_origin or {}).get("name", "a detector")
         raise ValueError(f"--size {size}; {name} takes multiples of {model.stride}, such as {_USUAL_SIZE}")
-    return {"size": (stored or {}).get("size", _USUAL_SIZE) if size is None else size}
+    return {"size": (stored or {}).get("size", _USUAL_SIZE) if size is None else size, "letterbox": model.letterbox}
 
 
 def _objects(net: nn.Module, outputs: Any, sizes: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
@@ -359,7 +369,7 @@ DETECT = Task(
     require=functools.partial(average_precision.require_backend, "pycocotools"),
     open_training=_open_boxes, build=_build_detector, prepare=_prepare_boxes,
     heads=lambda net: source_of(net).class_heads, warning=lambda net: source_of(net).warning(),
-    loss=lambda net, recipe: source_of(net).distillation(recipe, _sizes(net, recipe)),
+    loss=_detector_loss,
     collate=coco.collate, collate_training=coco.collate, notes=_notes,
     open=lambda root, split, *_: coco.open_coco(root, split or "val"),
     preparation=_detector_size, transform=transforms.eval_transform, evaluate=average_precision.evaluate_detector,

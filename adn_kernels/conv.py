@@ -284,12 +284,14 @@ def conv_op(
 
 @triton_op("adn::conv_", mutates_args=("out",))
 def conv_inplace_op(
-    out: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, accumulate: bool, active: Tensor | None,
-    activation: str, stride: int, padding: int, groups: int, backend: str | None,
+    out: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None, accumulate: bool,
+    active: Tensor | None, activation: str, stride: int, padding: int, groups: int, backend: str | None,
 ) -> None:
+    if accumulate and residual is not None:
+        raise ValueError("residual is given and accumulate, which makes `out` the residual: pass one of them")
     shape = check_conv(x, weight, stride, padding, groups)
-    check_epilogue(x, shape, None, activation, None, out, active, weight=weight, shift=shift)
-    residual = out if accumulate else None
+    check_epilogue(x, shape, residual, activation, None, out, active, weight=weight, shift=shift)
+    residual = out if accumulate else residual
     backend = choose(x, weight, None, residual, None, activation, stride, padding, groups, backend, in_place=True,
                      bypassed=active is not None)
     arguments = (x, weight, None, shift, None, None, residual, None, activation, stride, padding, groups)
@@ -340,14 +342,16 @@ def conv(
 
 
 def conv_(
-    out: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None = None, *, accumulate: bool = False,
-    activation: str = "identity", stride: int = 1, padding: int = 0, groups: int = 1, active: Tensor | None = None,
-    backend: str | None = None,
+    out: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None = None, *, residual: Tensor | None = None,
+    accumulate: bool = False, activation: str = "identity", stride: int = 1, padding: int = 0, groups: int = 1,
+    active: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:
     """`conv` of a folded weight written to `out`; with `accumulate`, `out` is the residual as well.
 
     Args:
-        out: (N, C, OH, OW), any strides and floating dtype; shares no memory with x.
+        out: (N, C, OH, OW), any strides and floating dtype; shares no memory with what is read, though it may be some
+            channels of a tensor of which others are read.
+        residual: as that of `conv`.
         active: int32, one value or one per sample: where 0, `out` keeps its bits. Programs of the Triton kernels exit
             before they read anything else, also where a tile spans many samples; the unfused form computes and drops.
 
@@ -355,11 +359,11 @@ def conv_(
         out.
 
     Raises:
-        ValueError: as `conv`, and if x shares memory with `out`.
+        ValueError: as `conv`, and if what is read shares memory with `out`, or with both residual and accumulate.
         RuntimeError: a gradient would be needed.
     """
     x, weight = in_autocast(x, weight)
     (shift,), _ = banks(x, weight.shape[0] if weight.ndim else 0, None, shift=shift)
-    check_inference("conv_", out, x, weight, shift)
-    conv_inplace_op(out, x, weight, shift, accumulate, active, activation, stride, padding, groups, backend)
+    check_inference("conv_", out, x, weight, shift, residual)
+    conv_inplace_op(out, x, weight, shift, residual, accumulate, active, activation, stride, padding, groups, backend)
     return out

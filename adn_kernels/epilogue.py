@@ -67,7 +67,7 @@ def check_epilogue(
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; pass float32, float16 or bfloat16")
     if out is not None:
-        check_no_alias(out, x=x, **read)
+        check_no_alias(out, x=x, residual=residual, **read)
 
 
 def check_same_kind(x: Tensor, weight: Tensor) -> None:

@@ -1,18 +1,20 @@
 """Forwards of detectors: each depth of one any-depth net against the static network of that depth.
 
-Contenders, for every model, type, batch size and depth:
+Contenders, for every model, type, batch size and depth, to what the net gives (of a YOLO decoded boxes):
 
 - `engine`: `adn.Engine(adn.fuse(net))` called at that depth, with its copies of input and output; on a CPU, where there
   is no graph to launch, `adn.fuse(net)` itself.
 - `adn.compile`: the any-depth net, compiled in place.
 - `static, eager`: the extracted static network, channels last.
 - `static, compiled`: `torch.compile` of it; on a GPU in mode max-autotune.
+- `engine, processed`, `static, compiled, processed`: the same to what is found, of a YOLO by non-maximum suppression.
 
 On a GPU all but the engine, which does so itself, are captured in CUDA graphs, and what is timed, between events, is
-their replay. Rounds interleave the contenders in an order drawn anew. `error` is the largest difference of the best
-scores of an image's queries, in their order, from those of the float64 network.
+their replay; processing comes after it. Rounds interleave the contenders in an order drawn anew. `error` is the largest
+difference of the best scores of an image's queries or cells, in their order, from those of the float64 network.
 
-Static models (`rtdetr_r50vd`) are converted. The summary also has the ratio of the slowest to the fastest depth, which
+Static models (`rtdetr_r50vd`) are converted; by default there are two depths between the extremes, with either half of
+the stages at their base. The summary also has the ratio of the slowest to the fastest depth, which
 is published as 1.82 for RT-DETR-R101.
 
     python bench/detectors.py --csv bench/results/detectors_cpu.csv --batch-sizes 1 --rounds 10
@@ -43,12 +45,14 @@ import adn
 from adn.core.state import is_converted
 from adn.measure.accuracy import read_depths
 from adn.runtime.compile import compile as compile_net
+from adn.runtime.cuda_graphs import CudaGraphs
 from adn.runtime.engine import Engine
 from adn.runtime.fuse import fuse
 
-MODELS = ("anydepth_rtdetr_r50vd", "rtdetr_r50vd")
-DEPTHS = ("super", "base", "TTFF|F|6", "FFFF|T|6")
+MODELS = ("anydepth_rtdetr_r50vd", "rtdetr_r50vd", "anydepth_yolov12l", "anydepth_yolov12s")
 CONTENDERS = ("engine", "adn.compile", "static, eager", "static, compiled")
+PROCESSED = ", processed"
+ALL = (*CONTENDERS, *(name + PROCESSED for name in CONTENDERS))
 QUICK = ("engine", "static, eager")
 KEY = ("model", "dtype", "batch", "depth", "contender")
 
@@ -58,6 +62,14 @@ def detector(name: str) -> nn.Module:
     if not is_converted(model):
         adn.convert(model)
     return randomised(model).eval()
+
+
+def usual_depths(net: nn.Module) -> list[adn.Depth]:
+    """Both extremes, and between them those with the first or the second half of the stages at their base."""
+    full, base = read_depths(net, ["super", "base"])
+    half = len(full.flags) // 2
+    flags = ([i < half for i in range(len(full.flags))], [i >= half for i in range(len(full.flags))])
+    return [full, base, *(adn.Depth([*each, *full.layers]) for each in flags)]
 
 
 class Case:
@@ -93,14 +105,26 @@ class Case:
             static = torch.compile(static, **self.options)
         return functools.partial(static, self.x)
 
+    def processed(self, call: Callable[[], object], captured: bool) -> Callable[[], object]:
+        """To what is found on images of the size of the input."""
+        sizes = [self.x.shape[:1:-1]] * len(self.x)
+        if not captured:
+            return lambda: self.net.postprocess(call(), sizes)
+        graph = CudaGraphs(self.x.device).capture(call)
+        return lambda: (graph.replay(), self.net.postprocess(graph.outputs, sizes))
+
     def rows(self, depth: adn.Depth, names: Iterable[str], rounds: int) -> Iterator[dict[str, object]]:
         with adn.at_depth(self.exact, depth):
             wanted = best_scores(self.exact(self.x[:1].double()))
-        calls, errors = {}, {}
+        calls, errors, launching = {}, {}, {"engine"}
         for name in names:
-            calls[name] = self.contender(name, depth)
+            kind = name.removesuffix(PROCESSED)
+            calls[name] = self.contender(kind, depth)
             errors[name] = (best_scores(calls[name]()) - wanted).abs().max().item()
-        times = timed_on_gpu(calls, rounds, launching=["engine"]) if self.x.is_cuda else timed(calls, rounds)
+            if kind != name:
+                calls[name] = self.processed(calls[name], captured=self.x.is_cuda and kind not in launching)
+                launching.add(name)
+        times = timed_on_gpu(calls, rounds, launching) if self.x.is_cuda else timed(calls, rounds)
         for name, each in times.items():
             p50, p99 = np.percentile(each, [50, 99])
             yield {"depth": str(depth), "contender": name, "p50_ms": round(p50, 5), "p99_ms": round(p99, 5),
@@ -108,8 +132,9 @@ class Case:
 
 
 def best_scores(outputs: dict[str, Tensor]) -> Tensor:
-    """Of the first image, each query's best, in descending order."""
-    return outputs["pred_logits"][0].double().sigmoid().amax(-1).sort(descending=True).values
+    """Of the first image, the best of each query or cell, in descending order."""
+    scores = (outputs["decoded"][0, 4:].T if "decoded" in outputs else outputs["pred_logits"][0].sigmoid()).double()
+    return scores.amax(-1).sort(descending=True).values
 
 
 def summary(rows: list[dict]) -> str:
@@ -117,17 +142,19 @@ def summary(rows: list[dict]) -> str:
     cases: dict[tuple, dict[str, float]] = {}
     for row in rows:
         cases.setdefault(tuple(str(row[name]) for name in KEY[:4]), {})[row["contender"]] = float(row["p50_ms"])
-    lines = [[*KEY[:4], *(f"{name} (ms)" for name in CONTENDERS), "engine / eager", "engine / compiled"]]
+    seen = {row["contender"] for row in rows}
+    names = [name for name in ALL if name in seen]
+    lines = [[*KEY[:4], *(f"{name} (ms)" for name in names), "engine / eager", "engine / compiled"]]
     by_net: dict[tuple, dict[str, list[float]]] = {}
     for key, ms in cases.items():
         ratios = [f"{ms['engine'] / ms[name]:.2f}" if {"engine", name} <= ms.keys() else "-" for name in CONTENDERS[2:]]
-        lines.append([*key, *(f"{ms[name]:.3f}" if name in ms else "-" for name in CONTENDERS), *ratios])
+        lines.append([*key, *(f"{ms[name]:.3f}" if name in ms else "-" for name in names), *ratios])
         for name, value in ms.items():
             by_net.setdefault(key[:3], {}).setdefault(name, []).append(value)
-    extremes = [[*KEY[:3], *CONTENDERS]]
+    extremes = [[*KEY[:3], *names]]
     for key, each in by_net.items():
         extremes.append([*key, *(f"{max(each[name]) / min(each[name]):.2f}x" if name in each else "-"
-                                 for name in CONTENDERS)])
+                                 for name in names)])
     return f"{columns(lines)}\n\nslowest depth / fastest\n{columns(extremes)}"
 
 
@@ -137,8 +164,9 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=640, help="side of the images")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--depths", nargs="+", default=DEPTHS)
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--depths", nargs="+", help="default: both extremes and two between")
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=ALL, metavar="NAME",
+                        help="of " + "; ".join(ALL))
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further depth after this")
     parser.add_argument("--device", default="cpu")
@@ -155,11 +183,11 @@ def main() -> int:
                 break
             with results.attempt(name, dtype, f"batch {batch}"):
                 net = detector(name)
-                depths = read_depths(net, args.depths)
+                depths = read_depths(net, args.depths) if args.depths else usual_depths(net)
                 x = torch.rand(batch, 3, args.size, args.size, device=device, dtype=getattr(torch, dtype))
                 case = Case(copy.deepcopy(net).to(device, x.dtype), net.double().to(device),
                             x.contiguous(memory_format=torch.channels_last))
-                for names, depth in itertools.product((QUICK, CONTENDERS), depths):
+                for names, depth in itertools.product((QUICK, args.contenders), depths):
                     chosen = [each for each in names if each in args.contenders]
                     if results.lacks(*((name, dtype, batch, depth, each) for each in chosen)):
                         for row in case.rows(depth, chosen, args.rounds):

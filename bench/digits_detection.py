@@ -1,10 +1,11 @@
-"""One tiny any-depth RT-DETR on scenes of handwritten digits, against a base network trained separately.
+"""A tiny any-depth detector on scenes of handwritten digits, against a base network trained separately.
 
-Same recipe, same number of epochs, several seeds. Scenes are made from scikit-learn's digits by `adn scenes`, those to
-evaluate from other digits than those to train on. AP50 is the mean over ten classes, in percent; nothing but the last
-evaluation sees the validation scenes.
+RT-DETR or, by `--recipe yolo-digits`, YOLOv12. Same recipe, same number of epochs, several seeds. Scenes are made from
+scikit-learn's digits by `adn scenes`, those to evaluate from other digits than those to train on. AP50 is the mean over
+ten classes, in percent; nothing but the last evaluation sees the validation scenes.
 
     python bench/digits_detection.py --csv bench/results/digits_detection_cpu.csv
+    python bench/digits_detection.py --recipe yolo-digits --images 1000 --csv bench/results/digits_yolo_cpu.csv
 """
 
 from __future__ import annotations
@@ -21,34 +22,39 @@ from common import columns, header, write_rows
 from torch.utils.data import DataLoader
 
 import adn
-from adn.core.state import state_of
 from adn.data.coco import collate, open_coco
 from adn.data.scenes import write_scenes
 from adn.data.transforms import eval_transform
 from adn.measure.accuracy import chain
 from adn.measure.average_precision import evaluate_detector
-from adn.models.rtdetr.criterion import DistillationLoss
-from adn.models.rtdetr.distill import DetectionDistillation, DetectionSupervised
-from adn.tasks import augmentation
+from adn.models.registry import build_source, source_of
+from adn.settings import DetectorSettings
+from adn.tasks import DETECT, augmentation
 from adn.train import TrainBatches, fit
-from adn.train.recipes import DETECTION_RECIPES, DetectionRecipe
+from adn.train.recipes import DETECTION_RECIPES
 
 NETWORKS = ("any-depth", "separate base")
+BETWEEN = ("TFTF|F|3", "FTFT|T|2", "FFFF|T|2", "FFFF|F|1")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    recipe = DETECTION_RECIPES["digits"]
+    parser.add_argument("--recipe", choices=("digits", "yolo-digits"), default="digits")
     parser.add_argument("--data", type=Path, metavar="DIR", help="scenes of `adn scenes` (default: made anew)")
     parser.add_argument("--images", type=int, default=2000, help="scenes to train on")
-    parser.add_argument("--epochs", type=int, default=recipe.epochs)
-    parser.add_argument("--cut-decoder", action="store_true", help="train the base-net's decoder at its own depth")
+    parser.add_argument("--epochs", type=int, help="default: those of the recipe")
+    parser.add_argument("--cut-decoder", action="store_true",
+                        help="of RT-DETR, train the base-net's decoder at its own depth")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
+    recipe = DETECTION_RECIPES[args.recipe]
+    changes = {"epochs": args.epochs} if args.epochs else {}
+    if args.cut_decoder:
+        changes["cut_decoder"] = True
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as made:
         data = args.data
@@ -57,7 +63,7 @@ def main() -> None:
             write_scenes(data, images=args.images, val_images=200, size=recipe.size, seed=0)
         for seed in args.seeds:
             for what in args.networks:
-                rows += run(what, recipe.but(seed=seed, epochs=args.epochs, cut_decoder=args.cut_decoder), data, args)
+                rows += run(what, recipe.but(seed=seed, **changes), data, args)
                 if args.csv:
                     write_rows(args.csv, rows, header(args.device) | {"recipe": str(recipe.to_dict())})
     table = [("network", "depth", "AP50 mean", "lowest", "highest", "AP mean", "minutes")]
@@ -69,25 +75,23 @@ def main() -> None:
     print(columns(table))
 
 
-def run(what: str, recipe: DetectionRecipe, data: Path, args: argparse.Namespace) -> list[dict[str, object]]:
+def run(what: str, recipe: DetectorSettings, data: Path, args: argparse.Namespace) -> list[dict[str, object]]:
     device = torch.device(args.device)
     torch.manual_seed(recipe.seed)
-    train = open_coco(data, "train", augmentation(recipe))
-    validation = open_coco(data, "val", eval_transform(recipe.size))
-    net = adn.convert(adn.create_model(recipe.model, num_classes=len(train.class_names), **recipe.model_kwargs))
+    train = open_coco(data, "train")
+    net = adn.convert(build_source(recipe.model, {"num_classes": len(train.class_names), **recipe.model_kwargs}))
+    letterbox = source_of(net).letterbox
+    train.transform = augmentation(recipe, train, letterbox)
+    validation = open_coco(data, "val", eval_transform(recipe.size, letterbox))
     if what == "separate base":
         net = adn.extract(net, "base")
-        loss = DetectionSupervised(net.to(device))
-    else:
-        for cut in state_of(net).cuts:
-            cut.in_training = recipe.cut_decoder
-        loss = DetectionDistillation(net.to(device), distillation=DistillationLoss(class_kl=recipe.class_kl))
+    loss = DETECT.loss(net.to(device), recipe)
     batches = TrainBatches(train, recipe, workers=args.workers, collate=collate)
     start = time.perf_counter()
     net = fit(net, batches, None, recipe, loss=loss).net
     seconds = round(time.perf_counter() - start, 1)
     loader = DataLoader(validation, 50, collate_fn=collate)
-    depths = None if what == "separate base" else [*chain(net), "TFTF|F|3", "FTFT|T|2", "FFFF|T|2", "FFFF|F|1"]
+    depths = None if what == "separate base" else [*chain(net), *(BETWEEN if args.recipe == "digits" else ())]
     found = evaluate_detector(net, loader, depths, device)
     print(f"seed {recipe.seed}, {what}: {seconds:.0f} s, AP50 " + ", ".join(
         f"{row.depth or 'base'} {row.ap50:.1f}" for row in found), flush=True)

@@ -5,9 +5,10 @@
 
 Steps, in order: what the GPU reaches and whether cuDNN is safe (`probe.py`); tests of the engine, the deploy form and
 whole nets, and one small case of every kernel against exact results, while compilers run for the cases of `kernels.py`;
-whole nets and detectors, fused against eager, then ResNet-50 against compiled forms; kernels that have targets; changes
-of depth, a depth for each image, training steps; every op under compute-sanitizer where that is installed; then, in
-what time is left, all other tests, all other cases of the kernels, and what calls cost the host.
+whole nets and detectors, fused against eager, then ResNet-50 against compiled forms; kernels that have targets; YOLOs
+against compiled forms; changes of depth, a depth for each image, training steps; every op under compute-sanitizer where
+that is installed; then, in what time is left, all other tests, all other cases of the kernels, and what calls cost the
+host.
 
 Each step has a share of the time and gets what those before it have left over; one that fails or runs out of time does
 not stop the others. The exit code says whether all passed.
@@ -110,6 +111,11 @@ def steps(out: Path, passed: Path, dry: bool) -> Iterator[Step]:
 
     yield Step("kernels", 110, [*kernels, "--targets"], measures=True)
 
+    yield Step("YOLO", 60, script(
+        "detectors", "--device", *device, "--dtypes", *pick("bfloat16 float16", "float32"), "--batch-sizes",
+        *pick("1 8", "1"), *models, *rounds, "--size", *pick("640", "128"), "--models",
+        *pick("anydepth_yolov12l anydepth_yolov12s", "anydepth_yolov12n"), "--contenders", "engine", "static, compiled",
+        "engine, processed", "static, compiled, processed"), measures=True)
     yield Step("switch storm", 20, script("switch_storm", *on, *size, *rounds, "--models", *nets,
                                           "--csv", f"{out}/switch_storm.csv"))
     yield Step("a depth for each image", 20, script(

@@ -145,7 +145,7 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.n
 
 def timed_on_gpu(calls: dict[str, Callable[[], object]], rounds: int, launching: Collection[str] = ()
                  ) -> dict[str, np.ndarray]:
-    """The same of CUDA graphs of the calls; of calls themselves that launch such graphs."""
+    """The same of CUDA graphs of the calls; of calls themselves that launch such graphs, or have begun with one."""
     graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
     replays = {name: call if name in launching else graphs.capture(call).replay for name, call in calls.items()}
     repeats = {}

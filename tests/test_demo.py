@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 from PIL import Image
 
 import adn
-from adn import demo
 from adn.cli import main
+from adn.demo import digits as demo
+from adn.demo import scenes
+from adn.tasks import is_detector
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -42,8 +45,10 @@ def test_batches_are_shifted_digits() -> None:
             assert found
 
 
-def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "demo"
+def test_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    out, whole = tmp_path / "demo", demo.Digits.load()
+    few = dataclasses.replace(whole, x=whole.x[:160], y=whole.y[:160])
+    monkeypatch.setattr(demo.Digits, "load", lambda: few)
     assert main(["demo", "--out", str(out), "--epochs", "1", "--compare"]) == 0
     printed = capsys.readouterr().out
     table = printed[printed.index("depth  MMACs"):].splitlines()[1:17]
@@ -52,8 +57,7 @@ def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "trained separately" in printed
     assert (out / "depths.png").stat().st_size > 10_000
 
-    profile = adn.Profile.from_csv(out / "depths.csv")
-    digits = demo.Digits.load()
+    profile, digits = adn.Profile.from_csv(out / "depths.csv"), few
     checkpoint = ["--checkpoint", str(out / "model.safetensors")]
     assert main(["profile", *checkpoint, "--rounds", "1", "--budget", "10000"]) == 0
     assert "FFFF fits 10000 ms" in capsys.readouterr().out
@@ -71,6 +75,28 @@ def test_a_user_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
     again = demo.run(tmp_path / "again", epochs=1, progress=False)
     assert [p.top1 for p in again.profile] == [p.top1 for p in profile], "the same numbers for the same seed"
+
+
+def test_a_user_finds_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("pycocotools")
+    monkeypatch.setattr(scenes, "IMAGES", 16)
+    monkeypatch.setattr(scenes, "HELD_OUT", 4)
+    out = tmp_path / "demo"
+    for _ in range(2):
+        assert main(["demo", "--task", "detect", "--out", str(out), "--epochs", "1"]) == 0
+        printed = capsys.readouterr().out
+    table = printed[printed.index("\ndepth ") + 1 :].splitlines()[1:10]
+    assert [line.split()[0] for line in table] == ["T" * i + "F" * (8 - i) for i in range(9)]
+    with Image.open(out / "detections.png") as picture:
+        assert picture.width > 2 * 3 * scenes.RECIPE.size
+        assert picture.height > 3 * 3 * scenes.RECIPE.size
+    assert (out / "depths.png").stat().st_size > 10_000
+    net = adn.load(out / "model.safetensors")
+    assert is_detector(net)
+    command = next(line for line in printed.splitlines() if line.startswith("next:")).split()[2:]
+    assert main([*command, "--rounds", "1"]) in (0, 1)
+    assert main(["detect", str(out / "scenes" / "images" / "val"), "--checkpoint", str(out / "model.safetensors"),
+                 "--out", str(tmp_path / "found"), "--depth", "TFTFTFTF"]) == 0
 
 
 def test_another_run_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

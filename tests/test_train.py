@@ -13,7 +13,14 @@ from torch import nn
 
 import adn
 from adn.train import RECIPES, Recipe, TrainBatches, mixing, recipe, train_sampler, train_transform
-from adn.train.optim import WeightAverage, create_optimizer, create_scheduler, ema_decay, parameter_groups
+from adn.train.optim import (
+    WeightAverage,
+    create_optimizer,
+    create_scheduler,
+    ema_decay,
+    parameter_groups,
+    warm_momentum,
+)
 
 COMMON = {"alpha": 0.5, "temperature": 1.0, "top_classes": 500, "features": (), "variant": "neurips", "flip": 0.5,
           "momentum": 0.9, "gamma": 0.1, "eval_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -71,7 +78,7 @@ def test_another_model_drops_the_arguments_of_the_first() -> None:
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"epochs": 0}, "epochs=0"), ({"lr": -1.0}, "lr=-1"), ({"alpha": 1.5}, "alpha"), ({"clip": 0.0}, "clip"),
-    ({"amp": "fp32"}, "bf16, fp16, or none"), ({"schedule": "linear"}, "steps, cosine, constant"),
+    ({"amp": "fp32"}, "bf16, fp16, or none"), ({"schedule": "line"}, "steps, cosine, linear, constant"),
     ({"milestones": (60, 30)}, "ascending"), ({"optimizer": "sdg"}, "sdg"), ({"lrr": 1}, "lrr"),
 ])
 def test_bad_settings(change: dict, said: str) -> None:
@@ -121,6 +128,24 @@ def torch_rates(r: Recipe) -> list[float]:
 def test_learning_rates(name: str) -> None:
     r = RECIPES[name]
     assert rates(r) == pytest.approx(torch_rates(r), rel=1e-6, abs=1e-9)
+
+
+def test_rates_between_epochs() -> None:
+    r = Recipe(epochs=10, lr=0.1, lr_min=0.001, schedule="linear", warmup_epochs=2, warmup_factor=0.0, momentum=0.9,
+               warmup_momentum=0.5)
+    optimizer = create_optimizer(nn.Linear(2, 2), r)
+    scheduler = create_scheduler(optimizer, r)
+    for epoch, lr, momentum in ((0, 0, 0.5), (0.5, 0.025, 0.6), (1.5, 0.075, 0.8), (2, 0.0802, 0.9),
+                                (5.25, 0.048025, 0.9), (10, 0.001, 0.9)):
+        scheduler.step(epoch)
+        warm_momentum(optimizer, r, epoch)
+        for group in optimizer.param_groups:
+            assert (group["lr"], group["momentum"]) == (pytest.approx(lr, abs=1e-12), pytest.approx(momentum))
+    smooth = Recipe(epochs=10, lr=0.1, schedule="cosine", warmup_epochs=2, warmup_factor=0.0)
+    scheduler = create_scheduler(optimizer := create_optimizer(nn.Linear(2, 2), smooth), smooth)
+    scheduler.step(6.5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * (1 + math.cos(math.pi * 4.5 / 8)))
+    warm_momentum(create_optimizer(nn.Linear(2, 2), adam := r.but(optimizer="adamw")), adam, 1.0)  # has none
 
 
 def test_learning_rates_by_hand() -> None:

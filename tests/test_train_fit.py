@@ -162,6 +162,63 @@ def test_clipping_and_rates_reach_the_optimizer() -> None:
     assert 0 < moved < 1e-5
 
 
+class Sum(nn.Module):
+    """The sum, or the mean, of the squares of what a net gives."""
+
+    def __init__(self, net: nn.Module, summed: bool) -> None:
+        super().__init__()
+        self.net, self.summed = net, summed
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        squares = (self.net(x)[:, 0] - y).square()
+        return {"loss": squares.sum() if self.summed else squares.mean()}
+
+
+def in_batches(size: int, batch: int, summed: bool, **settings: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 1)
+    x, y = torch.randn(size, 4), torch.randn(size)
+    recipe = Recipe(epochs=2, batch_size=batch, optimizer="momentum", lr=0.01, schedule="constant", **settings)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    pairs = [(a[rank::world], b[rank::world]) for a, b in zip(x.split(batch), y.split(batch), strict=True)]
+    fit(net, lambda epoch: pairs, None, recipe.but(batch_size=batch // world), loss=Sum(net, summed), progress=False)
+    return net.weight.detach()
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("amp", [None, "bf16"])
+def test_gradients_of_several_batches(summed: bool, amp: str | None) -> None:
+    """Three batches of 4 are as one of 12; of the last step of an epoch there may be fewer."""
+    settings = {"clip": 0.5, "amp": amp, "ema": False}
+    one, three = in_batches(24, 12, summed, **settings), in_batches(24, 4, summed, nominal_batch=12, **settings)
+    torch.testing.assert_close(three, one, rtol=2e-2 if amp else 1e-5, atol=1e-7)
+    assert not torch.allclose(three, in_batches(24, 4, summed, **settings), rtol=1e-3)
+    torch.testing.assert_close(in_batches(12, 4, summed, nominal_batch=8), in_batches(12, 4, summed, nominal_batch=9))
+    eight_and_four = in_batches(12, 8, summed)
+    torch.testing.assert_close(in_batches(12, 4, summed, nominal_batch=8), eight_and_four, rtol=1e-5, atol=1e-7)
+
+
+def test_rates_of_each_step() -> None:
+    seen = []
+
+    class Watch(Sum):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+            seen.append(None)
+            return super().forward(x, y)
+
+    net, rates = nn.Linear(4, 1), []
+    recipe = Recipe(epochs=2, batch_size=4, optimizer="momentum", lr=1.0, schedule="linear", each_step=True)
+    x, y = torch.zeros(16, 4), torch.zeros(16)
+    loss = Watch(net, summed=False)
+    result = fit(net, lambda epoch: list(zip(x.split(4), y.split(4), strict=True)), None, recipe, loss=loss,
+                 progress=False)
+    rates = [row["lr"] for row in result.history]
+    assert rates == pytest.approx([1 - 0.75 / 2, 1 - 1.75 / 2])
+    assert len(seen) == 8
+    with pytest.raises(ValueError, match="nobody knows how many there are: pass --no-each-step"):
+        fit(net, lambda epoch: (batch for batch in [(x, y)]), None, recipe, loss=loss, progress=False)
+
+
 def test_plain_networks_learn_by_the_same_loop(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = timm.create_model("resnet18", num_classes=3, channels=(4, 4, 8, 8))
@@ -537,6 +594,7 @@ def one_of_two(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     result = trained(Path(out))
     torch.save(result.net.state_dict(), f"{out}-{rank}.pt")
+    torch.save([in_batches(24, 6, summed, nominal_batch=12) for summed in (False, True)], f"{out}-{rank}-sums.pt")
     dist.destroy_process_group()
 
 
@@ -553,6 +611,10 @@ def test_two_processes_are_one_with_both_halves(tmp_path: Path) -> None:
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
         assert a["val_top1_base"] == b["val_top1_base"]
     assert {path.name for path in (tmp_path / "two").iterdir()} >= {"last.pt", "model.safetensors", "log.csv"}
+    for i, summed in enumerate((False, True)):
+        expected = in_batches(24, 6, summed, nominal_batch=12)
+        for rank in (0, 1):
+            torch.testing.assert_close(torch.load(f"{tmp_path / 'two'}-{rank}-sums.pt")[i], expected)
 
 
 def test_the_logged_loss_is_per_image() -> None:

@@ -182,10 +182,12 @@ def test_starting_from_weights(images: Path, tmp_path: Path) -> None:
         train(config(images, tmp_path / "b", deeper, weights=str(tmp_path / "5.pth"), new_head=True), progress=False)
 
 
-def test_boxes_are_not_for_classifiers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("coco", [True, False])
+def test_boxes_are_not_for_classifiers(tmp_path: Path, coco: bool) -> None:
     (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "instances_train.json").write_text("{}")
-    with pytest.raises(ValueError, match="boxes in COCO's format: pass --task detect"):
+    file = tmp_path / "annotations" / "instances_train.json" if coco else tmp_path / "data.yaml"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="has images with boxes: pass --task detect"):
         train(config(tmp_path, tmp_path / "out", SMALL), progress=False)
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch.utils.data import Dataset
-from torchvision.tv_tensors import BoundingBoxes
+from torchvision.tv_tensors import BoundingBoxes, Mask
 
+from . import yolo
 from .images import LOOKED_AT, UNREADABLE, notes_of_range, to_rgb, upright
 
 Target = dict[str, torch.Tensor]
@@ -60,9 +61,12 @@ class CocoImages(Dataset):
     Pixels are taken as stored: like the COCO tools, this ignores an orientation in the EXIF data, unless turning the
     image by it gives the width and height that the annotations are for, and the stored pixels do not.
 
+    With `masks`, targets have `masks`, tv_tensors `Mask` (n, height, width) bool, too; all False is that of an object
+    without outline.
+
     An image that is missing, cannot be decoded or is of another size than annotated gives None instead of an item,
-    which `collate` drops, and is remembered. Annotations are kept in a few arrays, without masks: about 50 bytes per
-    object, shared by processes that are forked.
+    which `collate` drops, and is remembered. Annotations are kept in a few arrays, about 50 bytes for an object and,
+    with `masks`, what the file says of its outline, shared by processes that are forked.
 
     Attributes:
         categories: by label, id in the file and name.
@@ -71,23 +75,33 @@ class CocoImages(Dataset):
         trainable: how many objects a detector can learn from: those with area in their image that are no crowd.
         notes: what was put right or left out, one sentence each; empty if the file is in order.
         transform: what turns image and target into an item; None leaves them as they are.
+        epoch: of training, counted from 0, for transforms that change with it.
     """
 
+    epoch = 0
+
     def __init__(self, images: str | os.PathLike[str], annotations: str | os.PathLike[str],
-                 transform: Transform | None = None) -> None:
+                 transform: Transform | None = None, content: Mapping[str, list[Any]] | None = None, *,
+                 masks: bool = False) -> None:
         """Read the annotations.
 
         Args:
             images: the folder that the file names in `annotations` are relative to.
             annotations: a json file with lists `images`, `annotations` and `categories`.
+            content: the same, if it has been read already; `annotations` is then what messages call it.
+            masks: keep the outlines of objects, which are polygons or run lengths.
 
         Raises:
             ValueError: if the file is missing, cut short or of another format, contradicts itself (the same id or
                 file twice, annotations of unknown images or categories), has boxes in parts of the image instead of
                 pixels, or none of its images is in the folder.
+            ImportError: with `masks`, if pycocotools is not installed.
         """
         self.folder, self.file, self.transform = os.fspath(images), os.fspath(annotations), transform
-        content = _read_json(self.file)
+        self.masks = masks
+        if masks:
+            _decoder()
+        content = _read_json(self.file, masks) if content is None else content
         self.categories = _categories(self.file, content["categories"])
         self.class_names = [category.name for category in self.categories]
         self._take_images(content["images"])
@@ -101,6 +115,14 @@ class CocoImages(Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Any, Target] | None:
+        item = self.untransformed(index)
+        return item if item is None or self.transform is None else self.transform(*item)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def untransformed(self, index: int) -> tuple[Image.Image, Target] | None:
+        """Image and target, see above."""
         index = range(len(self))[index]
         size = self._size(index)
         try:
@@ -111,8 +133,7 @@ class CocoImages(Dataset):
         if image is None or image.size != size:
             self._failed[index] = True
             return None
-        target = self._target(index)
-        return (image, target) if self.transform is None else self.transform(image, target)
+        return image, self._target(index)
 
     @property
     def unreadable(self) -> list[str]:
@@ -153,9 +174,7 @@ class CocoImages(Dataset):
         _refuse_repeated(list(map(os.path.normpath, names)), f"{self.file}: image file")
         self.image_ids = np.array(ids, dtype=np.int64)
         self._sizes = np.array([widths, heights], dtype=np.int64).T
-        # One text: looking at one of 100,000 would unshare, by its reference count, a page between forked processes.
-        self._names = "".join(names)
-        self._name_ends = np.cumsum([len(name) for name in names])
+        self._names = _Texts(names)
 
     def _take_objects(self, entries: Sequence[Any]) -> None:
         image_ids, category_ids, boxes, crowd, areas = (
@@ -174,6 +193,13 @@ class CocoImages(Dataset):
         self._labels = np.array([label[i] for i in category_ids], dtype=np.int64)[order]
         self._boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)[order]  # xywh, as in the file
         self._crowd = np.array(crowd, dtype=bool)[order]
+        if self.masks:
+            outlines = _column(self.file, "annotations", entries, "segmentation", _OUTLINE, [])
+            for i, (outline, image) in enumerate(zip(outlines, images, strict=True)):
+                if isinstance(outline, dict) and list(outline["size"]) != self._sizes[image][::-1].tolist():
+                    raise ValueError(f"{self.file}: segmentation of annotations[{i}] has a size of {outline['size']}, "
+                                     f"its image a height and width of {self._sizes[image][::-1].tolist()}")
+            self._outlines = _Texts([json.dumps(outlines[i]) for i in order])
         areas = np.array(areas, dtype=np.float64)[order]
         self._areas = np.where(np.isnan(areas), self._boxes[:, 2] * self._boxes[:, 3], areas)
 
@@ -257,25 +283,63 @@ class CocoImages(Dataset):
         boxes = _clip(_corners(self._boxes[part]), self._sizes[index])
         chosen = _has_area(boxes) & ~self._crowd[part]
         width, height = self._size(index)
+        masks = {}
+        if self.masks:
+            outlines = (json.loads(self._outlines[part.start + i]) for i in np.flatnonzero(chosen))
+            filled = np.array([_filled(outline, height, width) for outline in outlines], dtype=bool)
+            masks["masks"] = Mask(torch.from_numpy(filled.reshape(-1, height, width)))
         return {
             "boxes": BoundingBoxes(torch.from_numpy(boxes[chosen]).float(), format="XYXY", canvas_size=(height, width)),
             "labels": torch.from_numpy(self._labels[part][chosen]),
             "image_id": torch.tensor(int(self.image_ids[index])),
-            "size": torch.tensor([width, height]),
+            "size": torch.tensor([width, height]), **masks,
         }
 
     def _size(self, index: int) -> tuple[int, int]:
         return tuple(self._sizes[index].tolist())
 
     def _name(self, index: int) -> str:
-        return self._names[self._name_ends[index - 1] if index else 0 : self._name_ends[index]]
+        return self._names[index]
 
     def _path(self, index: int) -> str:
         return os.path.join(self.folder, self._name(index))
 
 
-def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | None = None) -> CocoImages:
-    """Open one split of a folder in one of the usual layouts.
+class _Texts:
+    """Many texts in one: looking at one of 100,000 would unshare, by its reference count, a page between forked
+    processes."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._all = "".join(texts)
+        self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+
+    def __getitem__(self, index: int) -> str:
+        return self._all[self._ends[index - 1] if index else 0 : self._ends[index]]
+
+
+def _decoder() -> Any:
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise ImportError('outlines of objects need pycocotools: pip install "adn[detect]"') from error
+    return mask
+
+
+def _filled(outline: Any, height: int, width: int) -> np.ndarray:
+    """bool (height, width), of polygons or run lengths as COCO's files have them."""
+    tools = _decoder()
+    if not outline:
+        return np.zeros((height, width), dtype=bool)
+    if isinstance(outline, dict) and isinstance(outline["counts"], str):
+        return tools.decode(outline).astype(bool)
+    runs = tools.frPyObjects(outline, height, width)
+    return tools.decode(tools.merge(runs) if isinstance(runs, list) else runs).astype(bool)
+
+
+def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | None = None, *, masks: bool = False
+              ) -> CocoImages:
+    """Open one split of a folder in one of the usual layouts, or of YOLO's label files (a `data.yaml`, see
+    `adn.data.yolo`).
 
     These are `ROOT/annotations/instances_SPLIT2017.json` with images in `ROOT/SPLIT2017` or `ROOT/images/SPLIT2017`,
     the same without 2017, `ROOT/instances_SPLIT.json` with `ROOT/images/SPLIT`, and `ROOT/SPLIT/_annotations.coco.json`
@@ -284,7 +348,7 @@ def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | N
     Args:
         root: the folder.
         split: "train", "val", ...; "val", "valid" and "validation" find each other.
-        transform: see `CocoImages`.
+        transform, masks: see `CocoImages`.
 
     Raises:
         ValueError: if there is no such layout, saying what was looked for; otherwise as `CocoImages`.
@@ -292,7 +356,10 @@ def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | N
     places = _places(split)
     for file, folder in places:
         if Path(root, file).is_file() and Path(root, folder).is_dir():
-            return CocoImages(Path(root, folder), Path(root, file), transform)
+            return CocoImages(Path(root, folder), Path(root, file), transform, masks=masks)
+    if (description := yolo.find(root)) is not None:
+        folder, content = yolo.read(description, _named(split))
+        return CocoImages(folder, description, transform, content, masks=masks)
     if without := [(file, folder) for file, folder in places if Path(root, file).is_file()]:
         raise ValueError(f"{Path(root, without[0][0])} is there, but no folder with its images: looked for "
                          f"{', '.join(str(Path(root, folder)) for _, folder in without)}")
@@ -301,14 +368,17 @@ def open_coco(root: str | os.PathLike[str], split: str, transform: Transform | N
                      f"{split!r}. Looked for {looked}")
 
 
-def is_coco(root: str | os.PathLike[str], split: str) -> bool:
+def has_boxes(root: str | os.PathLike[str], split: str) -> bool:
     """Are there annotations where `open_coco` looks for them?"""
-    return any(Path(root, file).is_file() for file, _ in _places(split))
+    return yolo.find(root) is not None or any(Path(root, file).is_file() for file, _ in _places(split))
 
 
 def _places(split: str) -> list[tuple[str, str]]:
-    names = dict.fromkeys((split, *(_VALIDATION if split in _VALIDATION else ())))
-    return [tuple(part.format(split=name) for part in layout) for name in names for layout in _LAYOUTS]
+    return [tuple(part.format(split=name) for part in layout) for name in _named(split) for layout in _LAYOUTS]
+
+
+def _named(split: str) -> list[str]:
+    return list(dict.fromkeys((split, *(_VALIDATION if split in _VALIDATION else ()))))
 
 
 def read_class_names(path: str | os.PathLike[str]) -> list[str]:
@@ -340,10 +410,10 @@ def collate(batch: Sequence[tuple[torch.Tensor, Target] | None]) -> tuple[torch.
     return torch.stack(images), list(targets)
 
 
-def _read_json(path: str) -> dict[str, list[Any]]:
+def _read_json(path: str, masks: bool = False) -> dict[str, list[Any]]:
     try:
         with open(path, "rb") as file:
-            content = json.load(file, object_hook=_without_mask)
+            content = json.load(file, object_hook=None if masks else _without_mask)
     except OSError as error:
         raise ValueError(f"no annotations in {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # also bytes that are no text
@@ -374,8 +444,13 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < _LARGEST
 
 
+def _is_polygon(value: Any) -> bool:
+    return type(value) is list and len(value) >= 6 and len(value) % 2 == 0 and all(map(_number, value))
+
+
 # What a field can be, as messages call it.
 _SIDE, _BOX = "a positive integer", "four finite numbers, x, y, width, height"
+_OUTLINE = "polygons of three points or more, or run lengths with their size"
 _IS: dict[str, Callable[[Any], bool]] = {
     "an integer": lambda value: type(value) is int and abs(value) < 2**63,
     _SIDE: lambda value: type(value) is int and 0 < value < 2**63,
@@ -383,6 +458,8 @@ _IS: dict[str, Callable[[Any], bool]] = {
     "0 or 1": lambda value: value in (0, 1),
     "a text": lambda value: type(value) is str and value != "",
     _BOX: lambda value: type(value) is list and len(value) == 4 and all(map(_number, value)),
+    _OUTLINE: lambda value: all(map(_is_polygon, value)) if type(value) is list else (
+        type(value) is dict and {"counts", "size"} <= value.keys()),
 }
 
 

@@ -1,4 +1,4 @@
-"""How images and boxes are prepared: RT-DETR's augmentation, its evaluation, and sizes that vary by step.
+"""How images and boxes are prepared: augmentation, evaluation, and sizes that vary by step.
 
 Whatever is drawn comes from torch's global generator, which `adn.train.fit` and the workers of a DataLoader seed from
 (seed, epoch, process), or from a generator that is passed: a run repeats its epochs exactly.
@@ -6,14 +6,18 @@ Whatever is drawn comes from torch's global generator, which `adn.train.fit` and
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
+from . import mosaic
 from .coco import Target
 
 
@@ -23,28 +27,59 @@ class _IoUCrop(v2.RandomIoUCrop):
         return super().make_params(flat_inputs) if min(v2.query_size(flat_inputs)) * self.min_scale >= 1 else {}
 
 
-def train_transform(size: int = 640, *, distort: float = 0.5, zoom_out: float = 0.5, crop: float = 0.8,
-                    flip: float = 0.5) -> v2.Transform:
-    """RT-DETR's augmentation, for `CocoImages`.
+class _Colours(v2.Transform):
+    """Hue, saturation and brightness, each by a part of its own of up to so much of its range, or of itself."""
 
-    Photometric distortion, zoom-out onto black, IoU crop, horizontal flip, resizing without keeping the aspect ratio.
-    Objects whose centre is cropped away, or of less than a pixel in width or height before or after resizing, are left
-    out.
+    _transformed_types = (Image.Image,)
+
+    def __init__(self, hue: float, saturation: float, brightness: float) -> None:
+        super().__init__()
+        self.most = torch.tensor([hue, saturation, brightness])
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"by": ((2 * torch.rand(3) - 1) * self.most).tolist()}
+
+    def transform(self, image: Image.Image, params: dict[str, Any]) -> Image.Image:
+        hue, *others = params["by"]
+        tables = [[round(i + 255 * hue) % 256 for i in range(256)],
+                  *([min(round(i * (1 + by)), 255) for i in range(256)] for by in others)]
+        return image.convert("HSV").point(functools.reduce(operator.iadd, tables, [])).convert("RGB")
+
+
+def train_transform(size: int = 640, *, distort: float = 0.5, zoom_out: float = 0.5, crop: float = 0.8,
+                    flip: float = 0.5, hue: float = 0.0, saturation: float = 0.0,
+                    brightness: float = 0.0, compose: mosaic.Compose | None = None) -> v2.Transform:
+    """Augmentation for `CocoImages`.
+
+    Of each image photometric distortion, zoom-out onto black and IoU crop, as RT-DETR has them; then, if asked for, one
+    of several, see `compose`; changes of hue, saturation and brightness, as YOLO has them; horizontal flip; resizing
+    without keeping the aspect ratio. Objects whose centre is cropped away, or of less than a pixel in width or height
+    before or after resizing, are left out.
 
     Args:
         size: side of the images that the net gets, in pixels.
         distort: probability of each part of the distortion.
         zoom_out, crop, flip: probabilities.
+        hue: by up to which part of a full turn it changes.
+        saturation, brightness: by up to which part of themselves they change.
+        compose: of `size`, as it keeps the aspect ratio; what it does to each image alone is set here.
 
     Returns:
         From (`PIL.Image`, target of `CocoImages`) to the image (3, size, size) float32 in 0..1, and the target with
         `boxes` (n, 4) float32 cxcywh, in 0..1 of the augmented image.
     """
-    return v2.Compose([
+    each = [
         v2.RandomPhotometricDistort(p=distort),
         v2.RandomZoomOut(fill=0, p=zoom_out),
         v2.RandomApply([_IoUCrop()], p=crop),
         v2.SanitizeBoundingBoxes(min_size=1),
+    ]
+    if compose is not None:
+        compose.each = v2.Compose(each)
+        each = [compose]
+    return v2.Compose([
+        *each,
+        *([_Colours(hue, saturation, brightness)] if hue or saturation or brightness else []),
         v2.RandomHorizontalFlip(p=flip),
         *_resize(size),
         # Rounding may put an edge a hair outside of the resized image, for which the box would be taken out.
@@ -54,16 +89,20 @@ def train_transform(size: int = 640, *, distort: float = 0.5, zoom_out: float = 
     ])
 
 
-def eval_transform(size: int = 640) -> v2.Transform:
-    """Resizing without keeping the aspect ratio (Pillow's bilinear filter, smoothed when shrinking).
+def eval_transform(size: int = 640, letterbox: bool = False) -> v2.Transform:
+    """Resizing (Pillow's bilinear filter, smoothed when shrinking).
 
     Args:
         size: side of the images that the net gets, in pixels.
+        letterbox: keep the aspect ratio, with grey above and below or on both sides; else it changes.
 
     Returns:
-        As `train_transform`; it takes an RGB `PIL.Image` alone, too.
+        As `train_transform`; it takes an RGB `PIL.Image` alone, too. It has `letterbox` as an attribute.
     """
-    return v2.Compose([*_resize(size), _as_net_input])
+    fit = [functools.partial(mosaic.letterbox, size=size)] if letterbox else []
+    transform = v2.Compose([*fit, *_resize(size), _as_net_input])
+    transform.letterbox = letterbox
+    return transform
 
 
 def multi_scale_sizes(base: int = 640, stride: int = 32) -> list[int]:

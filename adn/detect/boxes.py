@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # Two boxes of no area overlap by 0, not by NaN.
@@ -47,3 +49,26 @@ def inverse_sigmoid(x: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """`log(x / (1 - x))` of x clipped to 0..1, both x and 1 - x taken as at least `eps`; half precision as float32."""
     x = widened(x).clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def complete_iou(a: torch.Tensor, b: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
+    """Intersection over union, less the squared distance of the centres in diagonals of the hull and a term for shapes
+    that differ (complete IoU, Zheng et al., AAAI 2020). The weight of the last has no gradient.
+
+    Args:
+        a, b: xyxy in one unit of length, shapes (..., 4) that broadcast.
+        eps: added to heights, union and squared diagonal, as in the published detectors.
+
+    Returns:
+        (...), at most 1.
+    """
+    (al, at, ar, ab), (bl, bt, br, bb) = a.unbind(-1), b.unbind(-1)
+    aw, ah, bw, bh = ar - al, ab - at + eps, br - bl, bb - bt + eps
+    intersection = _extent(al.maximum(bl), ar.minimum(br)) * _extent(at.maximum(bt), ab.minimum(bb))
+    iou = intersection / (aw * ah + bw * bh - intersection + eps)
+    diagonal = (ar.maximum(br) - al.minimum(bl)) ** 2 + (ab.maximum(bb) - at.minimum(bt)) ** 2 + eps
+    distance = ((bl + br - al - ar) ** 2 + (bt + bb - at - ab) ** 2) / 4
+    shape = 4 / math.pi**2 * (torch.atan(bw / bh) - torch.atan(aw / ah)) ** 2
+    with torch.no_grad():
+        weight = shape / (shape - iou + 1 + eps)
+    return iou - (distance / diagonal + shape * weight)

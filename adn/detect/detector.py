@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from ..core.regions import unseen
 from ..settings import Settings
 
 
@@ -19,11 +20,14 @@ class Detector(nn.Module):
         adn_origin: what `adn.create_model` was called with, if it was.
         num_classes: labels are 0 to num_classes - 1.
         stride: sides of images must be multiples of it.
+        letterbox: images keep their aspect ratio, on grey, see `adn.data.transforms.eval_transform`; what `postprocess`
+            gives is for the images without it.
         class_heads: what names of parts begin with that depend on the number of classes.
     """
 
     adn_task: ClassVar[str] = "detect"
     adn_origin: dict[str, Any] | None = None
+    letterbox: ClassVar[bool] = False
     num_classes: int
     stride: int
     class_heads: tuple[str, ...]
@@ -55,6 +59,28 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
+    def supervised(self, recipe: Settings, sizes: Sequence[int]) -> nn.Module:
+        """The same for a net of one depth, which learns from the objects alone; see `adn.detect.training`."""
+        raise NotImplementedError
+
     def warning(self) -> str | None:
         """Why training from nothing would go wrong, and what to do; None if it would not."""
         return None
+
+
+@fx.wrap
+@unseen
+def checked(images: torch.Tensor, stride: int) -> torch.Tensor:
+    """The images, if a detector can take them.
+
+    Raises:
+        ValueError: if not, saying what to pass.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {tuple(images.shape)}; pass (B, 3, H, W)")
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype}; pass floating numbers in 0..1, such as images.float() / 255")
+    h, w = images.shape[-2:]
+    if h % stride or w % stride or not h or not w:
+        raise ValueError(f"images of {w} x {h} pixels; both sides must be multiples of {stride}")
+    return images

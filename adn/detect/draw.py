@@ -50,6 +50,21 @@ def draw_detections(image: Image.Image, result: Mapping[str, torch.Tensor], clas
     return drawn
 
 
+def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], gap: int = 8) -> Image.Image:
+    """Pictures of one size in rows and columns, on white, with a title over each column."""
+    width, height = rows[0][0].size
+    font = ImageFont.load_default(20)
+    top = 20 + 2 * gap
+    whole = Image.new("RGB", (len(titles) * (width + gap) + gap, top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(whole)
+    for x, title in enumerate(titles):
+        left = gap + x * (width + gap)
+        draw.text((left, gap), title, "black", font)
+        for y, row in enumerate(rows):
+            whole.paste(row[x], (left, top + y * (height + gap)))
+    return whole
+
+
 def label_colour(label: int) -> tuple[int, int, int]:
     """The RGB colour of a class."""
     red, green, blue = colorsys.hsv_to_rgb(label * _GOLDEN % 1, 0.85, 0.95)

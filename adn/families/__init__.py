@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 
@@ -101,7 +102,8 @@ def _import_own(model: nn.Module) -> None:
     own = {".".join(cls.__module__.split(".")[:3]) for module in model.modules() for cls in type(module).__mro__
            if cls.__module__.startswith(_OWN_MODELS)}
     for package in own:
-        importlib.import_module(f"{package}.family")
+        if importlib.util.find_spec(f"{package}.family") is not None:
+            importlib.import_module(f"{package}.family")
 
 
 _OWN_MODELS = f"{__name__.partition('.')[0]}.models."

@@ -100,8 +100,9 @@ def evaluate_detector(
         One row per depth, in the order given; a single one, of depth None, for a net of one depth.
 
     Raises:
-        ValueError: if data and net do not have the same classes, the net cannot take images of this size or gives
-            boxes that are not finite, the loader has no `CocoImages`, or there is no image at all.
+        ValueError: if data and net do not have the same classes, the images are not fitted as the net wants them, the
+            net cannot take images of this size or gives boxes that are not finite, the loader has no `CocoImages`, or
+            there is no image at all.
         ImportError: if the backend is not installed.
     """
     if backend not in BACKENDS:
@@ -116,6 +117,11 @@ def evaluate_detector(
         raise ValueError(f"this {type(net).__name__} is not any-depth: leave out depths={list(depths)}")
     detector = _detector(net)
     _check_classes(net, detector.num_classes, data)
+    letterbox = getattr(detector, "letterbox", False)
+    if getattr(data.transform, "letterbox", letterbox) != letterbox:
+        raise ValueError(f"the boxes of this {type(detector).__name__} are for images that "
+                         f"{'keep' if letterbox else 'do not keep'} their aspect ratio: prepare them by "
+                         f"eval_transform(size, letterbox={letterbox})")
     found: list[Found] = [{} for _ in chosen]
 
     def keep(i: int, outputs: Any, targets: list[Target]) -> None:

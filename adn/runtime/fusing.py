@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ..core.trace import addition_of, hooked, nothing_in_eval
 from .cut import Segment
+from .joining import join
 from .layers import AddLayerNorm, ConvNormAct, Layer, NormAct, RepConvNormAct, is_plain_conv, split_norm
 from .match import chain_of, sum_before
 from .norms import is_layer_norm
@@ -31,13 +32,13 @@ class _Fusing:
         self.layers: dict[tuple, Layer] = {}
         self.done: set[nn.Module] = set()
 
-    def fuse(self, path: fx.GraphModule) -> None:
+    def fuse(self, path: fx.GraphModule, joins: bool = True) -> None:
         if path in self.done:
             return
         self.done.add(path)
         for child in path.children():
             if isinstance(child, BypassedBlock):
-                self.fuse(child.block)
+                self.fuse(child.block, joins=False)  # layers that may leave samples out write elsewhere
                 child.leave_out_work()
             elif isinstance(child, fx.GraphModule):
                 self.fuse(child)
@@ -58,6 +59,8 @@ class _Fusing:
                 self._fuse_layer_norm(path, node, module, second)
         for node in self._calls(path):
             self._merge_branches(path, node)
+        if joins:
+            join(path)
         graph.lint()
         path.delete_all_unused_submodules()
         path.recompile()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adn_kernels import ops, private
 from adn_kernels.activation import act_reference
+from adn_kernels.conv import choose
 
 from ..core.trace import hooked
 from .norms import activation_in, evenly_spaced
@@ -93,10 +94,25 @@ class ConvNormAct(Layer):
         self._keep("bias", bias)
         self.packed = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor | None = None,
+                into: tuple[Tensor | None, int] | None = None) -> Tensor:
+        """`into`, a tensor and a channel: from there on in it the result is written, if a Triton kernel computes it and
+        it is of that type."""
         if residual is not None and tuple(residual.shape) != conv_shape(x, self.source[0].weight, *self.place[:3]):
             return act_reference(self._convolve(x, None, "identity", bank) + residual, self.activation)
+        if into is not None and into[0] is not None and self._can_write(x, residual):
+            stride, padding, _, groups = self.place
+            out = into[0].narrow(1, into[1], self.weight.shape[0])
+            return ops.conv_(out, x, self.weight, self.bias, residual=residual, activation=self.activation,
+                             stride=stride[0], padding=padding[0], groups=groups)
         return self._convolve(x, residual, self.activation, bank)
+
+    def _can_write(self, x: Tensor, residual: Tensor | None) -> bool:
+        if not is_square(self.source[0]) or (residual is not None and residual.dtype != x.dtype):
+            return False
+        stride, padding, _, groups = self.place
+        return choose(x, self.weight, None, residual, None, self.activation, stride[0], padding[0], groups,
+                      None) == "triton"
 
     def _convolve(self, x: Tensor, residual: Tensor | None, activation: str, bank: Tensor | None) -> Tensor:
         # A compiler has no use for weights in oneDNN's own layout.

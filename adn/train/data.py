@@ -50,11 +50,11 @@ class TrainBatches:
     def __call__(self, epoch: int) -> DataLoader:
         seed, size = self.recipe.seed, self.recipe.batch_size
         sampler = None
-        if isinstance(self.data, IterableDataset):
-            source = getattr(self.data, "source", None)
-            if hasattr(source, "set_epoch"):
-                source.set_epoch(epoch)
-        else:
+        in_turn = isinstance(self.data, IterableDataset)
+        source = getattr(self.data, "source", None) if in_turn else self.data
+        if hasattr(source, "set_epoch"):
+            source.set_epoch(epoch)
+        if not in_turn:
             sampler = train_sampler(self.data, self.recipe, epoch, self.rank, self.world)
         return DataLoader(
             self.data, size, sampler=sampler, num_workers=self.workers, collate_fn=self.collate,

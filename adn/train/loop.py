@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..settings import Settings
 from ..tasks import CLASSIFY
 from .folder import BEST, CONFIG, FINAL, INTERRUPTED, LAST, RunFolder
 from .interrupts import Interrupts
-from .optim import WeightAverage, create_optimizer, create_scheduler
+from .optim import WeightAverage, create_optimizer, create_scheduler, warm_momentum
 from .seeds import seed_all
 
 Batch = tuple[torch.Tensor, Any]
@@ -118,7 +119,9 @@ def fit(
         resume: go on after the last complete epoch in `out`.
         overwrite: replace a run that is in `out`.
         loss: module around the net that gives a dict with `loss` when called on a batch; None = `default_loss`. If it
-            has a method `backward` like that of `SelfDistillation`, that is used where one process runs alone.
+            has a method `backward` like that of `SelfDistillation`, that is used where one process runs alone. If its
+            `summed` is true, losses are sums over images: gradients of batches and processes add up, else their mean
+            is taken.
         accuracy: a part, between underscores, of the names of numbers of `evaluate` that are accuracies in percent
             ("AP" of "val_AP_super"); the mean of these decides which epoch is best.
         device: None = the current accelerator in a process group with NCCL, else where the net is.
@@ -182,7 +185,8 @@ class _Run:
         self.scheduler = create_scheduler(self.optimizer, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
         self.ema = WeightAverage(net, recipe, self.world) if recipe.ema else None
-        self.epoch = self.steps = 0  # complete epochs; complete steps of the next one
+        self.epoch = self.steps = 0  # complete epochs; batches of the next one
+        self.pending = 0  # of these, those whose gradients wait for the optimizer
         self.history: list[dict[str, Any]] = []
         self.best: float | None = None
         self.parallel = self.loss
@@ -212,20 +216,27 @@ class _Run:
     def _train(self, batches: Batches, interrupts: Interrupts) -> dict[str, Any]:
         recipe, epoch = self.recipe, self.epoch
         seed_all(recipe.seed, epoch, self.rank)
-        self.scheduler.step(epoch)
+        self._set_rates(epoch)
         self.loss.train()
         loader = batches(epoch)
+        count = operator.length_hint(loader)
+        if recipe.each_step and not count:
+            raise ValueError("the learning rate cannot change with every batch where nobody knows how many there are: "
+                             "pass --no-each-step")
+        together = max(1, round((recipe.nominal_batch or 1) / (recipe.batch_size * self.world)))
         total: dict[str, torch.Tensor] = {}  # sums over images: batches need not be of one size
-        images = 0
+        images = updates = 0
         look_every = 1 if self.device.type == "cpu" else _STEPS_PER_LOOK
         self.steps = 0
         steps = progress_bar(loader, desc=f"epoch {epoch + 1}/{recipe.epochs}", unit="step", show=self.talk)
         with steps:
             for x, y in self._readable(steps):
                 interrupts.hold = True
-                losses = self._step(x, y)
-                if self.ema is not None and self.steps % recipe.ema_every == 0:
-                    self.ema.update_in(epoch, self.net)
+                if recipe.each_step:
+                    self._set_rates(epoch + self.steps / count)
+                losses = self._backward(x, y)
+                if self.pending == together:
+                    updates = self._update(updates)
                 for name, value in losses.items():
                     if value.ndim == 0:
                         total[name] = value.detach() * len(x) + total.get(name, 0)
@@ -237,6 +248,8 @@ class _Run:
                 interrupts.hold = False
                 interrupts.check()
         interrupts.check()
+        if self.pending:
+            self._update(updates)
         if not total:
             raise ValueError(f"epoch {epoch + 1} has no batch to train on: there are no images, or none could be read")
         self._check_finite(total["loss"])
@@ -252,12 +265,19 @@ class _Run:
                 raise RuntimeError("a whole batch of unreadable images in one of several processes; they cannot go on "
                                    "together: remove the damaged files")
 
-    def _step(self, x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
+    def _set_rates(self, epoch: float) -> None:
+        self.scheduler.step(epoch)
+        warm_momentum(self.optimizer, self.recipe, epoch)
+
+    def _backward(self, x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
+        """Add the gradients of a batch, the mean of all processes."""
         recipe = self.recipe
         x = x.to(self.device, non_blocking=True,
                  memory_format=self.memory_format if x.ndim == 4 else torch.preserve_format)
         y = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), y)
-        self.optimizer.zero_grad()
+        if not self.pending:
+            self.optimizer.zero_grad()
+        self.pending += 1
         # One backward per pass needs less memory, but DDP wants all of a step in one forward.
         in_two = self.world == 1 and hasattr(self.loss, "backward")
         try:
@@ -273,12 +293,24 @@ class _Run:
                 "has no variance. Use a larger batch size, or larger images") from error
         if not in_two:
             self.scaler.scale(losses["loss"]).backward()
-        if recipe.clip is not None:
+        return losses
+
+    def _update(self, updates: int) -> int:
+        """A step of the optimizer with the gradients of all batches since the last one; how many steps there were."""
+        factor = self.world if getattr(self.loss, "summed", False) else 1 / self.pending
+        if factor != 1:
+            for parameter in self.net.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        if self.recipe.clip is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.net.parameters(), recipe.clip)
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return losses
+        self.pending = 0
+        if self.ema is not None and updates % self.recipe.ema_every == 0:
+            self.ema.update_in(self.epoch, self.net)
+        return updates + 1
 
     def _evaluate(self, evaluate: Evaluate) -> Mapping[str, float]:
         if self.world > 1:

@@ -65,7 +65,8 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Settings) -> Sche
     """The learning rate as a function of the epoch: `scheduler.step(epoch)` sets that of `epoch`, counted from 0.
 
     Linear warm-up from `warmup_factor * lr`, then, counted from its end: steps, at each milestone m for epochs >= m;
-    half a cosine from `lr` to `lr_min` over the epochs that are left; or nothing.
+    half a cosine from `lr` to `lr_min` over the epochs that are left; or nothing. A line from `lr` to `lr_min` over all
+    epochs is counted from the beginning, as YOLO's recipes have it. The epoch may be a fraction.
     """
     warmup = {"warmup_t": recipe.warmup_epochs, "warmup_lr_init": recipe.warmup_factor * recipe.lr,
               "warmup_prefix": True}
@@ -73,9 +74,22 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Settings) -> Sche
         # A period of 1 and one of 2 begin alike, but timm warns of the former.
         period = max(2, recipe.epochs - recipe.warmup_epochs)
         return timm.scheduler.CosineLRScheduler(optimizer, period, lr_min=recipe.lr_min, **warmup)
+    if recipe.schedule == "linear":
+        return timm.scheduler.PolyLRScheduler(optimizer, max(2, recipe.epochs), power=1, lr_min=recipe.lr_min,
+                                              **warmup | {"warmup_prefix": False})
     # timm applies a milestone m from epoch m - 1 on, the reference (torch's MultiStepLR) from epoch m.
     milestones = [m + 1 for m in recipe.milestones] if recipe.schedule == "steps" else []
     return timm.scheduler.MultiStepLRScheduler(optimizer, milestones, decay_rate=recipe.gamma, **warmup)
+
+
+def warm_momentum(optimizer: torch.optim.Optimizer, recipe: Settings, epoch: float) -> None:
+    """Set that of `epoch`, counted from 0: during warm-up on the line from `warmup_momentum` to `momentum`."""
+    start = recipe.warmup_momentum
+    if start is not None and recipe.warmup_epochs:
+        momentum = start + (recipe.momentum - start) * min(1, epoch / recipe.warmup_epochs)
+        for group in optimizer.param_groups:
+            if "momentum" in group:
+                group["momentum"] = momentum
 
 
 def ema_decay(recipe: Settings, world: int) -> float:

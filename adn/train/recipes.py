@@ -116,8 +116,9 @@ def recipe_type(task: str, model: str | None = None) -> type[Settings]:
 
 def default_recipe(task: str, model: str | None = None) -> Settings:
     """The recipe to train a model by where none is named."""
-    kind, default = recipe_type(task, model), _DEFAULTS[task]
-    return default if type(default) is kind else kind()
+    kind = recipe_type(task, model)
+    usual = (each for each in (_DEFAULTS[task], *DETECTION_RECIPES.values()) if type(each) is kind)
+    return next(usual, None) or kind()
 
 
 def recipe(name: str, **changes: Any) -> Recipe:

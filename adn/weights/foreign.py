@@ -191,10 +191,13 @@ def _read(path: Path) -> Mapping:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if refused := re.search(r"(?i)unsupported (?:global|class)\S* (?:GLOBAL )?(\S+)", str(error)):
-            raise CheckpointError(
-                f"{path} holds pickled code ({refused[1]}), which is not run. If you trust it, load it yourself and "
-                "pass the state dict: adn.load_weights(net, torch.load(path, weights_only=False)[...])"
-            ) from error
+            how = "load it yourself and pass the state dict: adn.load_weights(net, torch.load(path, " \
+                "weights_only=False)[...])"
+            if refused[1].startswith("ultralytics."):  # a whole model
+                how = "export its weights with the package that made it: torch.save(ultralytics.YOLO(path).model." \
+                    "float().state_dict(), 'weights.pth')"
+            raise CheckpointError(f"{path} holds pickled code ({refused[1]}), which is not run. If you trust it, {how}"
+                                  ) from error
         raise CheckpointError(f"{path} is damaged, or no checkpoint of torch.save") from error
     # A damaged file fails at whatever its first wrong length or instruction makes the reader do.
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,

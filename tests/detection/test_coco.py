@@ -287,6 +287,43 @@ def test_missing_and_damaged_pictures_are_left_out_and_remembered(tmp_path: Path
     assert data.unreadable == [str(folder / "first.png"), str(folder / "second.png")]
 
 
+def test_masks(tmp_path: Path) -> None:
+    """Of polygons, of run lengths as numbers and as text, and of an object without outline."""
+    mask = np.zeros((30, 40), dtype=np.uint8)
+    mask[4:9, 10:22] = 1
+    runs = [int(n) for n in np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=2, append=2)))]
+    runs = [0, *runs] if mask[0, 0] else runs
+    tools = pytest.importorskip("pycocotools.mask")
+    text = tools.encode(np.asfortranarray(mask))["counts"].decode()
+    outlines = [[[10, 4, 22, 4, 22, 9, 10, 9]], {"counts": runs, "size": [30, 40]},
+                {"counts": text, "size": [30, 40]}, [[10, 4, 16, 4, 16, 9, 10, 9], [16, 4, 22, 4, 22, 9, 16, 9]], None]
+    described = content() | {"annotations": [
+        an_object(3, 1, [10, 4, 12, 5], id=i, segmentation=outline) for i, outline in enumerate(outlines)]}
+    data = CocoImages(*write(tmp_path, described), masks=True)
+    data = pickle.loads(pickle.dumps(data))
+    *masks, none = data[1][1]["masks"]
+    for found in masks:
+        assert found.dtype == torch.bool
+        assert found.tolist() == mask.astype(bool).tolist()
+    assert not none.any()
+    assert data[2][1]["masks"].shape == (0, 30, 40)
+    described["annotations"] = [*described["annotations"][:1], an_object(3, 1, [5, 5, 0, 0], id=7)]
+    assert CocoImages(*write(tmp_path, described), masks=True)[1][1]["masks"].shape == (1, 30, 40)
+
+
+@pytest.mark.parametrize(("outline", "message"), [
+    ([[1, 2, 3, 4]], "segmentation of annotations\\[0\\] must be polygons of three points or more"),
+    ([[1, 2, 3, 4, 5, "6"]], "must be polygons"), ({"counts": [3]}, "must be polygons"), ("a", "must be polygons"),
+    ({"counts": [1200], "size": [40, 30]}, "has a size of \\[40, 30\\], its image a height and width of \\[30, 40\\]"),
+])
+def test_outlines_that_are_none(tmp_path: Path, outline: Any, message: str) -> None:
+    described = content() | {"annotations": [an_object(3, 1, [1, 1, 5, 5], id=1, segmentation=outline)]}
+    files = write(tmp_path, described)
+    with pytest.raises(ValueError, match=message):
+        CocoImages(*files, masks=True)
+    assert len(CocoImages(*files)[1][1]["boxes"]) == 1
+
+
 def test_collate() -> None:
     assert collate([None, None]) is None
     images, targets = collate([(torch.zeros(3, 2, 2), {"a": 1}), None, (torch.ones(3, 2, 2), {"a": 2})])

@@ -81,7 +81,7 @@ def every_seventh(net: nn.Module) -> list[adn.Depth]:
 # ------------------------------------------------------------------------------------------------------- deploy form
 
 
-@pytest.mark.parametrize("kind", few(KINDS, IN_CI[::3].__contains__))
+@pytest.mark.parametrize("kind", few(KINDS, IN_CI[3:].__contains__))
 def test_deploy_form_at_every_depth(kind: str) -> None:
     net, x = detector(kind).double(), images(dtype=torch.float64)
     fused, seen = fuse(net), set()
@@ -405,7 +405,7 @@ def sweep(engine: Engine, net: nn.Module) -> None:
 
 @pytest.mark.parametrize(("make", "batch_sizes"), few(
     itertools.product([copy.deepcopy, fuse], [None, (1, 4), (2,)]),
-    [(copy.deepcopy, (1, 4)), (fuse, None), (fuse, (2,))].__contains__))
+    [(copy.deepcopy, (1, 4)), (fuse, (2,))].__contains__))
 def test_engine(make: Callable[[nn.Module], nn.Module], batch_sizes: tuple[int, ...] | None) -> None:
     net = detector()
     sweep(Engine(make(net), batch_sizes=batch_sizes), net)
@@ -454,6 +454,7 @@ def test_engine_by_budget() -> None:
         engine.set_budget(ms=1e-6)
 
 
+@pytest.mark.full
 def test_profile() -> None:
     """More layers and more blocks cost more, whatever else is set."""
     net, x = detector(decoder_layers=2), images(1)
@@ -470,7 +471,7 @@ def test_profile() -> None:
 
 
 @pytest.mark.parametrize(("kind", "depth"), few(
-    itertools.product(IN_CI[0:3:2], ["super", "base"]), [(IN_CI[0], "base"), (IN_CI[2], "super")].__contains__))
+    itertools.product(IN_CI[0:3:2], ["super", "base"]), [(IN_CI[2], "base")].__contains__))
 def test_export_of_a_static_detector(kind: str, depth: str) -> None:
     net, x = detector(kind), images()
     static = adn.extract(net, depth)

@@ -18,7 +18,7 @@ from adn.cli import main
 from adn.data import scenes
 from adn.data.coco import open_coco
 from adn.data.scenes import load_digits, make_scene, write_scenes
-from adn.demo import Digits
+from adn.demo.digits import Digits
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -749,8 +750,8 @@ def public(two: bool = False, activation: str = "silu"):
     return function, make_args
 
 
-@pytest.mark.parametrize("two", [False, True])
-@pytest.mark.parametrize("layout", [0, 1])
+@pytest.mark.parametrize(("layout", "two"), few(itertools.product([0, 1], [False, True]),
+                                                lambda case: case[0] == case[1]))
 def test_compile(layout: int, two: bool) -> None:
     function, make_args = public(two)
     check_compile(function, lambda batch: make_args(batch, layout))

@@ -577,6 +577,7 @@ def test_results_say_what_is_missing(
     assert "net, 3: failed: ValueError: no such depth" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_probe() -> None:
     assert "NaN in 0 of 24 convolutions" in run("bench/probe.py")
 
@@ -584,17 +585,19 @@ def test_probe() -> None:
 def test_detectors(tmp_path: Path) -> None:
     path = tmp_path / "detectors.csv"
     common.write_rows(path, [
-        {"model": "rtdetr_r18vd", "dtype": "float32", "batch": 1, "depth": "TTTTT|2", "contender": name, "p50_ms": 1.0,
-         "p99_ms": 1.0, "error": 0.0} for name in ("engine", "static, eager")], {})
-    output = run("bench/detectors.py", "--models", "rtdetr_r18vd", "--size", "160", "--batch-sizes", "1", "--rounds",
-                 "1", "--contenders", "static, eager", "engine", "--depths", "super", "base", "--csv", str(path))
-    assert output.splitlines()[-1].count("x") == 2
+        {"model": "anydepth_yolov12n", "dtype": "float32", "batch": 1, "depth": "T" * 8, "contender": name,
+         "p50_ms": 1.0, "p99_ms": 1.0, "error": 0.0} for name in ("engine", "static, eager")], {})
+    output = run("bench/detectors.py", "--models", "anydepth_yolov12n", "--size", "96", "--batch-sizes", "1",
+                 "--rounds", "1", "--contenders", "static, eager", "engine", "engine, processed", "--csv", str(path))
+    assert output.splitlines()[-1].count("x") == 3
     rows = common.read_rows(path)
-    assert [(row["depth"], row["contender"]) for row in rows] == [
-        (depth, name) for depth in ("TTTTT|2", "FFFFF|3") for name in ("engine", "static, eager")]
+    depths = ("T" * 8, "F" * 8, "TTTTFFFF", "FFFFTTTT")
+    assert {(row["depth"], row["contender"]) for row in rows} == {
+        (depth, name) for depth in depths for name in ("engine", "static, eager", "engine, processed")}
     assert all(float(row["p50_ms"]) > 0 and float(row["error"]) < 1e-4 for row in rows)
 
 
+@pytest.mark.full
 def test_host_cost(tmp_path: Path) -> None:
     path = tmp_path / "host_cost.csv"
     assert "aten.add" in run("bench/host_cost.py", "--calls", "1", "--rounds", "1", "--csv", str(path))

@@ -337,6 +337,39 @@ def test_in_place_op(kind: str, active: list[int] | None, accumulate: bool) -> N
     assert_close(out[on], replace(case, residual=before if accumulate else None).torch()[on])
 
 
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "depthwise", "grouped"])
+@pytest.mark.parametrize("layout", [0, 1])
+def test_channels_of_a_larger_tensor(kind: str, layout: int) -> None:
+    """Written while others of its channels are the residual; all else keeps its bits."""
+    case = make(kind, n=3, activation="silu", folded=True)
+    channels = case.shape[1]
+    whole = layouts(torch.randn(3, 2 * channels + 3, *case.shape[2:]))[layout]
+    before, out, residual = whole.clone(), whole[:, 2 : 2 + channels], whole[:, 2 + channels : 2 + 2 * channels]
+    conv_(out, case.x, case.weight, case.shift, residual=residual, activation="silu", padding=case.padding,
+          groups=case.groups)
+    assert_close(out, replace(case, residual=residual).torch())
+    assert torch.equal(whole[:, :2], before[:, :2])
+    assert torch.equal(whole[:, 2 + channels :], before[:, 2 + channels :])
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "depthwise"])
+def test_launch_to_channels_of_a_larger_tensor(kind: str) -> None:
+    case = make(kind, n=3, activation="silu", folded=True, layout=1)
+    channels = case.shape[1]
+    whole = layouts(torch.randn(3, 3 * channels, *case.shape[2:]))[1]
+    want = replace(case, residual=whole[:, :channels]).torch()
+    guards = Guards()
+    given, placed = case.placed(guards), guards.place(whole)
+    module.launch_conv(*replace(given, residual=placed[:, :channels]).arguments, "triton",
+                       placed[:, channels : 2 * channels])
+    guards.check()
+    assert_close(placed[:, channels : 2 * channels], want)
+    for part in (placed[:, :channels], placed[:, 2 * channels :]):
+        start = 0 if part.data_ptr() == placed.data_ptr() else 2 * channels
+        assert torch.equal(part, whole[:, start : start + channels])
+
+
 def test_folded_norm() -> None:
     torch.manual_seed(0)
     layer, norm = torch.nn.Conv2d(5, 9, 1), torch.nn.BatchNorm2d(9)
@@ -397,8 +430,10 @@ def test_opcheck() -> None:
     # What runs it is cuDNN; here its shapes are checked.
     torch.library.opcheck(torch.ops.adn.conv_cudnn, (case.x, case.weight, case.shift, None, "identity", 1, 1, 1))
     torch.library.opcheck(torch.ops.adn.conv_, (
-        case.residual, case.x, case.weight, case.shift, True, torch.tensor([0, 1], dtype=torch.int32), "relu", 1, 1, 1,
-        None))
+        case.residual, case.x, case.weight, case.shift, None, True, torch.tensor([0, 1], dtype=torch.int32), "relu", 1,
+        1, 1, None))
+    torch.library.opcheck(torch.ops.adn.conv_, (
+        case.residual + 1, case.x, case.weight, case.shift, case.residual, False, None, "relu", 1, 1, 1, None))
 
 
 def functional(kind: str, backend: str | None, activation: str) -> Callable:
@@ -496,6 +531,9 @@ S, FLAGS = torch.randn(5), torch.zeros(2, dtype=torch.int32)
     (lambda: conv_(OUT, X, W, padding=1, active=torch.zeros(2)), "active is torch.float32; pass int32"),
     (lambda: conv_(OUT[:, :4], X, W, padding=1), r"out has shape \(2, 4, 4, 4\); the output has \(2, 5, 4, 4\)"),
     (lambda: conv_(X, X, torch.randn(3, 3, 1, 1)), "x shares memory with the output"),
+    (lambda: conv_(OUT, X, W, padding=1, residual=OUT), "residual shares memory with the output"),
+    (lambda: conv_(OUT, X, W, padding=1, residual=OUT + 1, accumulate=True), "pass one of them"),
+    (lambda: conv_(OUT, X, W, padding=1, residual=X), "residual has shape"),
     (lambda: conv_(torch.zeros(2, 3, 4, 4), X, W[:3], (S[:3], S[:3]), padding=1), "shift is a pair"),
 ])
 def test_bad_input(call: Callable[[], Tensor], message: str) -> None:

@@ -42,7 +42,7 @@ def forward(net: nn.Module, x: torch.Tensor, depth: adn.Depth | str) -> torch.Te
         return net(x)
 
 
-@pytest.mark.parametrize("name", few(NAMES, IN_CI.__contains__))
+@pytest.mark.parametrize("name", few(NAMES, (set(IN_CI) - {"pvt_v2_b0", "resnetv2_50d"}).__contains__))
 def test_every_depth(name: str, table: list) -> None:
     net, x = converted(name)
     net, x = net.double(), x.double()

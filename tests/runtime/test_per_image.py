@@ -49,7 +49,7 @@ def alone(net: nn.Module, x: Tensor, depths: list[adn.Depth]) -> Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("name", few(NAMES, (set(IN_CI) - {"resnetv2_50d", "tv_swin_v2_t"}).__contains__))
+@pytest.mark.parametrize("name", few(NAMES, (set(IN_CI) - {"resnetv2_50d", "tv_swin_v2_t", "pvt_v2_b0"}).__contains__))
 def test_each_image_as_if_alone(name: str) -> None:
     net, fused, x = prepared(name)
     before = x.clone()

@@ -164,7 +164,8 @@ def of_first_inputs(conv: nn.Conv2d, inputs: int) -> nn.Conv2d:
     narrow = copy.copy(conv)
     narrow._parameters = dict(conv._parameters)
     weight = conv.weight.detach()[:, :inputs]
-    narrow._parameters["weight"] = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+    learns = conv.weight.requires_grad and not conv.weight.is_inference()
+    narrow._parameters["weight"] = nn.Parameter(weight, requires_grad=learns)
     narrow.in_channels = inputs
     return narrow
 

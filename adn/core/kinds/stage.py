@@ -30,8 +30,8 @@ class StagePlan(Kind):
     Attributes:
         name: what the stage is called in tables.
         blocks: module names of its blocks, in the order in which they run. All but the first keep the shape.
-        essential: how many always run; None = `essential_count`. Equal to `len(blocks)`: nothing can be bypassed,
-            the stage gets no flag.
+        essential: how many always run; None = `essential_count`. Equal to `len(blocks)`: nothing can be bypassed, and
+            the stage has a flag only if `flag` and `norms` say so.
         norms: module names of the norms switched by this stage's flag, in or out of the stage; None = every norm in
             its essential blocks outside their shortcuts.
         drop_paths: module names of the stochastic-depth modules switched off while the refinement path is bypassed;
@@ -53,7 +53,7 @@ class StagePlan(Kind):
 
     @property
     def has_flag(self) -> bool:
-        return len(self.blocks) > self._split
+        return len(self.blocks) > self._split or (self.flag is not None and bool(self.norms))
 
     @property
     def essential_blocks(self) -> list[str]:

@@ -9,31 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...data.transforms import draw_size, rescale
 from ...detect.targets import Targets
+from ...detect.training import Step, Supervised, prefixed
 from ...distill import TwoPass
 from . import STRIDE
 from .criterion import DetectionLoss, DistillationLoss, Outputs
 
 
-class _Step(nn.Module):
-    """A detector, its losses against the ground truth, and how a pass through it is drawn."""
+class _Step(Step):
+    """How a pass through an RT-DETR is drawn."""
 
     def __init__(self, net: nn.Module, criterion: DetectionLoss | None = None, *, multi_scale: Sequence[int] = (),
                  generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        if bad := [size for size in multi_scale if size < STRIDE or size % STRIDE]:
-            raise ValueError(f"multi_scale has {bad}; pass multiples of {STRIDE}")
-        self.net = net
-        self.criterion = DetectionLoss() if criterion is None else criterion
-        self.multi_scale = tuple(multi_scale)
-        self.generator = generator
+        super().__init__(net, DetectionLoss() if criterion is None else criterion, STRIDE, multi_scale, generator)
 
     def _run(self, images: torch.Tensor, targets: Targets) -> Outputs:
         """One pass, at a size and with denoising queries of its own."""
-        if self.multi_scale:
-            images = rescale(images, draw_size(self.multi_scale, self.generator))
-        return self.net(images, targets, draws=self.generator)
+        return self.net(self._resized(images), targets, draws=self.generator)
 
     def _reaching_all(self, loss: torch.Tensor, outputs: Outputs) -> torch.Tensor:
         """The loss, so that several processes can average gradients.
@@ -47,22 +39,14 @@ class _Step(nn.Module):
         return loss + 0 * sum(p.sum() for p in self.net.parameters() if p.requires_grad)
 
 
-class DetectionSupervised(_Step):
+class DetectionSupervised(_Step, Supervised):
     """The training loss of a plain detector, the counterpart of `DetectionDistillation`.
 
         step = DetectionSupervised(net)
         step(images, targets)["loss"].backward()
 
-    Args, and what images and targets are: as for `DetectionDistillation`.
-
-    Returns (of a call):
-        A dict of scalars: every weighted term of the criterion, and their sum `loss`.
+    Args, and what images and targets are: as for `DetectionDistillation`; what a call returns: see `Supervised`.
     """
-
-    def forward(self, images: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
-        outputs = self._run(images, targets)
-        terms = self.criterion(outputs, targets)
-        return {**terms, "loss": self._reaching_all(_sum(terms), outputs)}
 
 
 class DetectionDistillation(_Step, TwoPass):
@@ -101,20 +85,12 @@ class DetectionDistillation(_Step, TwoPass):
         self.distillation = DistillationLoss() if distillation is None else distillation
 
     def _super_terms(self, of_super: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
-        return _prefixed("super", self.criterion(of_super, targets))
+        return prefixed("super", self.criterion(of_super, targets))
 
     def _base_terms(self, of_base: Outputs, targets: Targets, of_super: Outputs) -> dict[str, torch.Tensor]:
-        return _prefixed("base", self.distillation(of_base, targets, of_super))
+        return prefixed("base", self.distillation(of_base, targets, of_super))
 
     def _teaching(self, of_super: Outputs) -> dict[str, Any]:
         kept = {name: of_super[name].detach() for name in ("pred_logits", "pred_boxes")}
         return kept | {name: [map.detach() for map in of_super[name]]
                        for name in ("backbone_features", "encoder_features") if name in of_super}
-
-
-def _prefixed(net: str, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {**{f"{net}.{name}": value for name, value in terms.items()}, net: _sum(terms)}
-
-
-def _sum(terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack([*terms.values()]).sum()

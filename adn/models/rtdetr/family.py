@@ -66,5 +66,6 @@ def _neck(model: nn.Module, where: str = "") -> Iterator[StagePlan]:
         essential = min(count, max(1, (count + 1) // 2 - 1))
         skipped = tuple(f"{name}." for name in blocks[essential:])
         own = [norm for norm in norms if norm.startswith(prefix) and not norm.startswith(skipped)]
-        yield StagePlan(f"{prefix}bottlenecks", blocks, essential, [*loose, *own], flag="neck")
+        yield StagePlan(f"{prefix}bottlenecks", blocks, essential, [*loose, *own],
+                        flag="neck" if count > essential else None)
         loose = []

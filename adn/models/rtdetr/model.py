@@ -14,13 +14,13 @@ from torch import Tensor, fx, nn
 from ...core.behaviours import FROZEN_NORMS
 from ...core.regions import only_calls, unseen
 from ...core.state import state_of
-from ...detect.detector import Detector
+from ...detect.detector import Detector, checked
 from ...detect.targets import Targets, fitting
 from . import STRIDE
 from .criterion import DistillationLoss
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
-from .distill import DetectionDistillation
+from .distill import DetectionDistillation, DetectionSupervised
 from .encoder import HybridEncoder
 from .postprocess import postprocess
 from .presnet import PResNet
@@ -108,7 +108,7 @@ class RTDETR(Detector):
                 denoising.
             draws: the random numbers of denoising, see `make_queries`.
         """
-        images = checked(images, self.decoder.queries)
+        images = _enough(checked(images, STRIDE), self.decoder.queries)
         features = self.backbone(images)
         maps = self.encoder(features)
         if not self.training:
@@ -121,6 +121,9 @@ class RTDETR(Detector):
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.decoder.reset_classifier(num_classes)
+
+    def supervised(self, _recipe: DetectionRecipe, sizes: Sequence[int]) -> nn.Module:
+        return DetectionSupervised(self, multi_scale=sizes)
 
     def distillation(self, recipe: DetectionRecipe, sizes: Sequence[int]) -> nn.Module:
         for cut in state_of(self).cuts:
@@ -142,17 +145,14 @@ class RTDETR(Detector):
             draws=draws)
 
 
+fx.wrap("checked")
+
+
 @fx.wrap
 @unseen
-def checked(images: Tensor, queries: int) -> Tensor:
-    """The images, if a detector can take them."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images of shape {tuple(images.shape)}; pass (B, 3, H, W)")
-    if not images.is_floating_point():
-        raise ValueError(f"images of {images.dtype}; pass floating numbers in 0..1, such as images.float() / 255")
+def _enough(images: Tensor, queries: int) -> Tensor:
+    """The images, if they have places for so many queries."""
     h, w = images.shape[-2:]
-    if h % STRIDE or w % STRIDE or not h or not w:
-        raise ValueError(f"images of {w} x {h} pixels; both sides must be multiples of {STRIDE}")
     tokens = sum((h // stride) * (w // stride) for stride in (8, 16, 32))
     if tokens < queries:
         raise ValueError(f"images of {w} x {h} pixels have {tokens} places for {queries} queries: pass larger images, "

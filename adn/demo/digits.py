@@ -9,17 +9,16 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from .convert import convert
-from .core.state import state_of
-from .data.scenes import HELD_OUT, read_digits
-from .export.extract import extract
-from .measure.accuracy import evaluate
-from .measure.profile import Profile, profile, require_matplotlib
-from .models.registry import create_model
-from .train import Recipe, fit
-from .train.folder import holds_run, read_config
+from ..convert import convert
+from ..core.state import state_of
+from ..data.scenes import HELD_OUT, read_digits
+from ..export.extract import extract
+from ..measure.accuracy import evaluate
+from ..measure.profile import profile, require_matplotlib
+from ..models.registry import create_model
+from ..train import Recipe, fit
+from . import Demo, is_demo
 
 SIZE = 32  # the 8 x 8 digits are enlarged to this
 SHIFT = 4
@@ -70,16 +69,6 @@ class Digits:
         return list(zip(self.held_out_x.split(120), self.held_out_y.split(120), strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class Demo:
-    """What the demo gives: the net, accuracy and cost of every depth, and with `compare` the accuracies (percent) of
-    networks trained separately, by what they are comparable to: "super" and "base"."""
-
-    net: nn.Module
-    profile: Profile
-    separate: dict[str, float]
-
-
 def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = RECIPE.epochs, progress: bool = True
         ) -> Demo:
     """Convert, train by self-distillation, evaluate and time all depths; write model, table and figure to `out`.
@@ -97,9 +86,7 @@ def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = 
     """
     require_matplotlib()
     digits, out = Digits.load(), Path(out)
-    again = bool((read_config(out) or {}).get("demo"))
-    if not again and holds_run(out):
-        raise ValueError(f"{out} holds another run; choose another folder with --out")
+    again = is_demo(out)
     recipe = RECIPE.but(seed=seed, epochs=epochs)
     torch.manual_seed(seed)
     net = create_model(f"anydepth_{RECIPE.model}", num_classes=10, **RECIPE.model_kwargs)
