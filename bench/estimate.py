@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from cases import BACKWARD, FORWARD, Case, dtype_name
 from common import Results, columns
-from detectors import DEPTHS, detector
+from detectors import detector, usual_depths
 from kernels import OPS, cases_of, in_order
 from shapes import NETWORKS
 from timing import as_tuple, make_inputs
@@ -48,7 +48,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import adn
-from adn.measure.accuracy import read_depths
+from adn.models.registry import ENTRIES
 from adn.runtime.fuse import fuse
 from adn_kernels.launch import cdiv, next_power_of_2
 
@@ -370,7 +370,7 @@ def of_net(name: str, batch: int, results: Results) -> Iterator[dict[str, object
     with aot.fake_cuda("sm_90", mode := Noting()), torch.no_grad():
         fused = fuse(in_fakes(net, torch.bfloat16))
         x = torch.empty(batch, side, side, 3, dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
-        depths = read_depths(fused, DEPTHS) if "detr" in name else adn.depths(fused)
+        depths = usual_depths(fused) if name in ENTRIES else adn.depths(fused)
         depths = [depth for depth in depths if results.lacks(("net", name, depth, batch, "forward"))]
         for again, depth in itertools.product((False, True), depths):
             adn.set_depth(fused, depth)
