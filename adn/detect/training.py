@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ..data.transforms import draw_size, rescale
 from .targets import Targets
-
-Criterion = Callable[[Any, Targets], dict[str, Tensor]]
 
 
 class Step(nn.Module):
