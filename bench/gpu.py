@@ -95,30 +95,30 @@ def steps(out: Path, passed: Path, dry: bool) -> Iterator[Step]:
 
     yield Step("probe", 25, script("probe", "--device", *device))
     compiling = [*kernels, "--targets", "--precompile"]
-    yield Step("tests of nets", 60, [*tests, "-m", "cuda and not full", "tests/test_cuda.py", *pick(
+    yield Step("tests of nets", 55, [*tests, "-m", "cuda and not full", "tests/test_cuda.py", *pick(
         "tests/runtime tests/detection", "")], beside=compiling)
     yield Step("a case of every kernel", 40, small, beside=compiling)
 
-    yield Step("models", 55, script("models", *whole, *models, *size, *rounds, "--models", *nets, "--contenders",
+    yield Step("models", 50, script("models", *whole, *models, *size, *rounds, "--models", *nets, "--contenders",
                                     "fused", "eager"), measures=True)
-    yield Step("detectors", 45, script(
+    yield Step("detectors", 40, script(
         "detectors", *whole, *models, *rounds, "--size", *pick("640", "128"), "--models",
         *pick("anydepth_rtdetr_r50vd rtdetr_r50vd", "rtdetr_r18vd"), "--depths", *pick("super base", "base"),
         "--contenders", "engine", "static, eager"), measures=True)
-    yield Step("compiled", 75, script(
+    yield Step("compiled", 70, script(
         "models", *whole, *models, *size, *rounds, "--models", *pick("resnet50", "test_convnext"), "--depths",
         *pick("FFFF", "TTT"), "--contenders", "fused", "eager", "compiled", "max-autotune"), measures=True)
 
-    yield Step("kernels", 110, [*kernels, "--targets"], measures=True)
+    yield Step("kernels", 100, [*kernels, "--targets"], measures=True)
 
-    yield Step("YOLO", 60, script(
+    yield Step("YOLO", 50, script(
         "detectors", "--device", *device, "--dtypes", *pick("bfloat16 float16", "float32"), "--batch-sizes",
         *pick("1 8", "1"), *models, *rounds, "--size", *pick("640", "128"), "--models",
         *pick("anydepth_yolov12l anydepth_yolov12s", "anydepth_yolov12n"), "--contenders", "engine", "static, compiled",
         "engine, processed", "static, compiled, processed"), measures=True)
-    yield Step("switch storm", 20, script("switch_storm", *on, *size, *rounds, "--models", *nets,
+    yield Step("switch storm", 15, script("switch_storm", *on, *size, *rounds, "--models", *nets,
                                           "--csv", f"{out}/switch_storm.csv"))
-    yield Step("a depth for each image", 20, script(
+    yield Step("a depth for each image", 15, script(
         "per_image", *on, *size, *rounds, "--batch-size", *pick("64", "4"), "--models", *nets,
         "--csv", f"{out}/per_image.csv"))
     yield Step("training step", 30, script(
