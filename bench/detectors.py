@@ -4,6 +4,7 @@ Contenders, for every model, type, batch size and depth, to what the net gives (
 
 - `engine`: `adn.Engine(adn.fuse(net))` called at that depth, with its copies of input and output; on a CPU, where there
   is no graph to launch, `adn.fuse(net)` itself.
+- `fused, compiled`: `adn.compile(adn.fuse(net))`, at that depth.
 - `adn.compile`: the any-depth net, compiled in place.
 - `static, eager`: the extracted static network, channels last.
 - `static, compiled`: `torch.compile` of it; on a GPU in mode max-autotune.
@@ -50,10 +51,11 @@ from adn.runtime.engine import Engine
 from adn.runtime.fuse import fuse
 
 MODELS = ("anydepth_rtdetr_r50vd", "rtdetr_r50vd", "anydepth_yolov12l", "anydepth_yolov12s")
-CONTENDERS = ("engine", "adn.compile", "static, eager", "static, compiled")
+CONTENDERS = ("engine", "fused, compiled", "adn.compile", "static, eager", "static, compiled")
 PROCESSED = ", processed"
 ALL = (*CONTENDERS, *(name + PROCESSED for name in CONTENDERS))
 QUICK = ("engine", "static, eager")
+RATIOS = (("engine", "static, eager"), ("engine", "static, compiled"), ("fused, compiled", "static, compiled"))
 KEY = ("model", "dtype", "batch", "depth", "contender")
 
 
@@ -95,11 +97,15 @@ class Case:
     def compiled(self) -> nn.Module:
         return compile_net(copy.deepcopy(self.net), **self.options)
 
+    @functools.cached_property
+    def fused_compiled(self) -> nn.Module:
+        return compile_net(fuse(self.net), **self.options)
+
     def contender(self, name: str, depth: adn.Depth) -> Callable[[], object]:
         if name == "engine":
             return functools.partial(self.ours, self.x, depth)
-        if name == "adn.compile":
-            return functools.partial(at, self.compiled, depth, self.x)
+        if name in ("adn.compile", "fused, compiled"):
+            return functools.partial(at, self.compiled if name == "adn.compile" else self.fused_compiled, depth, self.x)
         static = adn.extract(self.net, depth).to(memory_format=torch.channels_last)
         if name == "static, compiled":
             static = torch.compile(static, **self.options)
@@ -144,10 +150,10 @@ def summary(rows: list[dict]) -> str:
         cases.setdefault(tuple(str(row[name]) for name in KEY[:4]), {})[row["contender"]] = float(row["p50_ms"])
     seen = {row["contender"] for row in rows}
     names = [name for name in ALL if name in seen]
-    lines = [[*KEY[:4], *(f"{name} (ms)" for name in names), "engine / eager", "engine / compiled"]]
+    lines = [[*KEY[:4], *(f"{name} (ms)" for name in names), *(" / ".join(pair) for pair in RATIOS)]]
     by_net: dict[tuple, dict[str, list[float]]] = {}
     for key, ms in cases.items():
-        ratios = [f"{ms['engine'] / ms[name]:.2f}" if {"engine", name} <= ms.keys() else "-" for name in CONTENDERS[2:]]
+        ratios = [f"{ms[ours] / ms[theirs]:.2f}" if {ours, theirs} <= ms.keys() else "-" for ours, theirs in RATIOS]
         lines.append([*key, *(f"{ms[name]:.3f}" if name in ms else "-" for name in names), *ratios])
         for name, value in ms.items():
             by_net.setdefault(key[:3], {}).setdefault(name, []).append(value)
