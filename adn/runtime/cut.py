@@ -23,6 +23,7 @@ from ..core.regions import choices_in, is_one_region
 from ..core.trace import (
     CannotTrace,
     Traced,
+    activation_of,
     activation_of_module,
     addition_of,
     nothing_in_eval,
@@ -134,6 +135,7 @@ class _Builder:
         self.refinement = {name for _, kind in parts for name in kind.form(kind.base).bypassed}
         self.traced = _traced(model, stages, self.wholes)
         self.bypass = {self.traced.calls[block][1]: self.traced.calls[block][0] for block in self.refinement}
+        self.modules = dict(self.traced.root.named_modules())
         _, *self.nodes, output = self.traced.graph.nodes
         self.pieces = self._pieces()
         self.result = fx.node.map_arg(output.args[0], lambda node: Value(node.name))
@@ -163,6 +165,9 @@ class _Builder:
                 continue
             stage = next((self.inside[path] for path in _owners(node) if path in self.inside), None)
             flag = stage if stage is not None else self.flags.get(node.target)
+            if flag is None and not pending and pieces and self._follows(node, pieces[-1][1][-1]):
+                pieces[-1][1].append(node)
+                continue
             if flag is None:
                 pending.append(node)
                 continue
@@ -178,6 +183,11 @@ class _Builder:
         if pending:
             pieces.append((None, pending))
         return [_Piece.of(flag, nodes) for flag, nodes in pieces]
+
+    def _follows(self, node: fx.Node, last: fx.Node) -> bool:
+        """Is it the activation after a switched norm, with which it becomes one call?"""
+        return (last.target in self.flags and node.all_input_nodes == [last] and len(last.users) == 1
+                and activation_of(node, self.modules) is not None)
 
     def _path(self, piece: _Piece, which: str) -> fx.GraphModule:
         graph = fx.Graph()

@@ -15,11 +15,12 @@ from conftest import few, randomise
 from test_detector_runtime import graphs, images, nothing_compiled, table_of  # noqa: F401
 from torch import Tensor, nn
 from torch.compiler import set_stance
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adn
 from adn.core.behaviours import original_class
-from adn.models.yolov12.layers import A2C2f, Bottleneck, C3k, C3k2
+from adn.models.yolov12.layers import A2C2f, AAttn, Bottleneck, C3k, C3k2
 from adn.runtime import joining
 from adn.runtime.compile import compile
 from adn.runtime.engine import Engine
@@ -78,7 +79,18 @@ def test_deploy_form(kind: str) -> None:
     assert len(seen) == 32, "every depth computes something else"
     for segment in fused.segments:
         for path in segment.paths:
-            assert not any(isinstance(m, NormAct | nn.BatchNorm2d) for m in path.modules())
+            assert not any(isinstance(m, NormAct | nn.BatchNorm2d | nn.SiLU) for m in path.modules())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_runs_in_one_kernel(packed: bool) -> None:
+    """Of an area, too; without it, tables of scores are written to memory."""
+    layer = AAttn(64, area=4, packed=packed).eval()
+    x = torch.rand(2, 64, 8, 12).to(memory_format=torch.channels_last)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = layer(x)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(found, layer(x))
 
 
 class Operators(TorchDispatchMode):
@@ -142,13 +154,14 @@ def test_deploy_form_in_other_types_layouts_and_sizes(
 
 
 @pytest.mark.usefixtures("nothing_compiled")
-@pytest.mark.parametrize("kind", few(KINDS, lambda kind: kind == "whole blocks"))
-def test_no_sweep_compiles_twice(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "backend"), few(
+    [*((kind, "aot_eager") for kind in KINDS), ("whole blocks", "eager")], lambda case: case[1] == "eager"))
+def test_no_sweep_compiles_twice(kind: str, backend: str) -> None:
     """Each of eight stages has two paths, and nothing is compiled after each of them has run."""
     net, x = detector(kind), images()
     expected = {depth: forward(net, x, depth) for depth in some(net)}
     with torch.no_grad():
-        compiled = compile(net, backend="aot_eager")
+        compiled = compile(net, backend=backend)
         counts = count(compiled, x)
         assert (counts.depths, counts.recompiles, counts.given_up) == (256, 0, ())
         with set_stance("fail_on_recompile"):

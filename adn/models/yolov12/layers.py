@@ -103,13 +103,13 @@ class AAttn(nn.Module):
             q, k = self.qk(x).unflatten(1, (2, self.heads, HEAD_WIDTH)).unbind(1)
             v = self.v(x).unflatten(1, (self.heads, HEAD_WIDTH))
         y = F.scaled_dot_product_attention(*(self._areas(t) for t in (q, k, v)))
-        # (B, area, heads, tokens, d) to (B, heads * d, H, W)
-        y = y.permute(0, 2, 4, 1, 3).reshape(b, -1, h, w)
+        # (B * area, heads, tokens, d) to (B, heads * d, H, W)
+        y = y.unflatten(0, (b, self.area)).permute(0, 2, 4, 1, 3).reshape(b, -1, h, w)
         return self.proj(y + self.pe(v.flatten(1, 2)))
 
     def _areas(self, x: Tensor) -> Tensor:
-        """(B, heads, d, H, W) to (B, area, heads, tokens, d)."""
-        return x.flatten(3).unflatten(3, (self.area, -1)).permute(0, 3, 1, 4, 2)
+        """(B, heads, d, H, W) to (B * area, heads, tokens, d): fused kernels of attention take no fifth dimension."""
+        return x.flatten(3).unflatten(3, (self.area, -1)).permute(0, 3, 1, 4, 2).flatten(0, 1)
 
 
 class ABlock(nn.Module):
