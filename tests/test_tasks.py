@@ -195,7 +195,8 @@ def test_a_net_for_something_else(scenes: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", [Settings, DetectorSettings, *{type(r) for r in DETECTION_RECIPES.values()}])
+@pytest.mark.parametrize("kind", [
+    Settings, DetectorSettings, *dict.fromkeys(map(type, DETECTION_RECIPES.values()))])
 def test_ranges_of_settings(kind: type[Settings]) -> None:
     for values, message in (({"epochs": 0}, "epochs=0; pass 1 or more"), ({"momentum": 2}, "momentum=2; pass a number"),
                             ({"twins": "no"}, "twins='no'; pass one of"), ({"norm_decay": -1}, "pass 0 or more")):
