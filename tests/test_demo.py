@@ -81,6 +81,7 @@ def test_a_user_finds_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     pytest.importorskip("pycocotools")
     monkeypatch.setattr(scenes, "IMAGES", 16)
     monkeypatch.setattr(scenes, "HELD_OUT", 4)
+    monkeypatch.setattr(scenes, "ROUNDS", 2)
     out = tmp_path / "demo"
     for _ in range(2):
         assert main(["demo", "--task", "detect", "--out", str(out), "--epochs", "1"]) == 0

@@ -28,6 +28,7 @@ from . import Demo, is_demo
 
 RECIPE = DETECTION_RECIPES["yolo-digits"]
 IMAGES, HELD_OUT = 1000, 200
+ROUNDS = 40  # of each depth, timed
 _SHOWN = (0, 1, 2)  # of the scenes that are held out
 _ENLARGED = 3
 
@@ -76,7 +77,7 @@ def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = 
     depths = chain(net)
     rows = evaluate_detector(net, scenes.loader(), depths, progress=progress)
     image, _ = scenes.held_out[0]
-    result = profile(net, image[None], depths=depths, accuracy=rows, rounds=40, progress=progress)
+    result = profile(net, image[None], depths=depths, accuracy=rows, rounds=ROUNDS, progress=progress)
     result.to_csv(out / "depths.csv")
     result.plot(out / "depths.png")
     picture(net, scenes.held_out).save(out / "detections.png")

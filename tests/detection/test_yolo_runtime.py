@@ -162,8 +162,8 @@ def test_no_sweep_compiles_twice(kind: str, backend: str) -> None:
     expected = {depth: forward(net, x, depth) for depth in some(net)}
     with torch.no_grad():
         compiled = compile(net, backend=backend)
-        counts = count(compiled, x)
-        assert (counts.depths, counts.recompiles, counts.given_up) == (256, 0, ())
+        counts = count(compiled, x, None if backend == "aot_eager" else expected)
+        assert (counts.depths, counts.recompiles, counts.given_up) == (256 if backend == "aot_eager" else 32, 0, ())
         with set_stance("fail_on_recompile"):
             for depth in random.Random(1).sample([*expected], len(expected)):
                 agree(forward(compiled, x, depth), expected[depth], depth)
@@ -171,7 +171,7 @@ def test_no_sweep_compiles_twice(kind: str, backend: str) -> None:
 
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("make", few([copy.deepcopy, fuse], [fuse].__contains__))
-@pytest.mark.parametrize("max_graphs", [4, 300])  # some dropped; all kept
+@pytest.mark.parametrize("max_graphs", few([4, 300], [300].__contains__))  # some dropped; all kept
 def test_engine_of_graphs(make: Any, max_graphs: int) -> None:
     """Outputs are read when all have run."""
     net = detector().double()

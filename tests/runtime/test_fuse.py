@@ -56,9 +56,9 @@ def test_every_depth(name: str, table: list) -> None:
                   "sums with their norm": calls["AddLayerNorm"]})
 
 
-@pytest.mark.parametrize(("name", "size"), [
+@pytest.mark.parametrize(("name", "size"), few([
     ("resnet18", (65, 47)), ("resnet18", (32, 32)), ("mobilenetv2_050", (33, 70)), ("regnety_002", (64, 64)),
-    ("vit_tiny_patch16_224", (64, 64)), ("convnext_atto", (64, 96))])
+    ("vit_tiny_patch16_224", (64, 64)), ("convnext_atto", (64, 96))], lambda case: case[0] != "regnety_002"))
 @pytest.mark.parametrize(("dtype", "layout"), few(
     itertools.product([torch.float32, torch.bfloat16], [torch.contiguous_format, torch.channels_last]),
     lambda case: (case[0] == torch.float32) == (case[1] == torch.channels_last)))
