@@ -81,6 +81,11 @@ def add_all(to: list[Tensor], numbers: list[float]) -> None:
     torch._foreach_add_(to, numbers)
 
 
+def lerp_all(to: list[Tensor], source: list[Tensor], weight: float) -> None:
+    """`a.lerp_(b, weight)` for all, in few launches."""
+    torch._foreach_lerp_(to, source, weight=weight)
+
+
 # ------------------------------------------------------------------------------------------------------ torch.compile
 # Dynamo is imported when first asked for.
 

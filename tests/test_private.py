@@ -144,6 +144,8 @@ def test_many_at_once() -> None:
     private.add_all(to, [1, 2])
     assert to[0].tolist() == [1, 2, 3], VERSION + "_foreach_copy_ or _foreach_add_"
     assert to[1].tolist() == [2, 2], VERSION + "_foreach_add_ of integers"
+    private.lerp_all(to[:1], [torch.zeros(3)], 0.25)
+    assert to[0].tolist() == [0.75, 1.5, 2.25], VERSION + "_foreach_lerp_"
 
 
 def test_pytree_keeps_what_are_no_tensors() -> None:

@@ -11,6 +11,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from adn_kernels import private
+
 from ..core.behaviours import is_norm
 from ..settings import Settings
 
@@ -128,8 +130,11 @@ class WeightAverage(ModelEmaV3):
 
     @torch.no_grad()
     def apply_update_(self, net: nn.Module, decay: float) -> None:
-        average, now = self.module.state_dict(), net.state_dict()
-        counters = {name: value.clone() for name, value in average.items() if name.endswith("num_batches_tracked")}
-        super().apply_update_(net, decay)
-        for name, before in counters.items():
-            average[name].copy_(decay * before + (1 - decay) * now[name])
+        average, now = self.module.state_dict(), net.state_dict()  # once each: of deep nets they take milliseconds
+        numbers = [name for name, value in average.items() if value.is_floating_point()]
+        private.lerp_all([average[name] for name in numbers], [now[name] for name in numbers], 1 - decay)
+        for name in average.keys() - set(numbers):
+            value = now[name]
+            if name.endswith("num_batches_tracked"):
+                value = decay * average[name] + (1 - decay) * value
+            average[name].copy_(value)
