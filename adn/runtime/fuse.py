@@ -166,7 +166,7 @@ class FusedNet(nn.Module):
 
     def compile(self, **options: Any) -> None:
         """Compile both paths of every segment, in place, each as one region; `per_image` stays as it is. On a CPU it
-        helps nets without batch norm and those with SiLU: other activations oneDNN computes with the convolution.
+        helps nets without batch norm; others less, whose convolutions are fused already.
 
         Args:
             options: of `torch.compile`.

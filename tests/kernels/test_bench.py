@@ -378,9 +378,9 @@ def test_waiting_for_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_dry_run(tmp_path: Path) -> None:
     path = tmp_path / "kernels.csv"
-    few = ("--cases", "1", "--networks", "mobilenetv2", "rtdetr_r50")
-    assert " 0 failed" in run("bench/kernels.py", "--dry-run", *few, "--csv", str(path))
-    assert " 0 wrong" in run("bench/kernels.py", "--small", *few[:-2], few[-1])
+    few = ("--cases", "1", "--networks", "rtdetr_r50")
+    assert " 0 failed" in run("bench/kernels.py", "--dry-run", *few, "mobilenetv2", "--csv", str(path))
+    assert " 0 wrong" in run("bench/kernels.py", "--small", *few)
     text = path.read_text()
     for key in ("command", "device", "driver", "torch", "triton", "adn", "date"):
         assert f"# {key}: " in text
