@@ -31,6 +31,7 @@ IMAGES, HELD_OUT = 1000, 200
 ROUNDS = 40  # of each depth, timed
 _SHOWN = (0, 1, 2)  # of the scenes that are held out
 _ENLARGED = 3
+_DRAWN = 0.3  # score, at least: a net of a few epochs is not sure of much
 
 
 class Scenes(NamedTuple):
@@ -94,7 +95,7 @@ def picture(net: nn.Module, data: CocoImages) -> Image.Image:
         for depth in ("super", "base"):
             with at_depth(net, depth):
                 objects = DETECT.find(net, large, DETECT.preparation(net, size=RECIPE.size))
-            row.append(draw_detections(large, objects, CLASSES))
+            row.append(draw_detections(large, objects, CLASSES, threshold=_DRAWN))
         found.append(row)
     return grid(found, ("super", "base"))
 

@@ -88,8 +88,8 @@ RECIPES: dict[str, YOLORecipe] = {
         kd_box=7.5, kd_classes=0.5, kd_distances=1.5, kd_features=0.1, distance_temperature=10.0),
     # A tiny detector for the scenes of `adn scenes`, on a CPU, see `adn demo --task detect`.
     "yolo-digits": YOLORecipe(
-        model="anydepth_yolov12s_orig", model_kwargs={"width": 0.25, "most": 256}, epochs=5, batch_size=8,
-        nominal_batch=None, warmup_epochs=1, size=128, hue=0.0, saturation=0.0, brightness=0.0, mosaic=0.0, blend=0.0,
-        copy_paste=0.0, scale=0.0, translate=0.0, flip=0.0, plain_epochs=0, ema_decay=0.99, ema_ramp=40,
+        model="anydepth_yolov12n", model_kwargs={"width": 0.25, "most": 256, "depth": 0.34}, epochs=5, batch_size=8,
+        lr=0.02, nominal_batch=None, warmup_epochs=1, size=128, hue=0.0, saturation=0.0, brightness=0.0, mosaic=0.0,
+        blend=0.0, copy_paste=0.0, scale=0.0, translate=0.0, flip=0.0, plain_epochs=0, ema_decay=0.99, ema_ramp=40,
         schedule="cosine"),
 }
