@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adn_kernels.private import pytree
 
-from .core.behaviours import halves, original_class
+from .core.behaviours import TWO_PASSES, halves, original_class
 from .core.dry_run import Call, CannotRun, dry_run
 from .core.state import Stage, at_depth, stages, super_and_base, unwrap
 from .core.taps import listening
@@ -253,8 +253,7 @@ class SelfDistillation(TwoPass):
             logits = _as_logits(self.net(x))
         if logits.shape[0] != 2 * samples:
             raise RuntimeError(f"super-net and base-net of {samples} samples ran at once, but there are logits of "
-                               f"{logits.shape[0]}: their samples got mixed; use SelfDistillation with "
-                               "single_pass=False")
+                               f"{logits.shape[0]}: their samples got mixed; {TWO_PASSES}")
         both = [halves(output, samples) for output in (logits, *features)]
         (logits, *features), (base_logits, *base_features) = zip(*both, strict=True)
         return _Output(logits, features), _Output(base_logits, base_features)
@@ -291,12 +290,11 @@ def _check_runs_both(net: nn.Module) -> None:
         alone = dry_run(inner, _TRIED)
     except CannotRun:
         return
-    reason = "use SelfDistillation with single_pass=False"
     try:
         both = dry_run(inner, _TRIED, lambda skeleton: super_and_base(skeleton, _TRIED))
     except CannotRun as error:
         raise ValueError(f"this {original_class(inner).__name__} cannot run super-net and base-net in one forward "
-                         f"({error}): {reason}") from error
+                         f"({str(error).removesuffix(f'; {TWO_PASSES}')}): {TWO_PASSES}") from error
     for name in filter(alone.__contains__, both):
         for one, two in zip(_tensors(alone[name]), _tensors(both[name]), strict=False):
             doubled = [tuple(2 * n if i == dim else n for i, n in enumerate(one.shape)) for dim in range(one.ndim)
@@ -305,7 +303,7 @@ def _check_runs_both(net: nn.Module) -> None:
                 raise ValueError(
                     f"this {original_class(inner).__name__} cannot run super-net and base-net in one forward: {name!r} "
                     f"computes {tuple(two.shape)} for both and {tuple(one.shape)} for one, so the samples of the two "
-                    f"get mixed (a size of the batch that was read before they part?); {reason}")
+                    f"get mixed (a size of the batch that was read before they part?); {TWO_PASSES}")
 
 
 def _tensors(call: Call) -> list[torch.Tensor]:

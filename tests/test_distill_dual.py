@@ -399,8 +399,9 @@ def test_a_batch_size_read_before_the_two_part_is_refused(pool: bool) -> None:
 def test_models_whose_nets_do_not_stay_apart_are_refused(name: str) -> None:
     """One reads the size of the batch before the two part; in the other, one of parallel branches parts first."""
     net = adn.convert(build(name, num_classes=10))
-    with pytest.raises(ValueError, match="cannot run super-net and base-net in one forward"):
+    with pytest.raises(ValueError, match="cannot run super-net and base-net in one forward") as refused:
         adn.SelfDistillation(net, single_pass=True)
+    assert str(refused.value).count("single_pass=False") == 1
 
 
 def test_halves() -> None:

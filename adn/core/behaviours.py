@@ -36,6 +36,8 @@ NORMS = (
 )
 EVO_BATCH_NORMS = tuple(getattr(timm.layers, f"EvoNorm2d{kind}") for kind in ("B0", "B1", "B2"))
 DROP_PATHS = (timm.layers.DropPath, torchvision.ops.StochasticDepth)
+# What to do where super-net and base-net cannot run in one forward.
+TWO_PASSES = "use SelfDistillation with single_pass=False"
 
 
 class Swapped:
@@ -328,8 +330,7 @@ def halves(x: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     if x.shape[0] == 2 * samples:
         return x.chunk(2)
     raise RuntimeError(f"super-net and base-net of {samples} samples run at once, but a norm or block got a tensor "
-                       f"{tuple(x.shape)}, whose first dimension is not theirs; use SelfDistillation with "
-                       "single_pass=False")
+                       f"{tuple(x.shape)}, whose first dimension is not theirs; {TWO_PASSES}")
 
 
 def shared_norms(module: nn.Module) -> Iterator[nn.Module]:

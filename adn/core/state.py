@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .behaviours import SharedNorm, original_class, shared_norms
+from .behaviours import TWO_PASSES, SharedNorm, original_class, shared_norms
 from .choice import Both, Choice
 from .depth import Depth
 from .kinds.stage import StagePlan
@@ -226,8 +226,7 @@ def _check_shared(net: nn.Module) -> None:
             name = next(name for name, module in net.named_modules() if module is norm)
             raise RuntimeError(
                 f"{type(norm).__name__} {name!r} was put into the net after conversion, so it would mix the statistics "
-                "of super-net and base-net: put it there before adn.convert, or use SelfDistillation with "
-                "single_pass=False"
+                f"of super-net and base-net: put it there before adn.convert, or {TWO_PASSES}"
             )
 
 
