@@ -123,8 +123,10 @@ def every_depth(name: str, family: str | None, model: nn.Module, x: torch.Tensor
                        for n in exempt), exempt
 
         called: list[str] = []
+        # CoaT's blocks share what tells tokens their places.
+        shared = {m for stage in stages for block in stage.essential for m in block.modules()}
         hooks = [m.register_forward_hook(lambda _m, _a, _o, name=stage.name: called.append(name))
-                 for stage in stages for block in stage.refinement for m in block.modules()]
+                 for stage in stages for block in stage.refinement for m in block.modules() if m not in shared]
         outputs = {}
         for depth in stated_sample(net):
             adn.set_depth(net, depth)
