@@ -81,10 +81,10 @@ MODULES = [module for module in timm.list_modules()
            if not any(module in family.timm_modules for family in FAMILIES.values())]
 
 
-@pytest.mark.full
 LARGEST = 200_000_000  # parameters of models that are tried at every depth
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("module", MODULES)
 def test_module_of_timm(module: str, table: list) -> None:
     """The three smallest models of a module of timm, at the size that they are built for."""
