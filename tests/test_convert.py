@@ -147,7 +147,8 @@ def every_depth(name: str, family: str | None, model: nn.Module, x: torch.Tensor
         for hook in hooks:
             hook.remove()
         for depth in list(outputs)[1::max(1, len(outputs) // 3)]:
-            assert torch.equal(adn.extract(net, depth)(x), outputs[depth]), depth
+            # The copy lies elsewhere in memory, and on some CPUs a product is rounded otherwise where it is not aligned.
+            torch.testing.assert_close(adn.extract(net, depth)(x), outputs[depth], rtol=1e-6, atol=1e-6)
     base = outputs[adn.Depth([True] * len(stages))]
     table.append({
         "model": name, "family": found, "depths": 2 ** len(stages), "depths_run": len(outputs),
