@@ -30,7 +30,7 @@ from .distill import SelfDistillation, Supervised
 from .measure import accuracy, average_precision
 from .measure.passes import try_forward
 from .measure.profile import METRICS, Metric
-from .models.registry import ENTRIES, PREFIX, build_source, create_model, source_of, task_name
+from .models.registry import ENTRIES, PREFIX, build_source, create_model, interface_of, source_of, task_name
 from .settings import Settings
 from .weights.foreign import load_weights
 
@@ -276,7 +276,9 @@ _USUAL_SIZE = 640  # of published detectors
 
 
 def _open_boxes(config: Any) -> Data:
-    training = coco.open_coco(config.data, config.train_split, masks=config.recipe.copy_paste > 0)
+    recipe = config.recipe
+    masks = recipe.copy_paste > 0 or (recipe.model in ENTRIES and ENTRIES[recipe.model].masks)
+    training = coco.open_coco(config.data, config.train_split, masks=masks)
     validation = coco.open_coco(config.data, config.val_split)
     if training.class_names != validation.class_names:
         raise ValueError(f"{training.file} and {validation.file} list different categories: labels would not mean the "
@@ -299,7 +301,9 @@ def _build_detector(config: Any, classes: int, fresh: bool) -> nn.Module:
     known = [name for name, entry in ENTRIES.items() if entry.task == DETECT.name]
     if recipe.model not in known:
         raise ValueError(f"{recipe.model!r} is no detector; pass one of {', '.join(known)}")
-    model = build_source(recipe.model, {**recipe.model_kwargs, "num_classes": classes})
+    entry = ENTRIES[recipe.model]
+    model = build_source(recipe.model, {**entry.of_size(recipe.size), **recipe.model_kwargs,
+                                        "num_classes": classes + entry.background})
     if backbone is not None:
         _load_backbone(model, backbone)
     net = convert(model, twins=recipe.twins)
@@ -312,44 +316,50 @@ def _load_backbone(net: nn.Module, path: str) -> None:
     backbone = getattr(net, "backbone", None)
     if backbone is None:
         raise ValueError(f"a {type(net).__name__} has no backbone to load: leave out --backbone")
-    report = load_weights(backbone, path, strict=False)
+    report = load_weights(getattr(backbone, "body", backbone), path, strict=False)
     missing = [name for name in report.missing if ".skip." not in name]
     if missing or report.mismatched:
         raise ValueError(f"{path} does not fit the backbone: {'; '.join([*missing, *report.mismatched][:4])}")
 
 
 def _prepare_boxes(net: nn.Module, recipe: Settings, data: Data) -> Prepared:
-    letterbox = source_of(net).letterbox
-    data.training.transform = augmentation(recipe, data.training, letterbox)
-    data.validation.transform = transforms.eval_transform(recipe.size, letterbox)
+    letterbox, resizes = (model := interface_of(net)).letterbox, model.resizes
+    data.training.transform = augmentation(recipe, data.training, letterbox, resizes)
+    data.validation.transform = transforms.eval_transform(None if resizes else recipe.size, letterbox)
     smallest = min((recipe.size, *_sizes(net, recipe)))
-    return Prepared({"size": recipe.size}, (smallest,), f"{recipe.size} pixels",
+    return Prepared({} if resizes else {"size": recipe.size}, (smallest,), f"{recipe.size} pixels",
                     f" (training would go down to {smallest} pixels: --size, --no-multi-scale, --model-kwargs)")
 
 
-def augmentation(recipe: Settings, data: coco.CocoImages, letterbox: bool = False) -> Callable[..., Any]:
-    """Of a detector's training images, see `adn.data.transforms.train_transform`."""
+def augmentation(recipe: Settings, data: coco.CocoImages, letterbox: bool = False, resizes: bool = False
+                 ) -> Callable[..., Any]:
+    """Of a detector's training images, see `adn.data.transforms.train_transform`; of one that `resizes` itself they
+    keep their size."""
     moves = {name: getattr(recipe, name) for name in ("mosaic", "blend", "copy_paste", "scale", "translate")}
     compose = mosaic.Compose(data, recipe.size, until=recipe.epochs - recipe.plain_epochs, **moves)
     others = ("distort", "zoom_out", "crop", "flip", "hue", "saturation", "brightness")
-    return transforms.train_transform(recipe.size, compose=compose if letterbox or any(moves.values()) else None,
+    return transforms.train_transform(None if resizes else recipe.size, compose=compose if letterbox or any(moves.values()) else None,
                                       **{name: getattr(recipe, name) for name in others})
 
 
 def _sizes(net: nn.Module, recipe: Settings) -> Sequence[int]:
     """Sides of images that a detector is trained at, if there are several; raises ValueError if it takes none such."""
-    sizes = transforms.multi_scale_sizes(recipe.size, source_of(net).stride)
+    sizes = transforms.multi_scale_sizes(recipe.size, interface_of(net).stride)
     return sizes if recipe.multi_scale else ()
 
 
 def _detector_loss(net: nn.Module, recipe: Settings) -> nn.Module:
-    model = source_of(net)
+    model = interface_of(net)
     return (model.distillation if is_converted(net) else model.supervised)(recipe, _sizes(net, recipe))
 
 
 def _detector_size(net: nn.Module, stored: Mapping[str, Any] | None = None, *, size: int | None = None, **_: Any
                    ) -> dict[str, Any]:
-    model = source_of(net)
+    model = interface_of(net)
+    if model.resizes:
+        if size is not None:
+            raise ValueError(f"--size {size}; this {type(source_of(net)).__name__} resizes images itself: leave it out")
+        return {"size": None, "letterbox": False}
     if size is not None and (size < model.stride or size % model.stride):
         name = (model.adn_origin or {}).get("name", "a detector")
         raise ValueError(f"--size {size}; {name} takes multiples of {model.stride}, such as {_USUAL_SIZE}")
@@ -359,7 +369,7 @@ def _detector_size(net: nn.Module, stored: Mapping[str, Any] | None = None, *, s
 def _objects(net: nn.Module, outputs: Any, sizes: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
     """Boxes end where the image does."""
     return [{**found, "boxes": clip_boxes_to_image(found["boxes"], (height, width))}
-            for found, (width, height) in zip(source_of(net).postprocess(outputs, sizes), sizes, strict=True)]
+            for found, (width, height) in zip(interface_of(net).postprocess(outputs, sizes), sizes, strict=True)]
 
 
 DETECT = Task(
@@ -368,7 +378,7 @@ DETECT = Task(
     skipped="images that cannot be read or have another size than annotated",
     require=functools.partial(average_precision.require_backend, "pycocotools"),
     open_training=_open_boxes, build=_build_detector, prepare=_prepare_boxes,
-    heads=lambda net: source_of(net).class_heads, warning=lambda net: source_of(net).warning(),
+    heads=lambda net: interface_of(net).class_heads, warning=lambda net: interface_of(net).warning(),
     loss=_detector_loss,
     collate=coco.collate, collate_training=coco.collate, notes=_notes,
     open=lambda root, split, *_: coco.open_coco(root, split or "val"),

@@ -134,7 +134,7 @@ def task_of_model(name: str) -> Task:
 def build(name: str, num_classes: int | None = None) -> nn.Module:
     """A model of this library by name, converted if it is not any-depth."""
     task_of_model(name)  # which raises the error of a name that is none
-    net = create_model(name, num_classes=num_classes)
+    net = create_model(name, num_classes=num_classes and num_classes + ENTRIES[name].background)
     return net if ENTRIES[name].any_depth else convert(net)
 
 

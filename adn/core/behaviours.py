@@ -407,10 +407,19 @@ def twin_of(norm: nn.Module, twins: str = "copy") -> nn.Module:
             if name.endswith("_hooks") or name.startswith(("_forward_hooks_", "_forward_pre_hooks_")):
                 value.clear()
     if twins != "frozen" and isinstance(twin, FROZEN_NORMS):
-        twin = timm.layers.unfreeze_batch_norm_2d(twin).train(norm.training)
+        twin = _learning(twin).train(norm.training)
     if twins == "fresh":
         reset_norm(twin)
     return twin
+
+
+def _learning(frozen: nn.Module) -> nn.Module:
+    if not isinstance(frozen, torchvision.ops.FrozenBatchNorm2d):
+        return timm.layers.unfreeze_batch_norm_2d(frozen)
+    # timm's function asks for attributes that only those have which timm froze.
+    norm = nn.BatchNorm2d(frozen.weight.numel(), frozen.eps, device=frozen.weight.device, dtype=frozen.weight.dtype)
+    norm.load_state_dict(frozen.state_dict(), strict=False)  # all but the counter
+    return norm
 
 
 def reset_norm(norm: nn.Module) -> None:

@@ -397,17 +397,19 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def collate(batch: Sequence[tuple[torch.Tensor, Target] | None]) -> tuple[torch.Tensor, list[Target]] | None:
+def collate(batch: Sequence[tuple[torch.Tensor, Target] | None]) -> tuple[torch.Tensor | list[torch.Tensor], list[Target]] | None:
     """For a DataLoader: the readable items as a batch.
 
     Returns:
-        Images (B, 3, H, W) and the targets as a list; None if no item was readable.
+        Images (B, 3, H, W), of different sizes as a list of (3, H, W), and the targets as a list; None if no item was
+        readable.
     """
     items = [item for item in batch if item is not None]
     if not items:
         return None
     images, targets = zip(*items, strict=True)
-    return torch.stack(images), list(targets)
+    alike = len({image.shape for image in images}) == 1
+    return torch.stack(images) if alike else list(images), list(targets)
 
 
 def _read_json(path: str, masks: bool = False) -> dict[str, list[Any]]:

@@ -23,7 +23,7 @@ from ..core.files import atomic_write
 from ..core.progress import progress_bar
 from ..core.state import DepthLike, is_any_depth, state_of
 from ..data.coco import CocoImages, Target
-from ..models.registry import source_of
+from ..models.registry import interface_of
 from .accuracy import read_depths, table_of
 from .passes import device_of, no_image, of_all_processes, run_over
 
@@ -221,7 +221,7 @@ def require_backend(name: str) -> None:
 
 def _detector(net: nn.Module) -> nn.Module:
     """What says how many classes there are and what outputs mean: the net, or the one in its wrappers."""
-    for model in (net, getattr(net, "module", None), source_of(net)):
+    for model in (net, getattr(net, "module", None), interface_of(net)):
         if hasattr(model, "postprocess"):
             return model
     raise ValueError(f"this {type(net).__name__} does not say what its outputs mean: give it the method `postprocess` "

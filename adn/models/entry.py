@@ -12,12 +12,15 @@ from ..settings import Settings
 
 # (whose names, family, tables of prefixes to apply in turn), see `adn.weights.foreign`.
 Naming = tuple[str, str, tuple[Mapping[str, str], ...]]
+# From a model to what stands for it, see `adn.detect.detector.Detector`; None of models that it does not know.
+Adapter = Callable[[nn.Module], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A model by name. Each folder of `adn.models` has a `presets.py` with `ENTRIES`, a dict of these, and `RECIPES`,
-    those to train them by; thereby its models are in `adn.list_models()`, and its recipes in `adn train --help`.
+    those to train them by; thereby its models are in `adn.list_models()`, and its recipes in `adn train --help`. It may
+    have `ADAPTERS`, for objects of other libraries.
 
     Attributes:
         build: from keyword arguments to the plain model with fresh weights; whatever is slow to import it imports when
@@ -29,6 +32,9 @@ class Entry:
         names: how checkpoints of others call its parts.
         any_depth: `adn.create_model` returns it converted; else it is for `adn.convert`.
         but: the arguments with some changed, where that is more than replacing them.
+        background: how many classes it counts that are none of the data's.
+        masks: does it learn from outlines of objects?
+        of_size: the arguments for images of this size, where it resizes them itself.
     """
 
     build: Callable[..., nn.Module]
@@ -39,6 +45,9 @@ class Entry:
     names: Sequence[Naming] = ()
     any_depth: bool = False
     but: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda args, changes: {**args, **changes}
+    background: int = 0
+    masks: bool = False
+    of_size: Callable[[int], Mapping[str, Any]] = lambda size: {}
 
     def __call__(self, **changes: Any) -> nn.Module:
         """The plain model, with fresh weights."""

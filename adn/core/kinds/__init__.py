@@ -70,9 +70,11 @@ class Kind:
         whole: name of the module whose forward itself depends on the value; "" if only modules inside do.
         in_training: does the choice hold in training too, or does everything run there?
         one_forward: may one forward run super-net and base-net?
+        names: fields that hold names of modules, one or a list.
     """
 
     kind: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
     in_training: ClassVar[bool] = True
     one_forward: ClassVar[bool] = True
     name: str
@@ -102,6 +104,13 @@ class Kind:
     def twin(self, module: nn.Module, twins: str) -> nn.Module:
         """A second set for one of the modules that have one in some form; `twins` as for `adn.convert`."""
         return twin_of(module, twins)
+
+    def renamed(self, rename: Callable[[str], str]) -> Kind:
+        """The same, of a model in which modules have other names."""
+        def of(value: str | list[str] | None) -> str | list[str] | None:
+            return rename(value) if isinstance(value, str) else value and [*map(rename, value)]
+
+        return dataclasses.replace(self, **{field: of(getattr(self, field)) for field in self.names})
 
     @property
     def seconds(self) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ class StackPlan(Kind):
     """
 
     kind: ClassVar[str] = "stack"
+    names: ClassVar[tuple[str, ...]] = ("name", "lists")
     in_training: ClassVar[bool] = False
     one_forward: ClassVar[bool] = False
     name: str

@@ -42,6 +42,7 @@ class StagePlan(Kind):
     """
 
     kind: ClassVar[str] = "stage"
+    names: ClassVar[tuple[str, ...]] = ("name", "blocks", "norms", "drop_paths")
     name: str
     blocks: list[str]
     essential: int | None = None
