@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import clip_boxes_to_image
 
 from .convert import convert
+from .core.outputs import logits_of
 from .core.state import is_converted
 from .data import coco, images, mosaic, transforms
 from .distill import SelfDistillation, Supervised
@@ -91,7 +92,8 @@ class Task:
         collate: for a DataLoader, from items to a batch (images (B, 3, H, W), targets); None if no item was readable.
         collate_training: the same in training; None = with labels mixed as the recipe says, see `TrainBatches`.
 
-        open: (root, split, file of class names, class names of the net) to untransformed data to evaluate on.
+        open: (root, split, file of class names, class names of the net, with outlines?) to untransformed data to
+            evaluate on.
         notes: what the user should know of them.
         chance: of so many classes, the score of a net that guesses.
         preparation: (net, what is stored with it, size=, ...): how it wants its images, as arguments of the two that
@@ -118,7 +120,7 @@ class Task:
     prepare: Callable[[nn.Module, Settings, Data], Prepared]
     loss: Callable[[nn.Module, Settings], nn.Module]
     collate: Callable[[list[Any]], Any]
-    open: Callable[[str, str, str, Sequence[str] | None], Dataset]
+    open: Callable[[str, str, str, Sequence[str] | None, bool], Dataset]
     preparation: Callable[..., dict[str, Any]]
     transform: Callable[..., Callable[..., Any]]
     evaluate: Callable[..., Sequence[Any]]
@@ -161,8 +163,10 @@ def is_detector(net: nn.Module) -> bool:
     return task_of(net) is DETECT
 
 
-def example(net: nn.Module, size: int, batch: int = 1) -> torch.Tensor:
-    """Random images (batch, channels of the net, size, size) of the net's device and dtype."""
+def example(net: nn.Module, size: int | None, batch: int = 1) -> torch.Tensor:
+    """Random images (batch, channels of the net, size, size) of the net's device and dtype; None = the size that it
+    resizes images to."""
+    size = interface_of(net).size if size is None else size
     parameter = next(net.parameters())
     channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
     generator = torch.Generator().manual_seed(0)
@@ -227,7 +231,8 @@ def _prepare_labelled(net: nn.Module, recipe: Settings, data: Data) -> Prepared:
                     f"crops of {train['size']} and {evaluation['size']} pixels")
 
 
-def _check_logits(logits: torch.Tensor, classes: int) -> None:
+def _check_logits(outputs: Any, classes: int) -> None:
+    logits = logits_of(outputs)
     if logits.shape != (1, classes):
         raise ValueError(f"logits of shape (1, {classes}) are needed, this net gives {tuple(logits.shape)}")
 
@@ -246,7 +251,7 @@ def default_loss(net: nn.Module, recipe: Settings) -> nn.Module:
     )
 
 
-def _open_images(root: str, split: str, class_map: str, known: Sequence[str] | None
+def _open_images(root: str, split: str, class_map: str, known: Sequence[str] | None, _outlines: bool
                  ) -> images.ImageData | images.ImageStream:
     data = images.open_dataset(root, split, class_map=class_map)
     if known and not class_map and len(data.class_names) < len(known) and set(data.class_names) <= set(known):
@@ -255,8 +260,8 @@ def _open_images(root: str, split: str, class_map: str, known: Sequence[str] | N
     return data
 
 
-def _best_classes(_net: nn.Module, logits: torch.Tensor, _sizes: Any) -> list[dict[str, torch.Tensor]]:
-    best = logits.float().softmax(1).sort(1, descending=True)
+def _best_classes(_net: nn.Module, outputs: Any, _sizes: Any) -> list[dict[str, torch.Tensor]]:
+    best = logits_of(outputs).float().softmax(1).sort(1, descending=True)
     return [{"scores": scores, "labels": labels} for scores, labels in zip(*best, strict=True)]
 
 
@@ -277,9 +282,9 @@ _USUAL_SIZE = 640  # of published detectors
 
 def _open_boxes(config: Any) -> Data:
     recipe = config.recipe
-    masks = recipe.copy_paste > 0 or (recipe.model in ENTRIES and ENTRIES[recipe.model].masks)
-    training = coco.open_coco(config.data, config.train_split, masks=masks)
-    validation = coco.open_coco(config.data, config.val_split)
+    outlines = recipe.model in ENTRIES and ENTRIES[recipe.model].masks
+    training = coco.open_coco(config.data, config.train_split, masks=outlines or recipe.copy_paste > 0)
+    validation = coco.open_coco(config.data, config.val_split, masks=outlines)
     if training.class_names != validation.class_names:
         raise ValueError(f"{training.file} and {validation.file} list different categories: labels would not mean the "
                          "same")
@@ -338,8 +343,9 @@ def augmentation(recipe: Settings, data: coco.CocoImages, letterbox: bool = Fals
     moves = {name: getattr(recipe, name) for name in ("mosaic", "blend", "copy_paste", "scale", "translate")}
     compose = mosaic.Compose(data, recipe.size, until=recipe.epochs - recipe.plain_epochs, **moves)
     others = ("distort", "zoom_out", "crop", "flip", "hue", "saturation", "brightness")
-    return transforms.train_transform(None if resizes else recipe.size, compose=compose if letterbox or any(moves.values()) else None,
-                                      **{name: getattr(recipe, name) for name in others})
+    return transforms.train_transform(
+        None if resizes else recipe.size, compose=compose if letterbox or any(moves.values()) else None,
+        **{name: getattr(recipe, name) for name in others})
 
 
 def _sizes(net: nn.Module, recipe: Settings) -> Sequence[int]:
@@ -381,7 +387,7 @@ DETECT = Task(
     heads=lambda net: interface_of(net).class_heads, warning=lambda net: interface_of(net).warning(),
     loss=_detector_loss,
     collate=coco.collate, collate_training=coco.collate, notes=_notes,
-    open=lambda root, split, *_: coco.open_coco(root, split or "val"),
+    open=lambda root, split, _map, _known, outlines: coco.open_coco(root, split or "val", masks=outlines),
     preparation=_detector_size, transform=transforms.eval_transform, evaluate=average_precision.evaluate_detector,
     table=average_precision.detection_table, postprocess=_objects,
 )

@@ -141,7 +141,7 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
 def open_images(root: str, args: argparse.Namespace, net: nn.Module, split: str = "", known: bool = True) -> Dataset:
     """Images of a classifier, prepared as it wants them; with `known`, labels are those of its classes."""
     task = task_of(net)
-    data = task.open(root, split, args.class_map, state_of(net).class_names if known else None)
+    data = task.open(root, split, args.class_map, state_of(net).class_names if known else None, False)
     data.transform = task.transform(**preparation(args, net))
     return data
 

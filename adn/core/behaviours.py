@@ -389,10 +389,18 @@ def unswap(module: nn.Module) -> None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, NORMS)
+    return isinstance(module, NORMS) or is_frozen(module)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Is it a batch norm with fixed statistics and parameters, of torchvision, timm, or, by its name, of who copied that?
+    """
+    return isinstance(module, FROZEN_NORMS) or (
+        original_class(module).__name__.endswith("FrozenBatchNorm2d") and "running_var" in module._buffers)
 
 
 TWINS = ("copy", "fresh", "frozen")
+_USUAL_EPS = 1e-5  # of norms that do not say
 
 
 def twin_of(norm: nn.Module, twins: str = "copy") -> nn.Module:
@@ -406,7 +414,7 @@ def twin_of(norm: nn.Module, twins: str = "copy") -> nn.Module:
         for name, value in module.__dict__.items():
             if name.endswith("_hooks") or name.startswith(("_forward_hooks_", "_forward_pre_hooks_")):
                 value.clear()
-    if twins != "frozen" and isinstance(twin, FROZEN_NORMS):
+    if twins != "frozen" and is_frozen(twin):
         twin = _learning(twin).train(norm.training)
     if twins == "fresh":
         reset_norm(twin)
@@ -414,10 +422,11 @@ def twin_of(norm: nn.Module, twins: str = "copy") -> nn.Module:
 
 
 def _learning(frozen: nn.Module) -> nn.Module:
-    if not isinstance(frozen, torchvision.ops.FrozenBatchNorm2d):
+    if isinstance(frozen, timm.layers.FrozenBatchNormAct2d):
         return timm.layers.unfreeze_batch_norm_2d(frozen)
-    # timm's function asks for attributes that only those have which timm froze.
-    norm = nn.BatchNorm2d(frozen.weight.numel(), frozen.eps, device=frozen.weight.device, dtype=frozen.weight.dtype)
+    # timm's function asks others for attributes that only those have which timm froze.
+    eps = getattr(frozen, "eps", _USUAL_EPS)
+    norm = nn.BatchNorm2d(frozen.weight.numel(), eps, device=frozen.weight.device, dtype=frozen.weight.dtype)
     norm.load_state_dict(frozen.state_dict(), strict=False)  # all but the counter
     return norm
 

@@ -21,7 +21,7 @@ class DetectorProtocol:
         adn_origin: what `adn.create_model` was called with, if it was.
         num_classes: labels are 0 to num_classes - 1.
         stride: sides of images must be multiples of it.
-        resizes: it takes a list of images (3, H, W) of any sizes, and resizes them itself.
+        resizes: it takes a list of images (3, H, W) of any sizes, and resizes them itself, to `size`.
         masks: it finds the outlines of objects, too.
         letterbox: images keep their aspect ratio, on grey, see `adn.data.transforms.eval_transform`; what `postprocess`
             gives is for the images without it.

@@ -42,7 +42,7 @@ def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], 
 
 
 def moved(images: Images, device: torch.device, dtype: torch.dtype | None = None, **form: Any) -> Images:
-    """Images, a batch (B, 3, H, W) or a list of (3, H, W), on a device; `form`: of a batch, arguments of `Tensor.to`."""
+    """Images, a batch (B, 3, H, W) or a list of (3, H, W), on a device; `form`: of a batch, arguments of `to`."""
     if isinstance(images, torch.Tensor):
         return images.to(device, dtype, non_blocking=True, **(form if images.ndim == 4 else {}))
     return [image.to(device, dtype, non_blocking=True) for image in images]

@@ -6,12 +6,16 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..settings import Settings
 
 # (whose names, family, tables of prefixes to apply in turn), see `adn.weights.foreign`.
 Naming = tuple[str, str, tuple[Mapping[str, str], ...]]
+# (whose names, from a state dict in these to one in ours; None of one in others), for what no table of prefixes says.
+Rewrite = tuple[str, Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor] | None]]
+
 # From a model to what stands for it, see `adn.detect.detector.Detector`; None of models that it does not know.
 Adapter = Callable[[nn.Module], Any]
 
@@ -30,6 +34,7 @@ class Entry:
         stride: of its coarsest map, in pixels: sides of images must be multiples of it.
         recipe: what a recipe to train it is.
         names: how checkpoints of others call its parts.
+        rewrites: the same where more than the beginning of names differs.
         any_depth: `adn.create_model` returns it converted; else it is for `adn.convert`.
         but: the arguments with some changed, where that is more than replacing them.
         background: how many classes it counts that are none of the data's.
@@ -43,6 +48,7 @@ class Entry:
     stride: int
     recipe: type[Settings]
     names: Sequence[Naming] = ()
+    rewrites: Sequence[Rewrite] = ()
     any_depth: bool = False
     but: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda args, changes: {**args, **changes}
     background: int = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 from torchvision.models.detection.image_list import ImageList

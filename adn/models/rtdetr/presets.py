@@ -11,6 +11,7 @@ from torch import nn
 
 from ..entry import Entry
 from . import STRIDE
+from .hf import official_names
 from .names import NAMES
 from .recipes import RECIPES, DetectionRecipe
 
@@ -36,7 +37,8 @@ def _family(args: Mapping[str, Any]) -> str:
     return re.match("[a-z]*", str(args["backbone"])).group()
 
 
-entry = partial(Entry, _build, task=DetectionRecipe.task, stride=STRIDE, recipe=DetectionRecipe, names=NAMES, but=_but)
+entry = partial(Entry, _build, task=DetectionRecipe.task, stride=STRIDE, recipe=DetectionRecipe, names=NAMES,
+                rewrites=(("transformers", official_names),), but=_but)
 
 _FROZEN = {"freeze_norm": True, "freeze_stem": True}
 _LARGE = {"hidden": 384, "feedforward": 2048, **_FROZEN}

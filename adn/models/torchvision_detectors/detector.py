@@ -22,6 +22,7 @@ class TorchvisionDetector(DetectorProtocol):
 
     stride = 1
     resizes = True
+    part = "backbone"
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -34,6 +35,12 @@ class TorchvisionDetector(DetectorProtocol):
             return self.model.roi_heads.box_predictor.cls_score.out_features - 1
         head = self.model.head.classification_head
         return (head.num_columns if hasattr(head, "num_columns") else head.num_classes) - 1
+
+    @property
+    def size(self) -> int:
+        """Of an image that it resizes, the shorter side, or both."""
+        transform = self.model.transform
+        return transform.min_size[-1] if transform.fixed_size is None else min(transform.fixed_size)
 
     @property
     def masks(self) -> bool:
