@@ -393,7 +393,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Is it a batch norm with fixed statistics and parameters, of torchvision, timm, or, by its name, of who copied that?
+    """Is it a batch norm with fixed statistics and parameters: of torchvision, timm, or, by its name, of who copied it?
     """
     return isinstance(module, FROZEN_NORMS) or (
         original_class(module).__name__.endswith("FrozenBatchNorm2d") and "running_var" in module._buffers)

@@ -37,6 +37,11 @@ def transformers_detr(model: nn.Module) -> Plan:
                 [StackPlan(f"{prefix}decoder", lists, math.ceil(2 * layers / 3))])
 
 
+def is_detr_of_transformers(model: nn.Module) -> bool:
+    """Is it one with heads: an object with a `config`, and such a model in it?"""
+    return hasattr(model, "config") and _is_detr(getattr(model, "model", None))
+
+
 def _part(model: nn.Module, name: str) -> nn.Module | None:
     return getattr(model, name, None) if name else model
 

@@ -457,7 +457,7 @@ class Engine:
 
     def _look_at_net(self) -> None:
         net = self._inner = unwrap(self.net)
-        self._runs = net.run if isinstance(net, FusedNet) and net.part else self.net
+        self._runs = net.run if isinstance(net, FusedNet) and net is self.net else self.net
         self._watch = Watch(net)
         self._batch_norms = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
         first = next(itertools.chain(net.parameters(), net.buffers()))

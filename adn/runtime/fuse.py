@@ -22,7 +22,7 @@ from adn_kernels import private
 
 from ..core.behaviours import check_filled, mixing_norm
 from ..core.depth import Depth
-from ..core.state import DepthLike, State, state_of, unwrap
+from ..core.state import DepthLike, State, get_depth, set_depth, state_of, unwrap
 from ..models.registry import interface_of
 from .cut import Segment, cut, filled
 from .fusing import fuse_calls
@@ -38,7 +38,8 @@ def fuse(net: nn.Module) -> FusedNet:
     kernel on a GPU. Norms are folded into the weights of the convolutions before them, for both values of their
     flag: the folded essential path is held twice. What is not fused keeps sharing its parameters with the net. Of a
     detector of torchvision the backbone and its pyramid are fused; the heads, and all that depends on values (resizing,
-    anchors, suppression), run as they are.
+    anchors, suppression), run as they are. An RT-DETR of `transformers` becomes one of this library, with its weights as
+    they are now.
 
     The result equals the net in evaluation mode within rounding, at every depth. It has a depth of its own, for all
     functions that take a net: `adn.set_depth(fused, "TTFF")`. Changes of the net's parameters, statistics and modules
@@ -54,6 +55,11 @@ def fuse(net: nn.Module) -> FusedNet:
             why: usually because it depends on values).
         RuntimeError: if other code has replaced modules that follow the depth.
     """
+    interface = interface_of(unwrap(net))
+    if hasattr(interface, "own_form"):
+        fused = FusedNet(interface.own_form(), interface.as_outputs)
+        set_depth(fused, get_depth(net))
+        return fused
     return FusedNet(net)
 
 
@@ -65,8 +71,13 @@ class FusedNet(nn.Module):
         part: the name of the module that they are; "" if the whole net.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, finish: Callable[[Any], Any] | None = None) -> None:
+        """
+        Args:
+            finish: what becomes of the outputs of the net; None = they are returned.
+        """
         super().__init__()
+        self._finish = finish
         source, state = unwrap(net), state_of(net)
         if isinstance(source, FusedNet):
             raise ValueError("this net is fused already")
@@ -99,7 +110,7 @@ class FusedNet(nn.Module):
     def around(self, x: Any, run: Callable[[Tensor], Any]) -> Any:
         """The forward of the net with `run` for its `part`."""
         if not self.part:
-            return run(x)
+            return run(x) if self._finish is None else self._finish(run(x))
         net, *within = itertools.accumulate(["", *self.part.split(".")], lambda a, b: f"{a}.{b}" if a else b)
         source = self._adn.made_from
         shells = [_shell(source.get_submodule(name)) for name in (net, *within[:-1])]
