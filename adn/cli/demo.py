@@ -3,7 +3,7 @@
   --task classify   a ResNet-18 from timm, sixteen depths, 1,797 digits; under a
                     minute on two cores
   --task detect     an any-depth YOLO, 256 depths of which nine are shown, on
-                    scenes of these digits; some minutes on two cores
+                    scenes of these digits; some four minutes on two cores
 
 A net is trained by self-distillation between its deepest and its shallowest
 self, and then evaluated and timed at depths of which it was trained at two.
