@@ -39,8 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     # Shells ignore it for what runs in the background, and so would everything that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if config.getoption("--results") is not None and config.getoption("numprocesses", None):
-        raise pytest.UsageError("--results: leave out -n; each process would write over the tables of the others")
+    if (results := config.getoption("--results")) is not None:
+        if config.getoption("numprocesses", None):
+            raise pytest.UsageError("--results: leave out -n; each process would write over the tables of the others")
+        results.mkdir(parents=True, exist_ok=True)  # now, not when there is something to lose
     if os.environ.get("ADN_PTX") == "1":
         sys.path.append(str(ROOT / "tests" / "kernels"))
         config.pluginmanager.import_plugin("ptx.plugin")
