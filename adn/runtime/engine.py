@@ -45,8 +45,9 @@ class Engine:
     segment by segment, one launch each, with its features copied between them. On another device the same class runs
     the net itself; all that is said below holds there too.
 
-    **Input.** One tensor (B, ...), on the net's device, without gradient. The shape of an image and the dtype are
-    those of the first call; `warm` declares others. Depths and batch sizes are captured as they come; another shape,
+    **Input.** One tensor (B, ...), on the net's device, without gradient; of the deploy form of a detector that takes a
+    list of images, such a list, of which what follows is said once it has resized them. The shape of an image and the
+    dtype are those of the first call; `warm` declares others. Depths and batch sizes are captured as they come; another shape,
     dtype or device is an error, not a capture that takes a second and stays unnoticed.
 
     **Batch sizes.** `batch_sizes` are all the net ever sees: a smaller batch is padded with zeros to the next of them
@@ -191,8 +192,7 @@ class Engine:
         """
         with self._lock, torch.inference_mode():
             chosen = self._read_depths(depths)
-            self._check(x)
-            self._warm([x] if self._sizes is None else list(x.split(self._sizes[-1])), chosen)
+            self._around(x, functools.partial(self._warm_batch, depths=chosen))
             self._profile = profile(self.net, x, depths=chosen, run=self, **settings)
             return self._profile
 
@@ -200,8 +200,8 @@ class Engine:
         """Capture ahead, so that no call has to; also declares another shape or dtype of input.
 
         Args:
-            x: a batch as will come; or its shape, (B, ...), of the dtype of the net. With `batch_sizes`, all of these
-                are captured, else B.
+            x: a batch as will come; or its shape, (B, ...), of the dtype of the net (of a detector that resizes images
+                itself: of what it makes of them). With `batch_sizes`, all of these are captured, else B.
             depths: which; None = every depth of the net.
 
         Raises:
@@ -209,6 +209,9 @@ class Engine:
         """
         with self._lock, torch.inference_mode():
             chosen = self._read_depths(depths)
+            if not torch.is_tensor(x) and all(map(torch.is_tensor, x)):
+                self._around(x, functools.partial(self._warm_batch, depths=chosen))
+                return
             if not torch.is_tensor(x):
                 if self._watch.changed():
                     self._invalidate()
@@ -283,7 +286,8 @@ class Engine:
     def _accepted(self) -> str:
         kinds = [f"(B, {', '.join(map(str, shape))}) of {dtype}" for shape, dtype in self._kinds]
         sizes = "" if self._sizes is None else f", run at batch sizes {', '.join(map(str, self._sizes))}"
-        return f"accepted: {' or '.join(kinds) or 'batches (B, ...)'} on {self._device}{sizes}"
+        what = " (of images, once the net has resized them)" if getattr(self._inner, "part", "") else ""
+        return f"accepted: {' or '.join(kinds) or 'batches (B, ...)'} on {self._device}{sizes}{what}"
 
     def _read_depth(self, depth: DepthLike) -> Depth:
         known = self._depths.get(depth) if isinstance(depth, str) else None
@@ -339,6 +343,12 @@ class Engine:
         for x, depth in itertools.product(batches, depths):
             self._run(x, depth, copy=False)
             self._kinds.add(_kind(x))
+
+    def _warm_batch(self, x: Tensor, depths: Sequence[Depth]) -> Any:
+        """Of such a batch; what the net makes of it."""
+        self._check(x)
+        self._warm([x] if self._sizes is None else list(x.split(self._sizes[-1])), depths)
+        return self._call(x, depths[0])
 
     def _form(self, x: Tensor) -> Batch:
         """What a batch is run as, padded."""
