@@ -68,12 +68,14 @@ class TransformersDetector(DetectorProtocol):
     def _arguments(self) -> dict[str, Any]:
         config = self.model.config
         backbone = config.backbone_config
-        name = _BACKBONES.get((tuple(getattr(backbone, "depths", ())), getattr(backbone, "layer_type", "")))
-        if config.model_type != "rt_detr" or name is None:
+        layers, width = getattr(backbone, "layer_type", ""), getattr(backbone, "embedding_size", 0)
+        name = _BACKBONES.get((tuple(getattr(backbone, "depths", ())), layers))
+        widths = [width * 2**i * (1 if layers == "basic" else 4) for i in range(4)]
+        if config.model_type != "rt_detr" or name is None or list(backbone.hidden_sizes) != widths:
             raise ValueError(f"no deploy form of a {type(self.model).__name__}: of transformers' detectors there is one "
                              "of RTDetrForObjectDetection with a ResNet of 18, 34, 50 or 101 layers")
         return {
-            "backbone": name, "num_classes": config.num_labels, "queries": config.num_queries,
+            "backbone": name, "backbone_args": {"width": width}, "num_classes": config.num_labels, "queries": config.num_queries,
             "hidden": config.encoder_hidden_dim, "decoder_hidden": config.d_model,
             "heads": config.encoder_attention_heads, "feedforward": config.encoder_ffn_dim,
             "decoder_feedforward": config.decoder_ffn_dim, "expansion": config.hidden_expansion,
