@@ -164,7 +164,10 @@ def trace(module: nn.Module, watched: Collection[str] = (), leaves: Collection[s
     try:
         graph = tracer.trace(module, concrete_args=given)
     except Exception as error:  # the model's own code, which may raise anything at a value it does not expect
-        raise CannotTrace(f"{own.__name__}: {error}") from error
+        why = str(error)
+        if own.__module__.startswith("transformers."):
+            why = f"code of transformers, which cannot be traced ({error}); adn.compile(net) runs it fast"
+        raise CannotTrace(f"{own.__name__}: {why}") from error
     finally:
         module.__class__ = swapped
     for node in graph.find_nodes(op="placeholder")[arguments:]:
