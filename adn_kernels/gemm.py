@@ -146,12 +146,14 @@ def gemm_kernel(
     tl.store(out_at, y.to(out.dtype.element_ty), mask=mask)
 
 
-def _config(pixels: int, channels: int, depth: int, dtype: torch.dtype, unit: int, architecture: str) -> dict[str, int]:
+def _config(pixels: int, channels: int, depth: int, taps: int, dtype: torch.dtype, unit: int, architecture: str
+            ) -> dict[str, int]:
     """The default: fits every shape without spilling registers, in tiles small enough to occupy the GPU.
 
     Args:
         pixels, channels: rows and columns of the product. If `pixels` is symbolic tiles are large.
         depth: input channels, along which it is summed.
+        taps: of a row of the window.
         unit: of `vector_unit`.
     """
     # Larger tiles or fewer warps than these spill on some architecture with some epilogue.
@@ -168,6 +170,8 @@ def _config(pixels: int, channels: int, depth: int, dtype: torch.dtype, unit: in
     # Along the depth a cache line; two for small tiles, whose loads would not hide the latency of memory.
     small = bm <= 32
     bk = 32 if single else 128 if small else 64
+    if taps > 1 and (bm, bn) == TILES[single] and architecture != "sm_90":
+        bk //= 2  # the addresses of the taps take the registers
     while bk > 16 and bk >= 2 * depth:
         bk //= 2
     warps = 8 if bm * bn >= (1024 if single else 8192) else 4
@@ -207,7 +211,7 @@ def launch_gemm(
     of_residual = (None,) * 4 if residual is None else pixel_strides(oh, ow, strides_of(residual))
     unit = vector_unit(channels, depth, (x, read), (weight, of_weight), (out, of_out),
                        *(() if residual is None else ((residual, of_residual),)))
-    default = _config(pixels, channels, depth, x.dtype, unit, architecture(x.device))
+    default = _config(pixels, channels, depth, taps, x.dtype, unit, architecture(x.device))
     config = tuned("gemm", x.device, default, pixels=pixels, channels=channels, depth=depth, taps=taps, stride=stride,
                    unit=unit, dtype=str(x.dtype))
     launch(

@@ -24,7 +24,7 @@ PREFIX = "anydepth_"
 # Models of timm that have nothing to bypass: no residual blocks that keep their shape, or one per stage. All others
 # convert, as `tests/test_timm.py` tries.
 _EXCLUDED = (
-    "convmixer_*", "cspnext_tiny", "darknet17", "densenet*", "dla*", "dpn*", "efficientformer_l1", "efficientvim_*",
+    "convmixer_*", "cspnext_tiny", "darknet17", "densenet*", "dla*", "dpn*", "efficientvim_*",
     "ese_vovnet19b_*", "hgnetv2_b[0-3]", "inception_v[34]", "lcnet_*", "legacy_xception", "mobilenetv1_*",
     "nasnet*", "pnasnet*", "rdnet_*", "resnest14d", "resnet10t", "resnet14t", "rexnet*", "selecsls*", "test_byobnet",
     "test_convnext[23]", "test_efficientnet*", "test_maxvit", "test_nfnet", "test_resnet", "tnt_*", "vgg*", "vovnet*")
