@@ -26,8 +26,8 @@ from ..tasks import is_detector
 
 __all__ = [
     "RTDETR", "CocoImages", "DetectionDistillation", "DetectionLoss", "DetectionSupervised", "DetectorDistillation",
-    "DistillationLoss", "collate", "detection_table", "draw_detections", "eval_transform", "evaluate_detector", "is_detector", "open_coco",
-    "postprocess", "train_transform", "write_scenes",
+    "DistillationLoss", "collate", "detection_table", "draw_detections", "eval_transform", "evaluate_detector",
+    "is_detector", "open_coco", "postprocess", "train_transform", "write_scenes",
 ]
 
 for _name, _module in {

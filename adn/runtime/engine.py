@@ -47,8 +47,8 @@ class Engine:
 
     **Input.** One tensor (B, ...), on the net's device, without gradient; of the deploy form of a detector that takes a
     list of images, such a list, of which what follows is said once it has resized them. The shape of an image and the
-    dtype are those of the first call; `warm` declares others. Depths and batch sizes are captured as they come; another shape,
-    dtype or device is an error, not a capture that takes a second and stays unnoticed.
+    dtype are those of the first call; `warm` declares others. Depths and batch sizes are captured as they come; another
+    shape, dtype or device is an error, not a capture that takes a second and stays unnoticed.
 
     **Batch sizes.** `batch_sizes` are all the net ever sees: a smaller batch is padded with zeros to the next of them
     and the result cut, a larger one is run in parts. This takes the samples of a batch not to depend on each other,

@@ -38,8 +38,8 @@ def fuse(net: nn.Module) -> FusedNet:
     kernel on a GPU. Norms are folded into the weights of the convolutions before them, for both values of their
     flag: the folded essential path is held twice. What is not fused keeps sharing its parameters with the net. Of a
     detector of torchvision the backbone and its pyramid are fused; the heads, and all that depends on values (resizing,
-    anchors, suppression), run as they are. An RT-DETR of `transformers` becomes one of this library, with its weights as
-    they are now.
+    anchors, suppression), run as they are. An RT-DETR of `transformers` becomes one of this library, with its weights
+    as they are now.
 
     The result equals the net in evaluation mode within rounding, at every depth. It has a depth of its own, for all
     functions that take a net: `adn.set_depth(fused, "TTFF")`. Changes of the net's parameters, statistics and modules

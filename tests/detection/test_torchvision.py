@@ -12,7 +12,6 @@ import pytest
 import torch
 import torchvision.models.detection as detection
 import torchvision.models.segmentation as segmentation
-from compilations import count
 from conftest import few, randomise
 from torch import Tensor, nn
 from torch.compiler import set_stance
@@ -92,11 +91,12 @@ def maps(net: nn.Module, x: Any) -> dict[str, Tensor]:
 
 
 def inputs(name: str) -> Any:
-    return images() if hasattr(detection, name) else torch.rand(2, 3, 65, 81, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return images() if hasattr(detection, name) else torch.rand(2, 3, 65, 81, generator=generator)
 
 
 def depths_of(net: nn.Module) -> list[adn.Depth]:
-    return adn.depths(net)[:: max(1, len(adn.depths(net)) // 8)] + [adn.depths(net)[-1]]
+    return [*adn.depths(net)[::max(1, len(adn.depths(net)) // 8)], adn.depths(net)[-1]]
 
 
 # ----------------------------------------------------------------------------------------------------------- converted
@@ -425,8 +425,9 @@ def test_command_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert bool(rows[0]["mask_ap"]) == ("mask" in model)
     assert main(["profile", "--checkpoint", saved, "--depth", "super,base", "--rounds", "1"]) == 0
     picture = next((data).glob("**/*.png"), None) or next((data).glob("**/*.jpg"))
-    assert main(["detect", str(picture), "--checkpoint", saved, "--depth", "base", "--out", str(tmp_path / "drawn")]) == 0
-    assert list((tmp_path / "drawn").iterdir())
+    drawn = tmp_path / "drawn"
+    assert main(["detect", str(picture), "--checkpoint", saved, "--depth", "base", "--out", str(drawn)]) == 0
+    assert list(drawn.iterdir())
     capsys.readouterr()
     assert main(["detect", str(picture), "--checkpoint", saved, "--size", "64"]) != 0
     assert "resizes images itself: leave it out" in capsys.readouterr().err

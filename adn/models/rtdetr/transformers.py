@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...convert import convert
@@ -72,10 +71,11 @@ class TransformersDetector(DetectorProtocol):
         name = _BACKBONES.get((tuple(getattr(backbone, "depths", ())), layers))
         widths = [width * 2**i * (1 if layers == "basic" else 4) for i in range(4)]
         if config.model_type != "rt_detr" or name is None or list(backbone.hidden_sizes) != widths:
-            raise ValueError(f"no deploy form of a {type(self.model).__name__}: of transformers' detectors there is one "
-                             "of RTDetrForObjectDetection with a ResNet of 18, 34, 50 or 101 layers")
+            raise ValueError(f"no deploy form of a {type(self.model).__name__}: of transformers' detectors there is "
+                             "one of RTDetrForObjectDetection with a ResNet of 18, 34, 50 or 101 layers")
         return {
-            "backbone": name, "backbone_args": {"width": width}, "num_classes": config.num_labels, "queries": config.num_queries,
+            "backbone": name, "backbone_args": {"width": width},
+            "num_classes": config.num_labels, "queries": config.num_queries,
             "hidden": config.encoder_hidden_dim, "decoder_hidden": config.d_model,
             "heads": config.encoder_attention_heads, "feedforward": config.encoder_ffn_dim,
             "decoder_feedforward": config.decoder_ffn_dim, "expansion": config.hidden_expansion,
