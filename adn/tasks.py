@@ -76,6 +76,7 @@ class Task:
         logged: accuracies in the log of training: by their name there the field of a row of `evaluate`.
         score: the name there of that which decides which epoch is best.
         columns: accuracies of a row that `adn eval --csv` writes.
+        more_columns: those that it writes where they were measured.
         batch_size: in evaluation, where none is asked for.
         norms: multiply-adds are counted with norms, see `adn.measure.cost.count_macs`.
         skipped: what images are called that are left out.
@@ -110,6 +111,7 @@ class Task:
     logged: Mapping[str, str]
     score: str
     columns: tuple[str, ...]
+    more_columns: tuple[str, ...]
     batch_size: int
     norms: bool
     skipped: str
@@ -267,7 +269,7 @@ def _best_classes(_net: nn.Module, outputs: Any, _sizes: Any) -> list[dict[str, 
 
 CLASSIFY = Task(
     "classify", "classifier", logged={name: name for name in accuracy.ACCURACIES}, score="top1",
-    columns=accuracy.ACCURACIES, batch_size=64, norms=False, skipped="unreadable images",
+    columns=accuracy.ACCURACIES, more_columns=(), batch_size=64, norms=False, skipped="unreadable images",
     open_training=_open_labelled, build=_build_classifier, heads=_heads, prepare=_prepare_labelled,
     check_outputs=_check_logits, loss=default_loss, collate=images.collate, open=_open_images,
     preparation=images.data_config, transform=images.eval_transform, evaluate=accuracy.evaluate,
@@ -380,7 +382,7 @@ def _objects(net: nn.Module, outputs: Any, sizes: Sequence[Sequence[int]]) -> li
 
 DETECT = Task(
     "detect", "detector", logged={name.upper(): name for name in ("ap", "ap50", "aps", "apm", "apl")}, score="AP",
-    columns=average_precision.ACCURACIES, batch_size=8, norms=True,
+    columns=average_precision.ACCURACIES, more_columns=average_precision.OF_MASKS, batch_size=8, norms=True,
     skipped="images that cannot be read or have another size than annotated",
     require=functools.partial(average_precision.require_backend, "pycocotools"),
     open_training=_open_boxes, build=_build_detector, prepare=_prepare_boxes,

@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
               f"been trained: {', '.join(str(row.depth) for row in lost)}; adn train --checkpoint teaches a net every "
               "depth", file=sys.stderr)
     if args.csv:
-        columns = ("depth", "macs", *task.columns, "images", *(["latency_ms"] if args.latency else []))
+        more = (name for name in task.more_columns if any(getattr(row, name) is not None for row in rows))
+        columns = ("depth", "macs", *task.columns, *more, "images", *(["latency_ms"] if args.latency else []))
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)

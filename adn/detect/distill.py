@@ -147,14 +147,14 @@ def foreground_level(matched: Sequence[Tensor], areas: Mapping[str, int]) -> str
 
 
 @contextlib.contextmanager
-def _maps_of(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The maps that the backbone gives inside the block, by name."""
+def _maps_of(trunk: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The maps that a backbone gives inside the block, by name."""
     found: dict[str, Tensor] = {}
 
     def note(_module: nn.Module, _args: Any, output: Any) -> None:
         found.update(output.items() if isinstance(output, Mapping) else {"0": output})
 
-    handle = backbone.register_forward_hook(note)
+    handle = trunk.register_forward_hook(note)
     try:
         yield found
     finally:

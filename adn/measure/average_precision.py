@@ -80,7 +80,7 @@ class DetectionRow:
 # The accuracies of a row, and their places among the numbers that the COCO tools give.
 _STATS = {"ap": 0, "ap50": 1, "ap75": 2, "aps": 3, "apm": 4, "apl": 5, "ar100": 8}
 _MASK_STATS = {f"mask_{name}": _STATS[name] for name in ("ap", "ap50")}
-ACCURACIES = (*_STATS, *_MASK_STATS)
+ACCURACIES, OF_MASKS = tuple(_STATS), tuple(_MASK_STATS)
 _DECIMALS = 10
 
 

@@ -348,7 +348,8 @@ class Engine:
         """Of such a batch; what the net makes of it."""
         self._check(x)
         self._warm([x] if self._sizes is None else list(x.split(self._sizes[-1])), depths)
-        return self._call(x, depths[0])
+        # What is around a part goes on with it.
+        return self._call(x, depths[0]) if getattr(self._inner, "part", "") else None
 
     def _form(self, x: Tensor) -> Batch:
         """What a batch is run as, padded."""

@@ -13,8 +13,8 @@ from ...convert import convert
 from ...core.behaviours import is_frozen, original_class
 from ...core.state import is_any_depth, state_of
 from ...detect.detector import DetectorProtocol
-from ...weights.foreign import load_weights
 from . import STRIDE
+from .hf import official_names
 from .model import RTDETR
 from .postprocess import postprocess
 
@@ -55,7 +55,7 @@ class TransformersDetector(DetectorProtocol):
             convert(own, twins=state_of(self.model).twins)
         parameter = next(self.model.parameters())
         own.to(parameter.device, parameter.dtype).train(self.model.training)
-        load_weights(own, self.model.state_dict())
+        own.load_state_dict(official_names(self.model.state_dict()))
         return own
 
     def as_outputs(self, outputs: Mapping[str, Tensor]) -> Any:
