@@ -201,7 +201,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                     positive = name in ("weight", "running_var")
                     tensor.uniform_(0.5, 1.5, generator=generator) if positive else tensor.normal_(
                         0, 0.1, generator=generator)
-                elif name in ("gamma", "layer_scale", "gain"):
+                elif name.startswith(("gamma", "layer_scale")) or name == "gain":
                     tensor.uniform_(0.3, 0.7, generator=generator)
                 elif tensor.ndim == 2 and isinstance(module, nn.Linear) and not tensor.any():
                     tensor.normal_(0, tensor.shape[1] ** -0.5, generator=generator)  # heads initialised to zero
