@@ -20,6 +20,7 @@ from adn_kernels.private import pytree
 
 from .core.behaviours import TWO_PASSES, halves, original_class
 from .core.dry_run import Call, CannotRun, dry_run
+from .core.outputs import logits_of
 from .core.state import Stage, at_depth, stages, super_and_base, unwrap
 from .core.taps import listening
 
@@ -319,6 +320,7 @@ class _Output(NamedTuple):
 
 
 def _as_logits(output: Any) -> torch.Tensor:
+    output = logits_of(output)
     if not torch.is_tensor(output) or output.ndim != 2:
         what = f"a tensor of shape {tuple(output.shape)}" if torch.is_tensor(output) else type(output).__name__
         raise ValueError(f"self-distillation compares logits (B, classes); this net returns {what}")

@@ -24,13 +24,14 @@ from torch.utils.data import Dataset
 from torchvision.ops import clip_boxes_to_image
 
 from .convert import convert
+from .core.outputs import logits_of
 from .core.state import is_converted
 from .data import coco, images, mosaic, transforms
 from .distill import SelfDistillation, Supervised
 from .measure import accuracy, average_precision
 from .measure.passes import try_forward
 from .measure.profile import METRICS, Metric
-from .models.registry import ENTRIES, PREFIX, build_source, create_model, source_of, task_name
+from .models.registry import ENTRIES, PREFIX, build_source, create_model, interface_of, source_of, task_name
 from .settings import Settings
 from .weights.foreign import load_weights
 
@@ -75,6 +76,7 @@ class Task:
         logged: accuracies in the log of training: by their name there the field of a row of `evaluate`.
         score: the name there of that which decides which epoch is best.
         columns: accuracies of a row that `adn eval --csv` writes.
+        more_columns: those that it writes where they were measured.
         batch_size: in evaluation, where none is asked for.
         norms: multiply-adds are counted with norms, see `adn.measure.cost.count_macs`.
         skipped: what images are called that are left out.
@@ -91,7 +93,8 @@ class Task:
         collate: for a DataLoader, from items to a batch (images (B, 3, H, W), targets); None if no item was readable.
         collate_training: the same in training; None = with labels mixed as the recipe says, see `TrainBatches`.
 
-        open: (root, split, file of class names, class names of the net) to untransformed data to evaluate on.
+        open: (root, split, file of class names, class names of the net, with outlines?) to untransformed data to
+            evaluate on.
         notes: what the user should know of them.
         chance: of so many classes, the score of a net that guesses.
         preparation: (net, what is stored with it, size=, ...): how it wants its images, as arguments of the two that
@@ -108,6 +111,7 @@ class Task:
     logged: Mapping[str, str]
     score: str
     columns: tuple[str, ...]
+    more_columns: tuple[str, ...]
     batch_size: int
     norms: bool
     skipped: str
@@ -118,7 +122,7 @@ class Task:
     prepare: Callable[[nn.Module, Settings, Data], Prepared]
     loss: Callable[[nn.Module, Settings], nn.Module]
     collate: Callable[[list[Any]], Any]
-    open: Callable[[str, str, str, Sequence[str] | None], Dataset]
+    open: Callable[[str, str, str, Sequence[str] | None, bool], Dataset]
     preparation: Callable[..., dict[str, Any]]
     transform: Callable[..., Callable[..., Any]]
     evaluate: Callable[..., Sequence[Any]]
@@ -161,8 +165,10 @@ def is_detector(net: nn.Module) -> bool:
     return task_of(net) is DETECT
 
 
-def example(net: nn.Module, size: int, batch: int = 1) -> torch.Tensor:
-    """Random images (batch, channels of the net, size, size) of the net's device and dtype."""
+def example(net: nn.Module, size: int | None, batch: int = 1) -> torch.Tensor:
+    """Random images (batch, channels of the net, size, size) of the net's device and dtype; None = the size that it
+    resizes images to."""
+    size = interface_of(net).size if size is None else size
     parameter = next(net.parameters())
     channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
     generator = torch.Generator().manual_seed(0)
@@ -227,7 +233,8 @@ def _prepare_labelled(net: nn.Module, recipe: Settings, data: Data) -> Prepared:
                     f"crops of {train['size']} and {evaluation['size']} pixels")
 
 
-def _check_logits(logits: torch.Tensor, classes: int) -> None:
+def _check_logits(outputs: Any, classes: int) -> None:
+    logits = logits_of(outputs)
     if logits.shape != (1, classes):
         raise ValueError(f"logits of shape (1, {classes}) are needed, this net gives {tuple(logits.shape)}")
 
@@ -246,7 +253,7 @@ def default_loss(net: nn.Module, recipe: Settings) -> nn.Module:
     )
 
 
-def _open_images(root: str, split: str, class_map: str, known: Sequence[str] | None
+def _open_images(root: str, split: str, class_map: str, known: Sequence[str] | None, _outlines: bool
                  ) -> images.ImageData | images.ImageStream:
     data = images.open_dataset(root, split, class_map=class_map)
     if known and not class_map and len(data.class_names) < len(known) and set(data.class_names) <= set(known):
@@ -255,14 +262,14 @@ def _open_images(root: str, split: str, class_map: str, known: Sequence[str] | N
     return data
 
 
-def _best_classes(_net: nn.Module, logits: torch.Tensor, _sizes: Any) -> list[dict[str, torch.Tensor]]:
-    best = logits.float().softmax(1).sort(1, descending=True)
+def _best_classes(_net: nn.Module, outputs: Any, _sizes: Any) -> list[dict[str, torch.Tensor]]:
+    best = logits_of(outputs).float().softmax(1).sort(1, descending=True)
     return [{"scores": scores, "labels": labels} for scores, labels in zip(*best, strict=True)]
 
 
 CLASSIFY = Task(
     "classify", "classifier", logged={name: name for name in accuracy.ACCURACIES}, score="top1",
-    columns=accuracy.ACCURACIES, batch_size=64, norms=False, skipped="unreadable images",
+    columns=accuracy.ACCURACIES, more_columns=(), batch_size=64, norms=False, skipped="unreadable images",
     open_training=_open_labelled, build=_build_classifier, heads=_heads, prepare=_prepare_labelled,
     check_outputs=_check_logits, loss=default_loss, collate=images.collate, open=_open_images,
     preparation=images.data_config, transform=images.eval_transform, evaluate=accuracy.evaluate,
@@ -276,8 +283,10 @@ _USUAL_SIZE = 640  # of published detectors
 
 
 def _open_boxes(config: Any) -> Data:
-    training = coco.open_coco(config.data, config.train_split, masks=config.recipe.copy_paste > 0)
-    validation = coco.open_coco(config.data, config.val_split)
+    recipe = config.recipe
+    outlines = recipe.model in ENTRIES and ENTRIES[recipe.model].masks
+    training = coco.open_coco(config.data, config.train_split, masks=outlines or recipe.copy_paste > 0)
+    validation = coco.open_coco(config.data, config.val_split, masks=outlines)
     if training.class_names != validation.class_names:
         raise ValueError(f"{training.file} and {validation.file} list different categories: labels would not mean the "
                          "same")
@@ -299,7 +308,9 @@ def _build_detector(config: Any, classes: int, fresh: bool) -> nn.Module:
     known = [name for name, entry in ENTRIES.items() if entry.task == DETECT.name]
     if recipe.model not in known:
         raise ValueError(f"{recipe.model!r} is no detector; pass one of {', '.join(known)}")
-    model = build_source(recipe.model, {**recipe.model_kwargs, "num_classes": classes})
+    entry = ENTRIES[recipe.model]
+    model = build_source(recipe.model, {**entry.of_size(recipe.size), **recipe.model_kwargs,
+                                        "num_classes": classes + entry.background})
     if backbone is not None:
         _load_backbone(model, backbone)
     net = convert(model, twins=recipe.twins)
@@ -312,44 +323,51 @@ def _load_backbone(net: nn.Module, path: str) -> None:
     backbone = getattr(net, "backbone", None)
     if backbone is None:
         raise ValueError(f"a {type(net).__name__} has no backbone to load: leave out --backbone")
-    report = load_weights(backbone, path, strict=False)
+    report = load_weights(getattr(backbone, "body", backbone), path, strict=False)
     missing = [name for name in report.missing if ".skip." not in name]
     if missing or report.mismatched:
         raise ValueError(f"{path} does not fit the backbone: {'; '.join([*missing, *report.mismatched][:4])}")
 
 
 def _prepare_boxes(net: nn.Module, recipe: Settings, data: Data) -> Prepared:
-    letterbox = source_of(net).letterbox
-    data.training.transform = augmentation(recipe, data.training, letterbox)
-    data.validation.transform = transforms.eval_transform(recipe.size, letterbox)
+    letterbox, resizes = (model := interface_of(net)).letterbox, model.resizes
+    data.training.transform = augmentation(recipe, data.training, letterbox, resizes)
+    data.validation.transform = transforms.eval_transform(None if resizes else recipe.size, letterbox)
     smallest = min((recipe.size, *_sizes(net, recipe)))
-    return Prepared({"size": recipe.size}, (smallest,), f"{recipe.size} pixels",
+    return Prepared({} if resizes else {"size": recipe.size}, (smallest,), f"{recipe.size} pixels",
                     f" (training would go down to {smallest} pixels: --size, --no-multi-scale, --model-kwargs)")
 
 
-def augmentation(recipe: Settings, data: coco.CocoImages, letterbox: bool = False) -> Callable[..., Any]:
-    """Of a detector's training images, see `adn.data.transforms.train_transform`."""
+def augmentation(recipe: Settings, data: coco.CocoImages, letterbox: bool = False, resizes: bool = False
+                 ) -> Callable[..., Any]:
+    """Of a detector's training images, see `adn.data.transforms.train_transform`; of one that `resizes` itself they
+    keep their size."""
     moves = {name: getattr(recipe, name) for name in ("mosaic", "blend", "copy_paste", "scale", "translate")}
     compose = mosaic.Compose(data, recipe.size, until=recipe.epochs - recipe.plain_epochs, **moves)
     others = ("distort", "zoom_out", "crop", "flip", "hue", "saturation", "brightness")
-    return transforms.train_transform(recipe.size, compose=compose if letterbox or any(moves.values()) else None,
-                                      **{name: getattr(recipe, name) for name in others})
+    return transforms.train_transform(
+        None if resizes else recipe.size, compose=compose if letterbox or any(moves.values()) else None,
+        **{name: getattr(recipe, name) for name in others})
 
 
 def _sizes(net: nn.Module, recipe: Settings) -> Sequence[int]:
     """Sides of images that a detector is trained at, if there are several; raises ValueError if it takes none such."""
-    sizes = transforms.multi_scale_sizes(recipe.size, source_of(net).stride)
+    sizes = transforms.multi_scale_sizes(recipe.size, interface_of(net).stride)
     return sizes if recipe.multi_scale else ()
 
 
 def _detector_loss(net: nn.Module, recipe: Settings) -> nn.Module:
-    model = source_of(net)
+    model = interface_of(net)
     return (model.distillation if is_converted(net) else model.supervised)(recipe, _sizes(net, recipe))
 
 
 def _detector_size(net: nn.Module, stored: Mapping[str, Any] | None = None, *, size: int | None = None, **_: Any
                    ) -> dict[str, Any]:
-    model = source_of(net)
+    model = interface_of(net)
+    if model.resizes:
+        if size is not None:
+            raise ValueError(f"--size {size}; this {type(source_of(net)).__name__} resizes images itself: leave it out")
+        return {"size": None, "letterbox": False}
     if size is not None and (size < model.stride or size % model.stride):
         name = (model.adn_origin or {}).get("name", "a detector")
         raise ValueError(f"--size {size}; {name} takes multiples of {model.stride}, such as {_USUAL_SIZE}")
@@ -359,19 +377,19 @@ def _detector_size(net: nn.Module, stored: Mapping[str, Any] | None = None, *, s
 def _objects(net: nn.Module, outputs: Any, sizes: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
     """Boxes end where the image does."""
     return [{**found, "boxes": clip_boxes_to_image(found["boxes"], (height, width))}
-            for found, (width, height) in zip(source_of(net).postprocess(outputs, sizes), sizes, strict=True)]
+            for found, (width, height) in zip(interface_of(net).postprocess(outputs, sizes), sizes, strict=True)]
 
 
 DETECT = Task(
     "detect", "detector", logged={name.upper(): name for name in ("ap", "ap50", "aps", "apm", "apl")}, score="AP",
-    columns=average_precision.ACCURACIES, batch_size=8, norms=True,
+    columns=average_precision.ACCURACIES, more_columns=average_precision.OF_MASKS, batch_size=8, norms=True,
     skipped="images that cannot be read or have another size than annotated",
     require=functools.partial(average_precision.require_backend, "pycocotools"),
     open_training=_open_boxes, build=_build_detector, prepare=_prepare_boxes,
-    heads=lambda net: source_of(net).class_heads, warning=lambda net: source_of(net).warning(),
+    heads=lambda net: interface_of(net).class_heads, warning=lambda net: interface_of(net).warning(),
     loss=_detector_loss,
     collate=coco.collate, collate_training=coco.collate, notes=_notes,
-    open=lambda root, split, *_: coco.open_coco(root, split or "val"),
+    open=lambda root, split, _map, _known, outlines: coco.open_coco(root, split or "val", masks=outlines),
     preparation=_detector_size, transform=transforms.eval_transform, evaluate=average_precision.evaluate_detector,
     table=average_precision.detection_table, postprocess=_objects,
 )

@@ -318,7 +318,7 @@ def broken(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
         ("left over", "1 left over: layer9.conv.weight"),
         ("shape", r"1 of other shape: fc.bias: \(6,\) given, \(5,\) in the net\nstrict=False"),
         ("some twins", r"missing: layer1.0.bn1.skip.bias, .*, \.\.\."),
-        ("foreign", r"unknown names, 0 entries do"),
+        ("foreign", r"nothing in the state dict fits this ResNet: it has 52 entries, such as features\.0\.weight"),
     ],
 )
 def test_mismatches(how: str, message: str, source: nn.Module) -> None:
@@ -327,6 +327,11 @@ def test_mismatches(how: str, message: str, source: nn.Module) -> None:
     with pytest.raises(adn.CheckpointError, match=message):
         load_weights(net, state)
     assert unchanged(net, before)
+    if how == "foreign":  # a random net must not be left without a word
+        with pytest.raises(adn.CheckpointError, match=message):
+            load_weights(net, state, strict=False)
+        assert unchanged(net, before)
+        return
     report = load_weights(net, state, strict=False)
     assert not report.complete
     loaded = net.state_dict()
@@ -334,7 +339,7 @@ def test_mismatches(how: str, message: str, source: nn.Module) -> None:
     if how == "some twins":
         assert not report.filled
         assert torch.equal(net.layer1[0].bn1.skip.weight, torch.ones(64))
-    elif how != "foreign":
+    else:
         assert torch.equal(net.conv1.weight, source.conv1.weight)
         assert torch.equal(net.layer1[0].bn1.skip.running_mean, source.layer1[0].bn1.running_mean)
 

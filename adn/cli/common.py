@@ -134,14 +134,14 @@ def task_of_model(name: str) -> Task:
 def build(name: str, num_classes: int | None = None) -> nn.Module:
     """A model of this library by name, converted if it is not any-depth."""
     task_of_model(name)  # which raises the error of a name that is none
-    net = create_model(name, num_classes=num_classes)
+    net = create_model(name, num_classes=num_classes and num_classes + ENTRIES[name].background)
     return net if ENTRIES[name].any_depth else convert(net)
 
 
 def open_images(root: str, args: argparse.Namespace, net: nn.Module, split: str = "", known: bool = True) -> Dataset:
     """Images of a classifier, prepared as it wants them; with `known`, labels are those of its classes."""
     task = task_of(net)
-    data = task.open(root, split, args.class_map, state_of(net).class_names if known else None)
+    data = task.open(root, split, args.class_map, state_of(net).class_names if known else None, False)
     data.transform = task.transform(**preparation(args, net))
     return data
 

@@ -27,6 +27,7 @@ from torch import nn
 from ..core.state import get_depth, set_depth, state_of
 from ..data.coco import read_class_names
 from ..detect.draw import draw_detections
+from ..models.registry import interface_of
 from ..tasks import DETECT
 from . import common
 
@@ -82,11 +83,12 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Sequence[str]]:
     """The net, and the names of its classes."""
     names = read_class_names(args.classes) if args.classes else None
     net = common.load_net(args, DETECT, len(names) if names else None)
-    names = names or state_of(net).class_names or (coco_names() if net.num_classes == 80 else None)
+    count = interface_of(net).num_classes
+    names = names or state_of(net).class_names or (coco_names() if count == 80 else None)
     if names is None:
-        return net, [f"class {label}" for label in range(net.num_classes)]
-    if len(names) != net.num_classes:
-        raise ValueError(f"{args.classes} names {len(names)} classes, the net has {net.num_classes}")
+        return net, [f"class {label}" for label in range(count)]
+    if len(names) != count:
+        raise ValueError(f"{args.classes} names {len(names)} classes, the net has {count}")
     return net, names
 
 

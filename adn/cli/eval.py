@@ -35,7 +35,7 @@ from ..measure.accuracy import choose_depths
 from ..measure.cost import count_macs
 from ..measure.passes import autocast
 from ..measure.profile import profile
-from ..models.registry import ENTRIES
+from ..models.registry import ENTRIES, interface_of
 from ..tasks import example, task_of
 from . import common
 
@@ -73,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
         if other != task.name and (given := [name for name in options if getattr(args, name)]):
             what = f"{args.checkpoint} holds" if args.checkpoint else f"{args.model} is"
             raise ValueError(f"{what} a {task.makes}, which has no use for --{given[0].replace('_', '-')}")
-    data = task.open(args.data, args.split, args.class_map, None if net is None else state_of(net).class_names)
+    known = None if net is None else state_of(net).class_names
+    outlines = ENTRIES[args.model].masks if net is None else getattr(interface_of(net), "masks", False)
+    data = task.open(args.data, args.split, args.class_map, known, outlines)
     for note in task.notes(data):
         print(note, file=sys.stderr)
     if net is None:
@@ -101,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
               f"been trained: {', '.join(str(row.depth) for row in lost)}; adn train --checkpoint teaches a net every "
               "depth", file=sys.stderr)
     if args.csv:
-        columns = ("depth", "macs", *task.columns, "images", *(["latency_ms"] if args.latency else []))
+        more = (name for name in task.more_columns if any(getattr(row, name) is not None for row in rows))
+        columns = ("depth", "macs", *task.columns, *more, "images", *(["latency_ms"] if args.latency else []))
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)

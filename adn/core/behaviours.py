@@ -35,7 +35,7 @@ NORMS = (
     *FROZEN_NORMS,
 )
 EVO_BATCH_NORMS = tuple(getattr(timm.layers, f"EvoNorm2d{kind}") for kind in ("B0", "B1", "B2"))
-DROP_PATHS = (timm.layers.DropPath, torchvision.ops.StochasticDepth)
+_DROP_PATHS = (timm.layers.DropPath, torchvision.ops.StochasticDepth)
 # What to do where super-net and base-net cannot run in one forward.
 TWO_PASSES = "use SelfDistillation with single_pass=False"
 
@@ -105,14 +105,18 @@ class Bypass(Follows):
 
 
 class HandsOn(Swapped):
-    """A block that returns a tuple of all it is given, of which only the first is new (MViTv2: tokens, and the height
-    and width of their grid). Between this and `TakesFirst` it is one that turns a tensor into a tensor."""
+    """A block that returns a tuple: of all it is given, of which only the first is new (MViTv2: tokens, and the height
+    and width of their grid); or of what it makes and `_adn_extras` others that nobody needs (Swin of transformers:
+    weights of attention), for which it gives None. Between this and `TakesFirst` it is one that turns a tensor into a
+    tensor."""
 
     order = 0
 
-    def __call__(self, x: torch.Tensor, *others: Any) -> Any:
-        y = super().__call__(x, *others)
-        return y if isinstance(y, Proxy) else (y, *others)  # that of a call, which will return the tuple
+    def __call__(self, x: torch.Tensor, *others: Any, **kwargs: Any) -> Any:
+        y = super().__call__(x, *others, **kwargs)
+        if isinstance(y, Proxy):  # that of a call, which will return the tuple
+            return y
+        return (y, *([None] * self._adn_extras if self._adn_extras else others))
 
 
 class TakesFirst(Swapped):
@@ -120,8 +124,8 @@ class TakesFirst(Swapped):
 
     order = 25
 
-    def forward(self, x: torch.Tensor, *others: Any) -> torch.Tensor:
-        return super().forward(x, *others)[0]
+    def forward(self, x: torch.Tensor, *others: Any, **kwargs: Any) -> torch.Tensor:
+        return super().forward(x, *others, **kwargs)[0]
 
 
 class Fork(Swapped):
@@ -389,10 +393,23 @@ def unswap(module: nn.Module) -> None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, NORMS)
+    return isinstance(module, NORMS) or is_frozen(module)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Is it a batch norm with fixed statistics and parameters: of torchvision, timm, or, by its name, of who copied it?
+    """
+    return isinstance(module, FROZEN_NORMS) or (
+        original_class(module).__name__.endswith("FrozenBatchNorm2d") and "running_var" in module._buffers)
+
+
+def is_drop_path(module: nn.Module) -> bool:
+    """Stochastic depth of a block: of timm, torchvision, or, by its name, of others."""
+    return isinstance(module, _DROP_PATHS) or original_class(module).__name__.endswith("DropPath")
 
 
 TWINS = ("copy", "fresh", "frozen")
+_USUAL_EPS = 1e-5  # of norms that do not say
 
 
 def twin_of(norm: nn.Module, twins: str = "copy") -> nn.Module:
@@ -406,11 +423,21 @@ def twin_of(norm: nn.Module, twins: str = "copy") -> nn.Module:
         for name, value in module.__dict__.items():
             if name.endswith("_hooks") or name.startswith(("_forward_hooks_", "_forward_pre_hooks_")):
                 value.clear()
-    if twins != "frozen" and isinstance(twin, FROZEN_NORMS):
-        twin = timm.layers.unfreeze_batch_norm_2d(twin).train(norm.training)
+    if twins != "frozen" and is_frozen(twin):
+        twin = _learning(twin).train(norm.training)
     if twins == "fresh":
         reset_norm(twin)
     return twin
+
+
+def _learning(frozen: nn.Module) -> nn.Module:
+    if isinstance(frozen, timm.layers.FrozenBatchNormAct2d):
+        return timm.layers.unfreeze_batch_norm_2d(frozen)
+    # timm's function asks others for attributes that only those have which timm froze.
+    eps = getattr(frozen, "eps", _USUAL_EPS)
+    norm = nn.BatchNorm2d(frozen.weight.numel(), eps, device=frozen.weight.device, dtype=frozen.weight.dtype)
+    norm.load_state_dict(frozen.state_dict(), strict=False)  # all but the counter
+    return norm
 
 
 def reset_norm(norm: nn.Module) -> None:

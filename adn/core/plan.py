@@ -7,7 +7,7 @@ model before anything is changed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -103,6 +103,11 @@ class Plan(list[StagePlan]):
                     if owner != stage.name:
                         raise ConversionError(f"{name!r} belongs to stages {owner!r} and {stage.name!r}")
         return resolved
+
+    def renamed(self, rename: Callable[[str], str]) -> Plan:
+        """The same, of a model in which modules have other names."""
+        return Plan((stage.renamed(rename) for stage in self), self.family,
+                    (stack.renamed(rename) for stack in self.stacks))
 
     @property
     def choices(self) -> list[list[Kind]]:

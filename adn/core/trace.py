@@ -37,6 +37,8 @@ _ACTIVATION_FUNCTIONS = {
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, timm.layers.DropPath,
                     torchvision.ops.StochasticDepth)
+# From lists to lists, which a leaf of a graph does not give.
+_MANY_TO_MANY = (torchvision.ops.feature_pyramid_network.ExtraFPNBlock,)
 
 
 _IN_PLACE = {
@@ -118,7 +120,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if name in self.leaves or is_norm(module):
             return True
-        looked_into = any(is_norm(child) for child in module.modules())
+        looked_into = any(is_norm(child) for child in module.modules()) or isinstance(module, _MANY_TO_MANY)
         return not (looked_into or any(watched.startswith(f"{name}.") for watched in self.watched))
 
     def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict):
@@ -162,7 +164,10 @@ def trace(module: nn.Module, watched: Collection[str] = (), leaves: Collection[s
     try:
         graph = tracer.trace(module, concrete_args=given)
     except Exception as error:  # the model's own code, which may raise anything at a value it does not expect
-        raise CannotTrace(f"{own.__name__}: {error}") from error
+        why = str(error)
+        if own.__module__.startswith("transformers."):
+            why = f"code of transformers, which cannot be traced ({error}); adn.compile(net) runs it fast"
+        raise CannotTrace(f"{own.__name__}: {why}") from error
     finally:
         module.__class__ = swapped
     for node in graph.find_nodes(op="placeholder")[arguments:]:

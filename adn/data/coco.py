@@ -145,7 +145,8 @@ class CocoImages(Dataset):
         """Images, annotations and categories in COCO's format, for evaluation: crowds included, nothing clipped.
 
         Annotations are numbered from 1 on, for the COCO tools take a match with number 0 for none. Where the file does
-        not say so, an object is no crowd and has the area of its box.
+        not say so, an object is no crowd and has the area of its box. With `masks`, it has its outline, else that of
+        its box.
 
         Args:
             image_ids: which images; None = all.
@@ -162,6 +163,9 @@ class CocoImages(Dataset):
                                                self._areas[part].tolist(), self._crowd[part].tolist(), strict=True):
                 objects.append({"id": len(objects) + 1, "image_id": image_id, "category_id": self.categories[label].id,
                                 "bbox": box, "area": area, "iscrowd": int(crowd)})
+            for number, one in zip(range(part.start, part.stop), objects[len(objects) - (part.stop - part.start) :]
+                                   if self.masks else ()):
+                one["segmentation"] = json.loads(self._outlines[number]) or [_outline_of(one["bbox"])]
         return {"images": images, "annotations": objects, "categories": [c._asdict() for c in self.categories]}
 
     def _take_images(self, entries: Sequence[Any]) -> None:
@@ -325,6 +329,11 @@ def _decoder() -> Any:
     return mask
 
 
+def _outline_of(box: Sequence[float]) -> list[float]:
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
 def _filled(outline: Any, height: int, width: int) -> np.ndarray:
     """bool (height, width), of polygons or run lengths as COCO's files have them."""
     tools = _decoder()
@@ -397,17 +406,20 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def collate(batch: Sequence[tuple[torch.Tensor, Target] | None]) -> tuple[torch.Tensor, list[Target]] | None:
+def collate(batch: Sequence[tuple[torch.Tensor, Target] | None]
+            ) -> tuple[torch.Tensor | list[torch.Tensor], list[Target]] | None:
     """For a DataLoader: the readable items as a batch.
 
     Returns:
-        Images (B, 3, H, W) and the targets as a list; None if no item was readable.
+        Images (B, 3, H, W), of different sizes as a list of (3, H, W), and the targets as a list; None if no item was
+        readable.
     """
     items = [item for item in batch if item is not None]
     if not items:
         return None
     images, targets = zip(*items, strict=True)
-    return torch.stack(images), list(targets)
+    alike = len({image.shape for image in images}) == 1
+    return torch.stack(images) if alike else list(images), list(targets)
 
 
 def _read_json(path: str, masks: bool = False) -> dict[str, list[Any]]:

@@ -46,7 +46,7 @@ class _Colours(v2.Transform):
         return image.convert("HSV").point(functools.reduce(operator.iadd, tables, [])).convert("RGB")
 
 
-def train_transform(size: int = 640, *, distort: float = 0.5, zoom_out: float = 0.5, crop: float = 0.8,
+def train_transform(size: int | None = 640, *, distort: float = 0.5, zoom_out: float = 0.5, crop: float = 0.8,
                     flip: float = 0.5, hue: float = 0.0, saturation: float = 0.0,
                     brightness: float = 0.0, compose: mosaic.Compose | None = None) -> v2.Transform:
     """Augmentation for `CocoImages`.
@@ -57,7 +57,7 @@ def train_transform(size: int = 640, *, distort: float = 0.5, zoom_out: float = 
     before or after resizing, are left out.
 
     Args:
-        size: side of the images that the net gets, in pixels.
+        size: side of the images that the net gets, in pixels; None = images keep their size.
         distort: probability of each part of the distortion.
         zoom_out, crop, flip: probabilities.
         hue: by up to which part of a full turn it changes.
@@ -89,11 +89,11 @@ def train_transform(size: int = 640, *, distort: float = 0.5, zoom_out: float = 
     ])
 
 
-def eval_transform(size: int = 640, letterbox: bool = False) -> v2.Transform:
+def eval_transform(size: int | None = 640, letterbox: bool = False) -> v2.Transform:
     """Resizing (Pillow's bilinear filter, smoothed when shrinking).
 
     Args:
-        size: side of the images that the net gets, in pixels.
+        size: side of the images that the net gets, in pixels; None = images keep their size.
         letterbox: keep the aspect ratio, with grey above and below or on both sides; else it changes.
 
     Returns:
@@ -136,8 +136,8 @@ def rescale(images: torch.Tensor, size: int) -> torch.Tensor:
     return images if images.shape[-2:] == (size, size) else F.interpolate(images, size=(size, size))
 
 
-def _resize(size: int) -> list[v2.Transform]:
-    return [v2.Resize((size, size)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+def _resize(size: int | None) -> list[v2.Transform]:
+    return [*([v2.Resize((size, size))] if size else []), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
 
 
 def _as_net_input(image: torch.Tensor, target: Target | None = None) -> torch.Tensor | tuple[torch.Tensor, Target]:

@@ -12,14 +12,17 @@ from ..core.regions import unseen
 from ..settings import Settings
 
 
-class Detector(nn.Module):
-    """What the detection task asks of a model; all else about it, the form of its outputs included, is its own affair.
+class DetectorProtocol:
+    """What the detection task asks of a model, or of what stands for one of another library; all else about it, the
+    form of its outputs included, is its own affair.
 
     Attributes:
         adn_task: the task.
         adn_origin: what `adn.create_model` was called with, if it was.
         num_classes: labels are 0 to num_classes - 1.
         stride: sides of images must be multiples of it.
+        resizes: it takes a list of images (3, H, W) of any sizes, and resizes them itself, to `size`.
+        masks: it finds the outlines of objects, too.
         letterbox: images keep their aspect ratio, on grey, see `adn.data.transforms.eval_transform`; what `postprocess`
             gives is for the images without it.
         class_heads: what names of parts begin with that depend on the number of classes.
@@ -28,6 +31,8 @@ class Detector(nn.Module):
     adn_task: ClassVar[str] = "detect"
     adn_origin: dict[str, Any] | None = None
     letterbox: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
+    masks: bool = False
     num_classes: int
     stride: int
     class_heads: tuple[str, ...]
@@ -66,6 +71,10 @@ class Detector(nn.Module):
     def warning(self) -> str | None:
         """Why training from nothing would go wrong, and what to do; None if it would not."""
         return None
+
+
+class Detector(DetectorProtocol, nn.Module):
+    """A detector of this library."""
 
 
 @fx.wrap

@@ -15,6 +15,7 @@ import sys
 from ..data.coco import CocoImages, collate, open_coco
 from ..data.scenes import write_scenes
 from ..data.transforms import eval_transform, train_transform
+from ..detect.distill import DetectorDistillation
 from ..detect.draw import draw_detections
 from ..measure.average_precision import detection_table, evaluate_detector
 from ..models.rtdetr.criterion import DetectionLoss, DistillationLoss
@@ -24,9 +25,9 @@ from ..models.rtdetr.postprocess import postprocess
 from ..tasks import is_detector
 
 __all__ = [
-    "RTDETR", "CocoImages", "DetectionDistillation", "DetectionLoss", "DetectionSupervised", "DistillationLoss",
-    "collate", "detection_table", "draw_detections", "eval_transform", "evaluate_detector", "is_detector", "open_coco",
-    "postprocess", "train_transform", "write_scenes",
+    "RTDETR", "CocoImages", "DetectionDistillation", "DetectionLoss", "DetectionSupervised", "DetectorDistillation",
+    "DistillationLoss", "collate", "detection_table", "draw_detections", "eval_transform", "evaluate_detector",
+    "is_detector", "open_coco", "postprocess", "train_transform", "write_scenes",
 ]
 
 for _name, _module in {

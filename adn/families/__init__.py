@@ -28,20 +28,26 @@ Finder = Callable[[nn.Module], list[StagePlan] | Plan]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
+    """Attributes:
+        timm_modules: the modules of `timm.models` it treats.
+        whole: its plan is all that there is to convert, whatever else other families know of inside.
+    """
+
     name: str
     find: Finder
     timm_modules: tuple[str, ...]
+    whole: bool
 
 
 FAMILIES: dict[str, Family] = {}
 
 
-def family(*timm_modules: str) -> Callable[[Finder], Finder]:
-    """Register a finder under its function's name. `timm_modules`: the modules of `timm.models` it treats."""
+def family(*timm_modules: str, whole: bool = False) -> Callable[[Finder], Finder]:
+    """Register a finder under its function's name; see `Family`."""
 
     def register(find: Finder) -> Finder:
         name = find.__name__
-        FAMILIES[name] = Family(name, find, timm_modules)
+        FAMILIES[name] = Family(name, find, timm_modules, whole)
         return find
 
     return register
@@ -55,6 +61,9 @@ def find_plan(model: nn.Module) -> Plan:
         ConversionError: if there are no stages; it says what was looked for and what to pass.
     """
     _import_own(model)
+    for known in FAMILIES.values():
+        if known.whole and (plan := known.find(model)):
+            return plan.resolve(model)
     found = _together(model, [Plan(stages, known.name, getattr(stages, "stacks", ()))
                               for known in FAMILIES.values() if (stages := known.find(model))])
     module = type(model).__module__.removeprefix("timm.models.")
@@ -73,8 +82,9 @@ def find_plan(model: nn.Module) -> Plan:
         if found is not None:
             return found.resolve(model)
         seen = f"; others are found by running the model without values, but it does not run ({error})"
+    blocks = ", ".join(name for name, known in FAMILIES.items() if not known.whole)
     raise ConversionError(
-        f"no stages to bypass found in this {type(model).__name__}: looked for the blocks of {', '.join(FAMILIES)} "
+        f"no stages to bypass found in this {type(model).__name__}: looked for the blocks of {blocks} "
         f"(timm and torchvision){seen}. If it has such runs, say where they are: adn.convert(model, plan=[name of "
         "each stage's container])")
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.depth import Depth
+from ..core.outputs import logits_of
 from ..core.state import DepthLike, state_of
 from ..core.state import depths as all_depths
 from ..core.tables import table
@@ -56,7 +57,7 @@ def evaluate(
     DistributedDataParallel the bare net runs, so a single process may evaluate; each counts what its loader gives.
 
     Args:
-        net: a converted net with logits (B, classes).
+        net: a converted net with logits (B, classes), or an object that has them as `logits`.
         loader: batches (images (B, 3, H, W), labels (B,) integer), None for an empty one. Where its `dataset` has
             `class_names`, they must be those of the net.
         depths: which; None = every depth of the net.
@@ -82,7 +83,7 @@ def evaluate(
 
     def count(i: int, outputs: torch.Tensor, targets: torch.Tensor) -> None:
         nonlocal labels
-        logits = outputs.float()
+        logits = logits_of(outputs).float()
         if not i:  # the first depth of a new batch
             check_classes(net, logits, targets, getattr(loader, "dataset", None))
             images.add_(len(targets))

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +23,26 @@ from ..core.files import atomic_write
 from ..core.progress import progress_bar
 from ..core.state import DepthLike, is_any_depth, state_of
 from ..data.coco import CocoImages, Target
-from ..models.registry import source_of
+from ..models.registry import interface_of
 from .accuracy import read_depths, table_of
 from .passes import device_of, no_image, of_all_processes, run_over
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
 
-# By image id, the detections in it: (n, 6) float32 of x1, y1, x2, y2 in pixels, score, label.
-Found = dict[int, np.ndarray]
+
+class Detections(NamedTuple):
+    """What was found in an image.
+
+    Attributes:
+        rows: (n, 6) float32 of x1, y1, x2, y2 in pixels, score, label.
+        outlines: run lengths of each, in COCO's format; None if the detector makes none.
+    """
+
+    rows: np.ndarray
+    outlines: list[dict[str, Any]] | None = None
+
+
+Found = dict[int, Detections]  # by image id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +58,7 @@ class DetectionRow:
         aps, apm, apl: of objects with an area of up to 32^2, up to 96^2, and more pixels.
         ar100: average recall in percent, of at most 100 detections per image and class.
         images: how many were evaluated.
+        mask_ap, mask_ap50: of outlines, in place of boxes; None where there are none.
         macs, latency_ms: multiply-adds per image, and time, where the caller fills them in.
     """
 
@@ -58,13 +71,16 @@ class DetectionRow:
     apl: float | None
     ar100: float | None
     images: int
+    mask_ap: float | None = None
+    mask_ap50: float | None = None
     macs: int | None = None
     latency_ms: float | None = None
 
 
 # The accuracies of a row, and their places among the numbers that the COCO tools give.
 _STATS = {"ap": 0, "ap50": 1, "ap75": 2, "aps": 3, "apm": 4, "apl": 5, "ar100": 8}
-ACCURACIES = tuple(_STATS)
+_MASK_STATS = {f"mask_{name}": _STATS[name] for name in ("ap", "ap50")}
+ACCURACIES, OF_MASKS = tuple(_STATS), tuple(_MASK_STATS)
 _DECIMALS = 10
 
 
@@ -84,7 +100,8 @@ def evaluate_detector(
 
     In evaluation mode and without gradients. Depth and mode of the net are afterwards what they were. The detections,
     up to 300 per image, are compared with all annotations of the images that the loader gave, crowds included, each
-    image once. They are kept until the end, 7 kB per image and depth.
+    image once. They are kept until the end, 7 kB per image and depth. Outlines are compared too, where the detector
+    makes them and the data have them (`CocoImages` with `masks`).
 
     Args:
         net: a detector, any-depth or of one depth, that has `num_classes` and `postprocess` of
@@ -123,6 +140,7 @@ def evaluate_detector(
                          f"{'keep' if letterbox else 'do not keep'} their aspect ratio: prepare them by "
                          f"eval_transform(size, letterbox={letterbox})")
     found: list[Found] = [{} for _ in chosen]
+    outlined = getattr(detector, "masks", False) and data.masks
 
     def keep(i: int, outputs: Any, targets: list[Target]) -> None:
         results = detector.postprocess(outputs, [target["size"] for target in targets])
@@ -133,7 +151,8 @@ def evaluate_detector(
                 at = "" if chosen[i] is None else f" at depth {chosen[i]}"
                 raise ValueError(f"the net gives boxes or scores that are not finite{at}: its weights, or the amp "
                                  "setting, are not usable")
-            found[i][int(target["image_id"])] = numbers
+            outlines = run_lengths(one["masks"]) if outlined else None
+            found[i][int(target["image_id"])] = Detections(numbers, outlines)
 
     run_over(net, loader, chosen, keep, device_of(net, device), amp, progress)
     rows: list[DetectionRow] = []
@@ -148,15 +167,18 @@ def evaluate_detector(
             results = to_results(data, of_depth)
             if results_dir is not None:
                 _write(Path(results_dir), depth, results)
-            rows.append(DetectionRow(depth, **score(data, results, of_depth, backend), images=len(of_depth)))
+            scores = score(data, results, of_depth, backend)
+            if outlined:
+                scores |= score(data, results, of_depth, backend, outlines=True)
+            rows.append(DetectionRow(depth, **scores, images=len(of_depth)))
     box = [rows]
     if distributed:
         dist.broadcast_object_list(box)
     return box[0]
 
 
-def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Iterable[int], backend: str = "pycocotools"
-          ) -> dict[str, float | None]:
+def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Iterable[int],
+          backend: str = "pycocotools", *, outlines: bool = False) -> dict[str, float | None]:
     """The accuracies of a `DetectionRow`, by the COCO tools.
 
     Args:
@@ -164,6 +186,7 @@ def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Ite
         results: detections in COCO's results format.
         image_ids: of the images to count; those without a detection count, too.
         backend: see `evaluate_detector`.
+        outlines: compare these, not boxes.
     """
     if backend == "pycocotools":
         from pycocotools.coco import COCO
@@ -176,6 +199,11 @@ def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Ite
     detections = {**truth, "annotations": [
         {**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
         for i, result in enumerate(results, 1)]}
+    if outlines:
+        from pycocotools import mask
+
+        for result in detections["annotations"]:
+            result["area"] = float(mask.area(result["segmentation"]))
     with contextlib.redirect_stdout(io.StringIO()):
         tools = []
         for content in (truth, detections):
@@ -183,11 +211,12 @@ def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Ite
             coco.dataset = content
             coco.createIndex()
             tools.append(coco)
-        evaluation = COCOeval(*tools, "bbox")
+        evaluation = COCOeval(*tools, "segm" if outlines else "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    numbers = {name: float(evaluation.stats[place]) for name, place in _STATS.items()}
+    stats = _MASK_STATS if outlines else _STATS
+    numbers = {name: float(evaluation.stats[place]) for name, place in stats.items()}
     # Rounded, as one of the packages adds 2e-16 to what it divides by, for which all found would not be 100 %.
     return {name: None if number < 0 else round(100 * number, _DECIMALS) for name, number in numbers.items()}
 
@@ -195,18 +224,29 @@ def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Ite
 def to_results(data: CocoImages, found: Found) -> list[dict[str, Any]]:
     """COCO's results format: category ids of the file, boxes as x, y, width, height in pixels."""
     results = []
-    for image_id, rows in found.items():
+    for image_id, (rows, outlines) in found.items():
         boxes = box_convert(torch.from_numpy(rows[:, :4]).double(), "xyxy", "xywh").tolist()
-        for box, number, label in zip(boxes, rows[:, 4].tolist(), rows[:, 5].tolist(), strict=True):
+        for i, (box, number, label) in enumerate(zip(boxes, rows[:, 4].tolist(), rows[:, 5].tolist(), strict=True)):
             results.append({"image_id": image_id, "category_id": data.categories[int(label)].id, "bbox": box,
-                            "score": number})
+                            "score": number} | ({"segmentation": outlines[i]} if outlines is not None else {}))
     return results
+
+
+def run_lengths(masks: torch.Tensor) -> list[dict[str, Any]]:
+    """Outlines in COCO's format, of probabilities (n, 1, H, W): where they are 0.5 or more."""
+    from pycocotools import mask
+
+    inside = (masks[:, 0] >= 0.5).permute(1, 2, 0).byte().cpu().numpy()
+    found = mask.encode(np.asfortranarray(inside))
+    return [{**one, "counts": one["counts"].decode()} for one in found]  # JSON has no bytes
 
 
 def detection_table(rows: Sequence[DetectionRow]) -> str:
     """Rows as text in columns; multiply-adds (in billions) and latency where they are known."""
     heads = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+    masks = [("mask AP", "mask_ap", 1, 1), ("mask AP50", "mask_ap50", 1, 1)]
     return table_of(rows, [*((head, name, 1, 1) for head, name in zip(heads, _STATS, strict=True)),
+                           *(masks if any(row.mask_ap is not None for row in rows) else ()),
                            ("GMACs", "macs", 1e9, 3), ("ms", "latency_ms", 1, 2)])
 
 
@@ -221,7 +261,7 @@ def require_backend(name: str) -> None:
 
 def _detector(net: nn.Module) -> nn.Module:
     """What says how many classes there are and what outputs mean: the net, or the one in its wrappers."""
-    for model in (net, getattr(net, "module", None), source_of(net)):
+    for model in (net, getattr(net, "module", None), interface_of(net)):
         if hasattr(model, "postprocess"):
             return model
     raise ValueError(f"this {type(net).__name__} does not say what its outputs mean: give it the method `postprocess` "

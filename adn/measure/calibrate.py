@@ -18,7 +18,7 @@ from ..core.behaviours import BATCH_NORMS
 from ..core.progress import progress_bar
 from ..core.state import DepthLike, set_depth, unwrap
 from .cost import in_use
-from .passes import device_of, evaluating, no_image, try_forward
+from .passes import device_of, evaluating, moved, no_image, try_forward
 
 
 def calibrate(
@@ -112,7 +112,7 @@ def _average(net: nn.Module, loader: Iterable[tuple[torch.Tensor, torch.Tensor] 
             for batch in bar:
                 if batch is not None:
                     images = batch if isinstance(batch, torch.Tensor) else batch[0]
-                    images = images.to(device, dtype, non_blocking=True)
+                    images = moved(images, device, dtype)
                     for depth in depths:
                         set_depth(net, depth)
                         try_forward(net, images)

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.depth import Depth
 from ..core.state import DepthLike, set_depth, state_of, unwrap
 from ..models.registry import source_of
-from .passes import evaluating, try_forward
+from .passes import Images, evaluating, try_forward
 
 
-def count_macs(net: nn.Module, x: torch.Tensor, depths: Iterable[DepthLike], *, norms: bool = False) -> list[int]:
+def count_macs(net: nn.Module, x: Images, depths: Iterable[DepthLike], *, norms: bool = False) -> list[int]:
     """Multiply-adds of a forward of `x` at each depth: torch's FLOP counter, which counts two per multiply-add, halved.
 
     Args:

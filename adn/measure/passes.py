@@ -16,6 +16,7 @@ from ..core.progress import progress_bar
 from ..core.state import at_depth, get_depth, is_any_depth, set_depth
 from ..models.registry import source_of
 
+Images = torch.Tensor | Sequence[torch.Tensor]
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,11 +34,18 @@ def run_over(net: nn.Module, loader: Iterable[tuple[torch.Tensor, Any] | None], 
             if batch is None:
                 continue
             images, targets = batch
-            images = images.to(device, dtype, non_blocking=True)
+            images = moved(images, device, dtype)
             for i, depth in enumerate(depths):
                 if depth is not None:
                     set_depth(net, depth)
                 count(i, try_forward(run, images), targets)
+
+
+def moved(images: Images, device: torch.device, dtype: torch.dtype | None = None, **form: Any) -> Images:
+    """Images, a batch (B, 3, H, W) or a list of (3, H, W), on a device; `form`: of a batch, arguments of `to`."""
+    if isinstance(images, torch.Tensor):
+        return images.to(device, dtype, non_blocking=True, **(form if images.ndim == 4 else {}))
+    return [image.to(device, dtype, non_blocking=True) for image in images]
 
 
 def device_of(net: nn.Module, device: torch.device | str | None) -> torch.device:
@@ -68,7 +76,7 @@ def autocast(device: torch.device, amp: torch.dtype | str | None) -> contextlib.
     return torch.autocast(device.type, dtype=AMP_TYPES.get(amp, amp))
 
 
-def try_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def try_forward(net: nn.Module, x: Images) -> Any:
     """`net(x)`; a net that cannot take it gets an error that says what was given and what it expects.
 
     Raises:
@@ -82,8 +90,9 @@ def try_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
         model = source_of(net)
         expected = _expected_size(model)
         hint = f"; it is made for images of {expected[0]} x {expected[1]}" if expected else ""
-        raise ValueError(f"{type(model).__name__} cannot take a batch of shape {tuple(x.shape)}{hint} "
-                         f"({error})") from error
+        given = f"a batch of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else (
+            f"images of shapes {', '.join(str(tuple(image.shape)) for image in x[:3])}")
+        raise ValueError(f"{type(model).__name__} cannot take {given}{hint} ({error})") from error
 
 
 def processes() -> tuple[int, int]:

@@ -27,7 +27,7 @@ from ..core.tables import read_table, table
 from ..models.registry import task_name
 from .accuracy import Row, read_depths
 from .cost import count_macs, count_parameters
-from .passes import evaluating
+from .passes import Images, evaluating
 
 if TYPE_CHECKING:
     from .average_precision import DetectionRow
@@ -140,7 +140,7 @@ class Profile(list[Point]):
 
 def profile(
     net: nn.Module,
-    x: torch.Tensor,
+    x: Images,
     *,
     depths: Iterable[DepthLike] | None = None,
     run: Callable[..., Any] | None = None,
@@ -158,7 +158,8 @@ def profile(
 
     Args:
         net: a converted net, also compiled.
-        x: a batch, (B, 3, H, W), on the net's device and of its dtype.
+        x: a batch, (B, 3, H, W), on the net's device and of its dtype; for a detector that takes a list of images
+            (3, H, W), such a list.
         depths: which; None = every depth of the net.
         run: what is timed, called as `run(x, depth=depth)`, such as an `adn.Engine` of the net; None = the net itself.
         rounds: timed forwards per depth.
@@ -217,11 +218,11 @@ def fit_budget(profile: Sequence[Point], *, ms: float, percentile: int = 50) -> 
     return max(fitting, key=lambda point: (point.macs, point.top1 or 0, -spent(point))).depth
 
 
-def _measure(net: nn.Module, x: torch.Tensor, depths: list[Depth], run: Callable[..., Any] | None, rounds: int,
+def _measure(net: nn.Module, x: Images, depths: list[Depth], run: Callable[..., Any] | None, rounds: int,
              warmup: int, progress: bool) -> np.ndarray:
     """Milliseconds, (depths, rounds)."""
     times = np.empty((len(depths), rounds))
-    clock = _cuda_ms if x.is_cuda else _host_ms
+    clock = _cuda_ms if x[0].is_cuda else _host_ms
     shuffle = random.Random(0).sample
     bar = progress_bar(total=warmup + rounds, desc="profile", unit="round", show=progress)
     with evaluating(net), torch.inference_mode(), bar:
@@ -235,32 +236,35 @@ def _measure(net: nn.Module, x: torch.Tensor, depths: list[Depth], run: Callable
     return times
 
 
-def _host_ms(run: Callable[..., Any], x: torch.Tensor) -> float:
+def _host_ms(run: Callable[..., Any], x: Images) -> float:
     start = time.perf_counter()
     run(x)
     return (time.perf_counter() - start) * 1e3
 
 
-def _cuda_ms(run: Callable[..., Any], x: torch.Tensor) -> float:
+def _cuda_ms(run: Callable[..., Any], x: Images) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(x.device)
-    start.record(torch.cuda.current_stream(x.device))
+    device = x[0].device
+    torch.cuda.synchronize(device)
+    start.record(torch.cuda.current_stream(device))
     run(x)
-    end.record(torch.cuda.current_stream(x.device))
+    end.record(torch.cuda.current_stream(device))
     end.synchronize()
     return start.elapsed_time(end)
 
 
-def _machine(x: torch.Tensor, rounds: int, warmup: int) -> dict[str, str]:
+def _machine(x: Images, rounds: int, warmup: int) -> dict[str, str]:
     from .. import __version__
+
+    shapes = dict.fromkeys("x".join(map(str, image.shape)) for image in x)
 
     return {
         "adn": __version__,
-        "device": device_name(x.device),
+        "device": device_name(x[0].device),
         "threads": str(torch.get_num_threads()),
-        "dtype": str(x.dtype).removeprefix("torch."),
+        "dtype": str(x[0].dtype).removeprefix("torch."),
         "batch": str(len(x)),
-        "input": "x".join(map(str, x.shape[1:])),
+        "input": ", ".join(shapes),
         "rounds": f"{rounds} after {warmup} of warm-up",
         "torch": torch.__version__,
         "python": platform.python_version(),

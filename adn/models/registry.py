@@ -17,7 +17,7 @@ from torch import nn
 from ..convert import convert
 from ..core.state import is_any_depth, state_of, unwrap
 from ..settings import Settings
-from .entry import Entry
+from .entry import Adapter, Entry
 
 PREFIX = "anydepth_"
 
@@ -36,11 +36,13 @@ _ABOUT_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg"
 # The models of this library's own, and recipes to train them by. A folder of this package is a kind of model.
 ENTRIES: dict[str, Entry] = {}
 RECIPES: dict[str, Settings] = {}
+_ADAPTERS: list[Adapter] = []
 for _kind in pkgutil.iter_modules([str(Path(__file__).parent)]):
     if _kind.ispkg:
         _presets = importlib.import_module(f"{__package__}.{_kind.name}.presets")
         ENTRIES |= _presets.ENTRIES
         RECIPES |= _presets.RECIPES
+        _ADAPTERS += getattr(_presets, "ADAPTERS", ())
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -102,9 +104,18 @@ def source_of(net: nn.Module) -> nn.Module:
     return unwrap(net if made_from is None else made_from)
 
 
+def interface_of(net: nn.Module) -> Any:
+    """What says of a net how many classes it has, and what else its task asks: the model, `source_of`, or for one of
+    another library what stands for it, see `adn.models.entry.Adapter`."""
+    model = source_of(net)
+    if hasattr(model, "adn_task"):
+        return model
+    return next(filter(None, (adapter(model) for adapter in _ADAPTERS)), model)
+
+
 def task_name(net: nn.Module) -> str:
     """What a net is for, the name of one of `adn.tasks`; "classify" where it does not say."""
-    return getattr(source_of(net), "adn_task", "classify")
+    return getattr(interface_of(net), "adn_task", "classify")
 
 
 def _own(name: str, pretrained: bool, twins: str | None, kwargs: dict[str, Any]) -> nn.Module:

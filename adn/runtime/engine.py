@@ -45,9 +45,10 @@ class Engine:
     segment by segment, one launch each, with its features copied between them. On another device the same class runs
     the net itself; all that is said below holds there too.
 
-    **Input.** One tensor (B, ...), on the net's device, without gradient. The shape of an image and the dtype are
-    those of the first call; `warm` declares others. Depths and batch sizes are captured as they come; another shape,
-    dtype or device is an error, not a capture that takes a second and stays unnoticed.
+    **Input.** One tensor (B, ...), on the net's device, without gradient; of the deploy form of a detector that takes a
+    list of images, such a list, of which what follows is said once it has resized them. The shape of an image and the
+    dtype are those of the first call; `warm` declares others. Depths and batch sizes are captured as they come; another
+    shape, dtype or device is an error, not a capture that takes a second and stays unnoticed.
 
     **Batch sizes.** `batch_sizes` are all the net ever sees: a smaller batch is padded with zeros to the next of them
     and the result cut, a larger one is run in parts. This takes the samples of a batch not to depend on each other,
@@ -126,17 +127,7 @@ class Engine:
         """
         with self._lock, torch.inference_mode():
             depth = self._depth if depth is None else self._read_depth(depth)
-            self._check(x)
-            self._check_kind(x)
-            self._counts["calls"] += 1
-            if self._sizes is None or len(x) <= self._sizes[-1]:
-                result = self._run(x, depth, copy=self._copy_output)
-            else:
-                parts = [self._run(part, depth, copy=True, is_part=True) for part in x.split(self._sizes[-1])]
-                result = pytree.tree_map(lambda *leaves: torch.cat(leaves) if torch.is_tensor(leaves[0]) else leaves[0],
-                                  *parts)
-            self._kinds.add(_kind(x))
-            return result
+            return self._around(x, functools.partial(self._call, depth=depth))
 
     def per_image(self, x: Tensor, depths: Any) -> Any:
         """What a deploy form computes of a batch, each image at a depth of its own; see `FusedNet.per_image`.
@@ -155,18 +146,7 @@ class Engine:
         if not isinstance(self._inner, FusedNet):
             raise ValueError("a depth for each image takes a deploy form: adn.Engine(adn.fuse(net))")
         with self._lock, torch.inference_mode():
-            self._check(x)
-            self._check_kind(x)
-            if self._sizes is not None and len(x) > self._sizes[-1]:
-                raise ValueError(f"{len(x)} images, each with a depth; pass at most {self._sizes[-1]} at once")
-            self._counts["calls"] += 1
-            if torch.is_tensor(depths):
-                flags = checked_flags(depths, (len(self._depth), len(x)), x.device, len(self._depth.layers))
-                result = self._run(x, flags, copy=self._copy_output)
-            else:
-                result = self._inner.per_image(x, depths)
-            self._kinds.add(_kind(x))
-            return result
+            return self._around(x, functools.partial(self._call_per_image, depths=depths))
 
     @property
     def depth(self) -> Depth:
@@ -212,8 +192,7 @@ class Engine:
         """
         with self._lock, torch.inference_mode():
             chosen = self._read_depths(depths)
-            self._check(x)
-            self._warm([x] if self._sizes is None else list(x.split(self._sizes[-1])), chosen)
+            self._around(x, functools.partial(self._warm_batch, depths=chosen))
             self._profile = profile(self.net, x, depths=chosen, run=self, **settings)
             return self._profile
 
@@ -221,8 +200,8 @@ class Engine:
         """Capture ahead, so that no call has to; also declares another shape or dtype of input.
 
         Args:
-            x: a batch as will come; or its shape, (B, ...), of the dtype of the net. With `batch_sizes`, all of these
-                are captured, else B.
+            x: a batch as will come; or its shape, (B, ...), of the dtype of the net (of a detector that resizes images
+                itself: of what it makes of them). With `batch_sizes`, all of these are captured, else B.
             depths: which; None = every depth of the net.
 
         Raises:
@@ -230,6 +209,9 @@ class Engine:
         """
         with self._lock, torch.inference_mode():
             chosen = self._read_depths(depths)
+            if not torch.is_tensor(x) and all(map(torch.is_tensor, x)):
+                self._around(x, functools.partial(self._warm_batch, depths=chosen))
+                return
             if not torch.is_tensor(x):
                 if self._watch.changed():
                     self._invalidate()
@@ -304,7 +286,8 @@ class Engine:
     def _accepted(self) -> str:
         kinds = [f"(B, {', '.join(map(str, shape))}) of {dtype}" for shape, dtype in self._kinds]
         sizes = "" if self._sizes is None else f", run at batch sizes {', '.join(map(str, self._sizes))}"
-        return f"accepted: {' or '.join(kinds) or 'batches (B, ...)'} on {self._device}{sizes}"
+        what = " (of images, once the net has resized them)" if getattr(self._inner, "part", "") else ""
+        return f"accepted: {' or '.join(kinds) or 'batches (B, ...)'} on {self._device}{sizes}{what}"
 
     def _read_depth(self, depth: DepthLike) -> Depth:
         known = self._depths.get(depth) if isinstance(depth, str) else None
@@ -321,6 +304,37 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------- one forward
 
+    def _around(self, x: Any, call: Callable[[Tensor], Any]) -> Any:
+        """The forward of the net, of which a deploy form may hold a part only."""
+        return self._inner.around(x, call) if isinstance(self._inner, FusedNet) else call(x)
+
+    def _call(self, x: Tensor, depth: Depth) -> Any:
+        self._check(x)
+        self._check_kind(x)
+        self._counts["calls"] += 1
+        if self._sizes is None or len(x) <= self._sizes[-1]:
+            result = self._run(x, depth, copy=self._copy_output)
+        else:
+            parts = [self._run(part, depth, copy=True, is_part=True) for part in x.split(self._sizes[-1])]
+            result = pytree.tree_map(lambda *leaves: torch.cat(leaves) if torch.is_tensor(leaves[0]) else leaves[0],
+                                     *parts)
+        self._kinds.add(_kind(x))
+        return result
+
+    def _call_per_image(self, x: Tensor, depths: Any) -> Any:
+        self._check(x)
+        self._check_kind(x)
+        if self._sizes is not None and len(x) > self._sizes[-1]:
+            raise ValueError(f"{len(x)} images, each with a depth; pass at most {self._sizes[-1]} at once")
+        self._counts["calls"] += 1
+        if torch.is_tensor(depths):
+            flags = checked_flags(depths, (len(self._depth), len(x)), x.device, len(self._depth.layers))
+            result = self._run(x, flags, copy=self._copy_output)
+        else:
+            result = self._inner.run_per_image(x, depths)
+        self._kinds.add(_kind(x))
+        return result
+
     def _warm(self, batches: Sequence[Tensor], depths: Sequence[Depth]) -> None:
         keys = {key for x in batches for depth in depths for key, _ in self._pieces(self._form(x), depth)}
         if self._graphs is not None and len(keys) > self._max_graphs:
@@ -329,6 +343,13 @@ class Engine:
         for x, depth in itertools.product(batches, depths):
             self._run(x, depth, copy=False)
             self._kinds.add(_kind(x))
+
+    def _warm_batch(self, x: Tensor, depths: Sequence[Depth]) -> Any:
+        """Of such a batch; what the net makes of it."""
+        self._check(x)
+        self._warm([x] if self._sizes is None else list(x.split(self._sizes[-1])), depths)
+        # What is around a part goes on with it.
+        return self._call(x, depths[0]) if getattr(self._inner, "part", "") else None
 
     def _form(self, x: Tensor) -> Batch:
         """What a batch is run as, padded."""
@@ -355,10 +376,10 @@ class Engine:
         if n < size:
             x = torch.cat([x, x.new_zeros(size - n, *x.shape[1:])])
         if torch.is_tensor(depth):
-            y = self._inner.per_image(x, F.pad(depth, (0, size - n)))
+            y = self._inner.run_per_image(x, F.pad(depth, (0, size - n)))
         else:
             set_depth(self.net, depth)
-            y = self.net(x)
+            y = self._runs(x)
         memory = x.untyped_storage().data_ptr()
         return map_tensors(lambda t: own(t, copy=t.untyped_storage().data_ptr() == memory), y)
 
@@ -417,14 +438,14 @@ class Engine:
 
     def _run_net(self, form: Batch, depth: Depth) -> Any:
         set_depth(self.net, depth)
-        return map_tensors(lambda tensor: tensor, self.net(self._places[form].x))
+        return map_tensors(lambda tensor: tensor, self._runs(self._places[form].x))
 
     def _run_per_image(self, form: Batch) -> Any:
         place = self._places[form]
         if place.flags is None:
             # A run of warm-up, not yet the capture: outside the pool.
             place.flags = torch.zeros(len(self._depth), form.shape[0], dtype=torch.int32, device=self._device)
-        return map_tensors(lambda tensor: tensor, self._inner.per_image(place.x, place.flags))
+        return map_tensors(lambda tensor: tensor, self._inner.run_per_image(place.x, place.flags))
 
     def _run_segment(self, form: Batch, segment: Segment, entry: bool | int) -> None:
         self._places[form].leave(segment.gives, segment.run(entry, *self._places[form].take(segment.takes)))
@@ -447,6 +468,7 @@ class Engine:
 
     def _look_at_net(self) -> None:
         net = self._inner = unwrap(self.net)
+        self._runs = net.run if isinstance(net, FusedNet) and net is self.net else self.net
         self._watch = Watch(net)
         self._batch_norms = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
         first = next(itertools.chain(net.parameters(), net.buffers()))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +22,8 @@ from adn_kernels import private
 
 from ..core.behaviours import check_filled, mixing_norm
 from ..core.depth import Depth
-from ..core.state import DepthLike, State, state_of, unwrap
+from ..core.state import DepthLike, State, get_depth, set_depth, state_of, unwrap
+from ..models.registry import interface_of
 from .cut import Segment, cut, filled
 from .fusing import fuse_calls
 from .layers import Layer
@@ -33,7 +36,10 @@ def fuse(net: nn.Module) -> FusedNet:
 
     Convolution, norm, activation and residual addition become one call each: oneDNN's on a CPU, cuDNN's or a Triton
     kernel on a GPU. Norms are folded into the weights of the convolutions before them, for both values of their
-    flag: the folded essential path is held twice. What is not fused keeps sharing its parameters with the net.
+    flag: the folded essential path is held twice. What is not fused keeps sharing its parameters with the net. Of a
+    detector of torchvision the backbone and its pyramid are fused; the heads, and all that depends on values (resizing,
+    anchors, suppression), run as they are. An RT-DETR of `transformers` becomes one of this library, with its weights
+    as they are now.
 
     The result equals the net in evaluation mode within rounding, at every depth. It has a depth of its own, for all
     functions that take a net: `adn.set_depth(fused, "TTFF")`. Changes of the net's parameters, statistics and modules
@@ -49,6 +55,11 @@ def fuse(net: nn.Module) -> FusedNet:
             why: usually because it depends on values).
         RuntimeError: if other code has replaced modules that follow the depth.
     """
+    interface = interface_of(unwrap(net))
+    if hasattr(interface, "own_form"):
+        fused = FusedNet(interface.own_form(), interface.as_outputs)
+        set_depth(fused, get_depth(net))
+        return fused
     return FusedNet(net)
 
 
@@ -57,10 +68,16 @@ class FusedNet(nn.Module):
 
     Attributes:
         segments: in the order in which they run.
+        part: the name of the module that they are; "" if the whole net.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, finish: Callable[[Any], Any] | None = None) -> None:
+        """
+        Args:
+            finish: what becomes of the outputs of the net; None = they are returned.
+        """
         super().__init__()
+        self._finish = finish
         source, state = unwrap(net), state_of(net)
         if isinstance(source, FusedNet):
             raise ValueError("this net is fused already")
@@ -69,6 +86,7 @@ class FusedNet(nn.Module):
         self.__dict__["_adn"] = State(
             state.plan, [copy.copy(choice) for choice in state.choices], state.full, state.base, state.twins, {},
             state.origin, state.class_names, made_from=source)
+        self.part: str = getattr(interface_of(source), "part", "")
         if any(module.training for module in source.modules()):
             raise ValueError("a deploy form is for inference: call net.eval() first")
         for module in source.modules():
@@ -76,20 +94,36 @@ class FusedNet(nn.Module):
         self._build()
         self.training = False
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Any) -> Any:
         """As the net's own forward of one argument, without gradients.
 
         Raises:
             RuntimeError: if x requires a gradient.
         """
+        return self.around(x, self.run)
+
+    def run(self, x: Tensor) -> Any:
+        """What the segments make of their input, at the depth that is set: of a net as a whole, its forward."""
         choices = self._adn.choices
         return self._run(x, lambda segment, inputs: segment.run(choices[segment.flag].entry, *inputs))
+
+    def around(self, x: Any, run: Callable[[Tensor], Any]) -> Any:
+        """The forward of the net with `run` for its `part`."""
+        if not self.part:
+            return run(x) if self._finish is None else self._finish(run(x))
+        net, *within = itertools.accumulate(["", *self.part.split(".")], lambda a, b: f"{a}.{b}" if a else b)
+        source = self._adn.made_from
+        shells = [_shell(source.get_submodule(name)) for name in (net, *within[:-1])]
+        for parent, name, child in zip(shells, self.part.split("."), [*shells[1:], _Calls(run)], strict=True):
+            parent._modules[name] = child
+        with torch.no_grad():
+            return shells[0](x)
 
     def per_image(self, x: Tensor, depths: Tensor | Callable[[int, Tensor], Tensor] | Sequence[DepthLike]) -> Any:
         """Every image of a batch at a depth of its own; the depth of the net does not matter.
 
         Args:
-            x: (N, ...).
+            x: (N, ...), or what else the net takes.
             depths: int32 (flags and stacks, N) on the device of x, 1 where image n bypasses the refinement path of flag
                 k, else 0, and in the row of a stack after how many of its layers n is done (they all run): any kernel
                 may have written it, and nothing waits for it. Or a router, called `router(k, features)` before what
@@ -100,6 +134,10 @@ class FusedNet(nn.Module):
         Raises:
             ValueError: if a shape, type or device does not fit, or samples of a batch influence each other.
         """
+        return self.around(x, lambda batch: self.run_per_image(batch, depths))
+
+    def run_per_image(self, x: Tensor, depths: Tensor | Callable[[int, Tensor], Tensor] | Sequence[DepthLike]) -> Any:
+        """As `per_image`, of the segments alone."""
         if self._mixing is not None:
             raise ValueError(f"norm {self._mixing!r} has no running statistics, so samples of a batch influence each "
                              "other: run images of different depths in batches of their own")
@@ -207,7 +245,7 @@ class FusedNet(nn.Module):
     def _build(self) -> None:
         state_of(self._adn.made_from).check_intact()
         with torch.inference_mode(False):  # what is made here is written to again by `refresh`
-            segments, self._result = cut(self._adn.made_from)
+            segments, self._result = cut(_part(self._adn.made_from, self.part))
             fuse_calls(segments)
         self.segments = nn.ModuleList(segments)
         if self._compile_options is not None:
@@ -219,3 +257,29 @@ class FusedNet(nn.Module):
         # Of counters too: torch's batch norm writes its running statistics without counting a version of them.
         self._tensors = [t for t in (*source.parameters(), *source.buffers()) if not t.is_inference()]
         self._versions = list(map(private.version, self._tensors))
+
+
+class _Calls(nn.Module):
+    def __init__(self, run: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.__dict__["forward"] = run
+        self.training = False
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """The same module, in which children may be replaced without its noticing."""
+    shell = copy.copy(module)
+    shell.__dict__["_modules"] = dict(module._modules)
+    return shell
+
+
+def _part(net: nn.Module, name: str) -> nn.Module:
+    """A part of a converted net as one of its own, in which every choice is made."""
+    if not name:
+        return net
+    state, prefix = state_of(net), f"{name}."
+    part = _shell(net.get_submodule(name))
+    placed = {key.removeprefix(prefix): value for key, value in state.placed.items()}
+    part.__dict__["_adn"] = dataclasses.replace(
+        state, plan=state.plan.renamed(lambda key: key.removeprefix(prefix)), placed=placed)
+    return part

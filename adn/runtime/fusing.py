@@ -76,7 +76,7 @@ class _Fusing:
         x, before = norm.args[0], None
         if x.op == "call_module" and len(x.args) == 1 and len(x.users) == 1:
             conv = modules[x.target]
-            if is_plain_conv(conv) and conv.out_channels == module.num_features:
+            if is_plain_conv(conv) and conv.out_channels == module.running_mean.numel():
                 before, x = x, x.args[0]
         parts = (module,) if before is None else (modules[before.target], module)
         layer = self._layer(NormAct if before is None else ConvNormAct, *parts, chain.activation, second)

@@ -198,7 +198,7 @@ class NormAct(Layer):
         return y if fits else act_reference(y + residual, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{self.source[0].num_features}, {self.activation}"
+        return f"{self.source[0].running_mean.numel()}, {self.activation}"
 
 
 class AddLayerNorm(Layer):

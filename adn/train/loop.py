@@ -26,7 +26,7 @@ from adn_kernels.private import pytree
 from ..convert import convert_sync_batchnorm
 from ..core.progress import progress_bar
 from ..core.state import is_converted, state_of
-from ..measure.passes import autocast, of_all_processes, processes
+from ..measure.passes import autocast, moved, of_all_processes, processes
 from ..settings import Settings
 from ..tasks import CLASSIFY
 from .folder import BEST, CONFIG, FINAL, INTERRUPTED, LAST, RunFolder
@@ -272,8 +272,7 @@ class _Run:
     def _backward(self, x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
         """Add the gradients of a batch, the mean of all processes."""
         recipe = self.recipe
-        x = x.to(self.device, non_blocking=True,
-                 memory_format=self.memory_format if x.ndim == 4 else torch.preserve_format)
+        x = moved(x, self.device, memory_format=self.memory_format)
         y = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), y)
         if not self.pending:
             self.optimizer.zero_grad()

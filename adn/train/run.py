@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..core.state import state_of
 from ..measure.passes import evaluating, of_all_processes, processes, try_forward
+from ..models.registry import interface_of
 from ..settings import Settings
 from ..tasks import CLASSIFY, DETECT, Data, Prepared, Task, task_of
 from ..weights.checkpoint import load
@@ -305,9 +306,9 @@ def _set_classes(net: nn.Module, config: _Run, data: Data, resume: bool) -> None
     """
     classes, names = data.classes, data.training.class_names
     if config.new_head:
-        net.reset_classifier(classes)
+        interface_of(net).reset_classifier(classes)
         return
-    count, known = getattr(net, "num_classes", classes), state_of(net).class_names
+    count, known = getattr(interface_of(net), "num_classes", classes), state_of(net).class_names
     if count != classes:
         raise ValueError(f"{config.checkpoint} has {count} classes, the data has {classes}; pass --new-head to put a "
                          "fresh classifier on it")

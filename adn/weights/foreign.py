@@ -13,7 +13,8 @@ order of floating-point sums):
 | ConvNeXt     | -                                        | `convnext_tiny` <-> `convnext_tiny`, ...           |
 | RegNet       | -                                        | `regnet_y_400mf` <-> `regnety_004`, ...            |
 | EfficientNet | -                                        | `efficientnet_b0` .. `b4` <-> the same names       |
-| RT-DETR      | yes (AnyDepth-DETR); official as it is   | -                                                  |
+| RT-DETR      | yes (AnyDepth-DETR); official as it is   | - (Hugging Face's names, older and current ones)   |
+| RetinaNet    | yes (RetinaNet-ADN)                      | torchvision's as they are                          |
 
 Models that share names and shapes but not the function cannot be told apart by a state dict: timm's EfficientNets from
 `b5` on have other epsilons than torchvision's, its `tf_*` models another padding as well.
@@ -38,7 +39,7 @@ from torch import nn
 
 from ..core.errors import CheckpointError
 from ..core.state import is_any_depth, state_with_modules, unwrap
-from ..models.entry import Naming
+from ..models.entry import Naming, Rewrite
 from ..models.registry import ENTRIES
 from .checkpoint import load_tensors
 
@@ -114,8 +115,8 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: for a deploy form: load into the net that it was made from.
-        CheckpointError: if it cannot be read, or does not fit (unless `strict=False`), or has twins for only some of
-            the norms that need one. The net is left untouched.
+        CheckpointError: if it cannot be read, or does not fit (with `strict=False`: if nothing of it does), or has
+            twins for only some of the norms that need one. The net is left untouched.
     """
     inner, norms = net, []
     if is_any_depth(net):
@@ -125,6 +126,9 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
     given = _unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), where)
     own = inner.state_dict()
     report, chosen = _fit(_without_prefixes(given, own), own, norms)
+    if not report.loaded:
+        raise CheckpointError(f"nothing in {where} fits this {type(inner).__name__}: it has {len(given)} entries, such "
+                              f"as {_some(given)}, where the net has {_some(own)}")
     if strict and not report.complete:
         hint = ""
         if not norms and any(".skip." in name for name in report.unexpected):
@@ -137,9 +141,20 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
     return report
 
 
+def _some(state: State) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in [*state.items()][:3])
+
+
 def _fit(given: State, own: State, norms: Iterable[str]) -> tuple[LoadReport, dict[str, torch.Tensor]]:
     """Compare translated names and shapes with the net's: the report, and what is to be copied."""
+    for author, rewrite in _rewrites():
+        if (rewritten := rewrite(given)) is not None:
+            given, rewriter = rewritten, author
+            break
+    else:
+        rewriter = ""
     naming, names = _translate(given, own)
+    naming = rewriter or naming
     report, chosen = LoadReport(naming), {}
     for name, (source_name, tensor) in zip(names, given.items(), strict=True):
         if name.rpartition(".")[2] in _COMPUTED or (name not in own and not tensor.is_floating_point()):
@@ -270,6 +285,11 @@ def _translations() -> list[Naming]:
         found += [("reference", family, (table,)), ("reference", family, (table, to_timm[family]))]
     return [*found, *{family: (author, family, tables)
                       for entry in ENTRIES.values() for author, family, tables in entry.names}.values()]
+
+
+@functools.cache
+def _rewrites() -> list[Rewrite]:
+    return [*dict.fromkeys(rewrite for entry in ENTRIES.values() for rewrite in entry.rewrites)]
 
 
 _MOST_BLOCKS = 64  # of a stage; tables are written out so that they can be turned round

@@ -26,6 +26,7 @@ from adn.data.transforms import eval_transform
 from adn.measure.average_precision import (
     BACKENDS,
     DetectionRow,
+    Detections,
     detection_table,
     evaluate_detector,
     require_backend,
@@ -211,8 +212,8 @@ def test_a_detection_in_a_crowd_is_no_mistake(tmp_path: Path) -> None:
     described["annotations"] = [
         {"id": 1, "image_id": 100, "category_id": 5, "bbox": [10, 10, 50, 50], "area": 2500, "iscrowd": 0},
         {"id": 2, "image_id": 100, "category_id": 5, "bbox": [80, 80, 100, 100], "area": 9000, "iscrowd": 1}]
-    found = {100: np.array([[100, 100, 130, 130, 0.9, 1], [10, 10, 60, 60, 0.5, 1]], dtype=np.float32),
-             97: np.empty((0, 6), dtype=np.float32)}
+    found = {100: Detections(np.array([[100, 100, 130, 130, 0.9, 1], [10, 10, 60, 60, 0.5, 1]], dtype=np.float32)),
+             97: Detections(np.empty((0, 6), dtype=np.float32))}
     accuracies = []
     for crowd in (1, 0):
         described["annotations"][1]["iscrowd"] = crowd

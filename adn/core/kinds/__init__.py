@@ -31,6 +31,7 @@ class Form:
         seconds: those that hold a second set, which is in use.
         bypassed: blocks that are the identity.
         handing_on: those of them that return a tuple of all they are given.
+        extras: by name of those of them that return a tuple of their input and others, how many others.
         off: stochastic depth that is.
         lists: how many of the first entries run, of lists of which not all do.
         inputs: how many of their first input channels convolutions read, which is fewer than they have.
@@ -42,6 +43,7 @@ class Form:
     lists: Mapping[str, int] = dataclasses.field(default_factory=dict)
     inputs: Mapping[str, int] = dataclasses.field(default_factory=dict)
     handing_on: tuple[str, ...] = ()
+    extras: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Follower(NamedTuple):
@@ -70,9 +72,11 @@ class Kind:
         whole: name of the module whose forward itself depends on the value; "" if only modules inside do.
         in_training: does the choice hold in training too, or does everything run there?
         one_forward: may one forward run super-net and base-net?
+        names: fields that hold names of modules, one or a list.
     """
 
     kind: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
     in_training: ClassVar[bool] = True
     one_forward: ClassVar[bool] = True
     name: str
@@ -103,6 +107,13 @@ class Kind:
         """A second set for one of the modules that have one in some form; `twins` as for `adn.convert`."""
         return twin_of(module, twins)
 
+    def renamed(self, rename: Callable[[str], str]) -> Kind:
+        """The same, of a model in which modules have other names."""
+        def of(value: str | list[str] | None) -> str | list[str] | None:
+            return rename(value) if isinstance(value, str) else value and [*map(rename, value)]
+
+        return dataclasses.replace(self, **{field: of(getattr(self, field)) for field in self.names})
+
     @property
     def seconds(self) -> tuple[str, ...]:
         """The names of the modules that have a second set."""
@@ -132,7 +143,7 @@ def freeze(form: Form, seconds: Mapping[str, nn.Module], place: Callable[[str], 
     for name in form.bypassed:
         parent, child = place(name)
         if not remove:
-            put(name, identity_for(parent._modules[child], name in form.handing_on))
+            put(name, identity_for(parent._modules[child], name in form.handing_on, form.extras.get(name, 0)))
         elif isinstance(parent, nn.Sequential):
             del parent._modules[child]
         else:
@@ -146,16 +157,16 @@ def freeze(form: Form, seconds: Mapping[str, nn.Module], place: Callable[[str], 
         put(name, of_first_inputs(parent._modules[child], inputs))
 
 
-def identity_for(block: nn.Module, hands_on: bool = False) -> nn.Module:
+def identity_for(block: nn.Module, hands_on: bool = False, extras: int = 0) -> nn.Module:
     """`nn.Identity`; for a block that may be given more than its input, a module that takes the same and returns it,
-    or all of it if the block `hands_on`."""
+    or all of it if the block `hands_on`, or with so many `extras`, None."""
     parameters = list(inspect.signature(original_class(block).forward).parameters.values())[1:]
     if len(parameters) == 1:
         return nn.Identity()
     graph = fx.Graph()
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     given = [graph.placeholder(stars.get(p.kind, "") + p.name, default_value=p.default) for p in parameters]
-    graph.output(tuple(given) if hands_on else given[0])
+    graph.output(tuple(given) if hands_on else (given[0], *[None] * extras) if extras else given[0])
     return fx.GraphModule(nn.Module(), graph, "Identity")
 
 

@@ -120,6 +120,7 @@ class NarrowPlan(StagePlan):
     """
 
     kind: ClassVar[str] = "narrow"
+    names: ClassVar[tuple[str, ...]] = (*StagePlan.names, "module", "conv")
     module: str = ""
     conv: str = ""
     inputs: int = 0

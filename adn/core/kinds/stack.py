@@ -13,14 +13,20 @@ from ..errors import ConversionError
 from . import Follower, Form, Kind, submodule
 
 
-class Stack(Follows):
-    """A module that runs a stack of layers, cut short."""
+class FirstLayers(Follows):
+    """The list of layers of a stack, for a forward that goes through it."""
 
     order = 12
 
-    def running(self) -> int:
-        choice = self._adn_choice
-        return super().running() if self.training and not choice.in_training else choice.now()
+    def _running(self) -> list[nn.Module]:
+        modules, choice = list(self._modules.values()), self._adn_choice
+        return modules if self.training and not choice.in_training else modules[: choice.now()]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._running())
+
+    def __len__(self) -> int:
+        return len(self._running())
 
 
 @dataclasses.dataclass
@@ -28,12 +34,14 @@ class StackPlan(Kind):
     """A stack of alike layers that may be cut short, each with heads of its own: the decoder of a detector.
 
     Attributes:
-        name: module name of what runs the layers, a module with a method `running()`: how many of them run.
+        name: module name of what runs the layers: it has a method `running()`, how many of them run; or goes through
+            the first of the lists.
         lists: module names of the `nn.ModuleList`s that have one entry per layer.
         base: how many layers the base-net runs.
     """
 
     kind: ClassVar[str] = "stack"
+    names: ClassVar[tuple[str, ...]] = ("name", "lists")
     in_training: ClassVar[bool] = False
     one_forward: ClassVar[bool] = False
     name: str
@@ -43,8 +51,7 @@ class StackPlan(Kind):
     def resolve(self, model: nn.Module) -> StackPlan:
         """Checked against the model; raises `ConversionError`."""
         here = f"stack {self.name!r}"
-        if not hasattr(submodule(model, self.name, here), "running"):
-            raise ConversionError(f"{here}: a {type(model.get_submodule(self.name)).__name__} has no method running()")
+        submodule(model, self.name, here)
         lengths = {len(submodule(model, name, here)) for name in self.lists}
         if len(lengths) != 1:
             raise ConversionError(f"{here}: {', '.join(self.lists)} are not of one length")
@@ -67,4 +74,4 @@ class StackPlan(Kind):
         return Form(lists=dict.fromkeys(self.lists, value))
 
     def follow(self) -> Iterator[Follower]:
-        yield Follower(self.name, Stack)
+        yield Follower(self.lists[0], FirstLayers)

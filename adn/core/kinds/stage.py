@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..behaviours import DROP_PATHS, Bypass, HandsOn, SkipNorm, TakesFirst, is_norm
+from ..behaviours import Bypass, HandsOn, SkipNorm, TakesFirst, is_drop_path, is_norm
 from ..dry_run import Call
 from ..errors import ConversionError
 from . import Follower, Form, Kind, submodule
@@ -39,9 +39,11 @@ class StagePlan(Kind):
         channel_dim: where the channels of the stage's output are: 1 for (B, C, H, W), -1 for (B, T, C), (B, H, W, C).
         flag: stages that name the same flag share it; None = one of its own.
         hands_on: blocks return a tuple of all they are given, of which only the first is new.
+        extras: blocks return a tuple of what they make and so many others, which are None where they are bypassed.
     """
 
     kind: ClassVar[str] = "stage"
+    names: ClassVar[tuple[str, ...]] = ("name", "blocks", "norms", "drop_paths")
     name: str
     blocks: list[str]
     essential: int | None = None
@@ -50,6 +52,7 @@ class StagePlan(Kind):
     channel_dim: int = 1
     flag: str | None = None
     hands_on: bool = False
+    extras: int = 0
 
     @property
     def has_flag(self) -> bool:
@@ -98,7 +101,7 @@ class StagePlan(Kind):
                                       "`essential`, list the norms of the new split, or norms=None")
         drops = self.drop_paths
         if drops is None:
-            drops = inside(model, self.essential_blocks, lambda m: isinstance(m, DROP_PATHS))
+            drops = inside(model, self.essential_blocks, is_drop_path)
         for drop in drops:
             submodule(model, drop, here)
         return dataclasses.replace(self, essential=self._split, norms=list(norms), drop_paths=list(drops))
@@ -131,13 +134,14 @@ class StagePlan(Kind):
             return Form()
         bypassed = tuple(self.refinement_blocks)
         return Form(seconds=tuple(self.norms), bypassed=bypassed, off=tuple(self.drop_paths),
-                    handing_on=bypassed if self.hands_on else ())
+                    handing_on=bypassed if self.hands_on else (), extras=dict.fromkeys(bypassed, self.extras))
 
     def follow(self) -> Iterator[Follower]:
         yield from (Follower(name, SkipNorm) for name in self.norms)
         yield from (Follower(name, Bypass) for name in (*self.drop_paths, *self.refinement_blocks))
-        if self.hands_on:
-            yield from (Follower(name, how) for name in self.refinement_blocks for how in (HandsOn, TakesFirst))
+        if self.hands_on or self.extras:
+            yield from (Follower(name, how, {"extras": self.extras}) for name in self.refinement_blocks
+                        for how in (HandsOn, TakesFirst))
 
 
 def is_inside(name: str, parent: str) -> bool:

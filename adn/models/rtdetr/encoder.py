@@ -78,20 +78,24 @@ class PositionTable(Tables):
 
     As in the official code, on whose order trained weights depend: entry n stands for x = n // H, y = n % H, though
     tokens come row by row (y = n // W). On a square map that swaps x and y; on others it is neither.
+
+    Args:
+        by_rows: as in Hugging Face's code: x and y are swapped on all maps; on square ones that is the same.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, by_rows: bool = False) -> None:
         super().__init__()
         if dim % 4:
             raise ValueError(f"a width of {dim}; sines and cosines of x and y need a multiple of 4")
-        self.dim = dim
+        self.dim, self.by_rows = dim, by_rows
 
     def forward(self, feature: Tensor) -> Tensor:
         h, w = feature.shape[-2:]
         return self.kept((h, w), feature.device, feature.dtype, lambda: (self.table(h, w),))[0]
 
     def table(self, h: int, w: int) -> Tensor:
-        x, y = torch.meshgrid(torch.arange(w, dtype=torch.float32), torch.arange(h, dtype=torch.float32), indexing="ij")
+        x, y = (torch.arange(side, dtype=torch.float32) for side in ((h, w) if self.by_rows else (w, h)))
+        x, y = torch.meshgrid(x, y, indexing="ij")
         omega = torch.arange(self.dim // 4, dtype=torch.float32) / (self.dim // 4)
         omega = 1.0 / _TEMPERATURE**omega
         x, y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega
@@ -107,15 +111,16 @@ class HybridEncoder(nn.Module):
         heads, feedforward: of the attention within the coarsest map.
         expansion: width of the CSP blocks, of `hidden`.
         depth_mult: times 3 RepVGG blocks in each CSP block.
+        positions_by_rows: see `PositionTable`.
     """
 
     def __init__(self, channels: Sequence[int], hidden: int = 256, heads: int = 8, feedforward: int = 1024,
-                 expansion: float = 1.0, depth_mult: float = 1.0) -> None:
+                 expansion: float = 1.0, depth_mult: float = 1.0, positions_by_rows: bool = False) -> None:
         super().__init__()
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, hidden, 1, bias=False), nn.BatchNorm2d(hidden)) for c in channels)
         self.encoder = nn.ModuleList([AttentionStack(1, hidden, heads, feedforward)])
-        self.position = PositionTable(hidden)
+        self.position = PositionTable(hidden, positions_by_rows)
         blocks, steps = max(1, round(3 * depth_mult)), len(channels) - 1
 
         def act() -> nn.Module:

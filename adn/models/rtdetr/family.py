@@ -6,7 +6,6 @@ decoder's norms do not.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -38,20 +37,11 @@ def rtdetr(model: nn.Module) -> list[StagePlan] | Plan:
             and isinstance(getattr(model, "decoder", None), Decoder)):
         return []
     stages = next(filter(None, (known.find(model.backbone) for known in FAMILIES.values())), [])
-    backbone = [_within("backbone", stage) for stage in stages]
+    backbone = [stage.renamed("backbone.{}".format) for stage in stages]
     # The base-net runs two thirds of the decoder's layers, as published for six.
     decoder = StackPlan("decoder", ["decoder.decoder.layers", "decoder.dec_score_head", "decoder.dec_bbox_head"],
                         math.ceil(2 * len(model.decoder.decoder.layers) / 3))
     return Plan([*backbone, *_neck(model, "encoder")], "rtdetr", [decoder])
-
-
-def _within(parent: str, stage: StagePlan) -> StagePlan:
-    """The same stage, of the model that has its own as a child of this name."""
-    def names(of_child: list[str] | None) -> list[str] | None:
-        return None if of_child is None else [f"{parent}.{name}" for name in of_child]
-
-    return dataclasses.replace(stage, name=f"{parent}.{stage.name}", blocks=names(stage.blocks),
-                               norms=names(stage.norms), drop_paths=names(stage.drop_paths))
 
 
 def _neck(model: nn.Module, where: str = "") -> Iterator[StagePlan]:

@@ -51,6 +51,8 @@ class RTDETR(Detector):
         num_denoising, label_noise, box_noise: of the denoising queries in training, see `make_queries`.
         freeze_norm: norms of the backbone keep statistics and parameters.
         freeze_stem: what comes before the backbone's stages keeps its parameters.
+        positions_by_rows: on images that are not square, tell tokens their places as Hugging Face's code does: for
+            weights that were trained with it on such images. Its published ones were trained with the official code.
         backbone_args: further arguments of the backbone.
 
     Raises:
@@ -81,6 +83,7 @@ class RTDETR(Detector):
         box_noise: float = 1.0,
         freeze_norm: bool = False,
         freeze_stem: bool = False,
+        positions_by_rows: bool = False,
         backbone_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -91,7 +94,8 @@ class RTDETR(Detector):
         self.num_classes = num_classes
         self.num_denoising, self.label_noise, self.box_noise = num_denoising, label_noise, box_noise
         self.backbone, channels = _backbone(backbone, dict(backbone_args or {}))
-        self.encoder = HybridEncoder(channels, hidden, heads, feedforward, expansion, depth_mult)
+        self.encoder = HybridEncoder(channels, hidden, heads, feedforward, expansion, depth_mult,
+                                     positions_by_rows)
         self.decoder = Decoder([hidden] * 3, num_classes, queries, decoder_hidden, heads, decoder_layers,
                                decoder_feedforward, points)
         if freeze_norm:

@@ -9,18 +9,31 @@ from typing import Any
 
 from torch import nn
 
+from ...families.transformers_detr import is_detr_of_transformers
 from ..entry import Entry
 from . import STRIDE
+from .hf import official_names
 from .names import NAMES
 from .recipes import RECIPES, DetectionRecipe
 
-__all__ = ["ENTRIES", "RECIPES"]
+__all__ = ["ADAPTERS", "ENTRIES", "RECIPES"]
 
 
 def _build(**kwargs: Any) -> nn.Module:
     from .model import RTDETR  # here, as it loads the kernels
 
     return RTDETR(**kwargs)
+
+
+def _adapted(model: nn.Module) -> Any:
+    if not is_detr_of_transformers(model):
+        return None
+    from .transformers import TransformersDetector
+
+    return TransformersDetector(model)
+
+
+ADAPTERS = (_adapted,)
 
 
 def _but(args: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +49,8 @@ def _family(args: Mapping[str, Any]) -> str:
     return re.match("[a-z]*", str(args["backbone"])).group()
 
 
-entry = partial(Entry, _build, task=DetectionRecipe.task, stride=STRIDE, recipe=DetectionRecipe, names=NAMES, but=_but)
+entry = partial(Entry, _build, task=DetectionRecipe.task, stride=STRIDE, recipe=DetectionRecipe, names=NAMES,
+                rewrites=(("transformers", official_names),), but=_but)
 
 _FROZEN = {"freeze_norm": True, "freeze_stem": True}
 _LARGE = {"hidden": 384, "feedforward": 2048, **_FROZEN}

@@ -1,0 +1,84 @@
+"""RT-DETR, RT-DETRv2 and D-FINE of Hugging Face's `transformers`, known by their structure: nothing of it is imported.
+
+As for RT-DETR of this library: the stages of the backbone, those of the neck under one flag with every norm of it that
+always runs, and the decoder as a stack.
+"""
+
+import math
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..core.behaviours import is_norm
+from ..core.errors import ConversionError
+from ..core.kinds.stack import StackPlan
+from ..core.kinds.stage import StagePlan
+from ..core.plan import Plan
+from . import family, runs
+
+_DECODER = ("layers", "class_embed", "bbox_embed")
+
+
+@family(whole=True)
+def transformers_detr(model: nn.Module) -> Plan:
+    where = next((name for name in ("model", "") if _is_detr(_part(model, name))), None)
+    if where is None:
+        return Plan()
+    prefix = f"{where}." if where else ""
+    inner = model.get_submodule(where)
+    backbone = [stage.renamed(f"{prefix}backbone.{{}}".format) for stage in _backbone(inner.backbone)]
+    if not backbone:
+        raise ConversionError(f"no stages to bypass found in the backbone of this {type(model).__name__}, a "
+                              f"{type(inner.backbone.model).__name__}: its blocks are not those of a ResNet")
+    neck = [stage.renamed(f"{prefix}{{}}".format) for stage in _neck(inner)]
+    lists = [f"{prefix}decoder.{name}" for name in _DECODER]
+    layers = len(inner.decoder.layers)
+    return Plan([*backbone, *neck], transformers_detr.__name__,
+                [StackPlan(f"{prefix}decoder", lists, math.ceil(2 * layers / 3))])
+
+
+def is_detr_of_transformers(model: nn.Module) -> bool:
+    """Is it one with heads: an object with a `config`, and such a model in it?"""
+    return hasattr(model, "config") and _is_detr(getattr(model, "model", None))
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    return getattr(model, name, None) if name else model
+
+
+def _is_detr(model: nn.Module | None) -> bool:
+    """Backbone, hybrid encoder and decoder by the names that they have there."""
+    def has(path: str) -> bool:
+        owner = model
+        for name in path.split("."):
+            owner = getattr(owner, name, None)
+        return isinstance(owner, nn.Module)
+
+    return model is not None and all(map(has, (
+        "backbone.model", "encoder.fpn_blocks", "encoder.pan_blocks", "encoder_input_proj",
+        *(f"decoder.{name}" for name in _DECODER))))
+
+
+def _backbone(backbone: nn.Module) -> list[StagePlan]:
+    """Runs of ResNet blocks: a `layer` that is a sequence, and a `shortcut`, the identity where the shape stays."""
+    blocks = tuple({type(m) for m in backbone.modules() if isinstance(getattr(m, "layer", None), nn.Sequential)
+                    and hasattr(m, "shortcut")})
+    return list(runs(backbone, blocks, lambda block: isinstance(block.shortcut, nn.Identity))) if blocks else []
+
+
+def _neck(model: nn.Module) -> Iterator[StagePlan]:
+    """The runs of bottlenecks; each has the norms of its CSP block, the first also those that lie in none."""
+    csp = [f"encoder.{kind}.{i}" for kind in ("fpn_blocks", "pan_blocks")
+           for i, block in enumerate(getattr(model.encoder, kind)) if hasattr(block, "bottlenecks")]
+    norms = [name for name, module in model.named_modules()
+             if name.startswith(("encoder.", "encoder_input_proj.")) and is_norm(module)]
+    loose = [norm for norm in norms if not norm.startswith(tuple(f"{name}." for name in csp))]
+    for name in csp:
+        count = len(model.get_submodule(name).bottlenecks)
+        blocks = [f"{name}.bottlenecks.{i}" for i in range(count)]
+        essential = min(count, max(1, (count + 1) // 2 - 1))
+        skipped = tuple(f"{block}." for block in blocks[essential:])
+        own = [norm for norm in norms if norm.startswith(f"{name}.") and not norm.startswith(skipped)]
+        yield StagePlan(f"{name}.bottlenecks", blocks, essential, [*loose, *own],
+                        flag="neck" if count > essential else None)
+        loose = []
