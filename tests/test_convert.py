@@ -124,7 +124,7 @@ def every_depth(name: str, family: str | None, model: nn.Module, x: torch.Tensor
             exempt = {n for block in stage.essential for n, m in block.named_modules()
                       if behaviours.is_norm(m) and not n.endswith("skip") and not isinstance(m, behaviours.SkipNorm)}
             # Shortcuts see the stage's input; query/key norms belong to attention, not to the residual stream.
-            assert all("downsample" in n or "shortcut" in n or n.startswith("proj") or n.endswith(("q_norm", "k_norm"))
+            assert all("downsample" in n or "shortcut" in n or n.startswith("proj") or n.endswith(("q_norm", "k_norm", "norm_q", "norm_k"))
                        for n in exempt), exempt
 
         called: list[str] = []
@@ -146,8 +146,8 @@ def every_depth(name: str, family: str | None, model: nn.Module, x: torch.Tensor
         for hook in hooks:
             hook.remove()
         for depth in list(outputs)[1::max(1, len(outputs) // 3)]:
-            # The copy lies elsewhere in memory, and on some CPUs a product is rounded otherwise where it is not aligned.
             # The copy lies elsewhere in memory; on some CPUs a product is rounded otherwise where it is not aligned.
+            torch.testing.assert_close(adn.extract(net, depth)(x), outputs[depth], rtol=1e-6, atol=1e-6)
     base = outputs[adn.Depth([True] * len(stages))]
     table.append({
         "model": name, "family": found, "depths": 2 ** len(stages), "depths_run": len(outputs),
