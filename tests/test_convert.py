@@ -124,7 +124,8 @@ def every_depth(name: str, family: str | None, model: nn.Module, x: torch.Tensor
             exempt = {n for block in stage.essential for n, m in block.named_modules()
                       if behaviours.is_norm(m) and not n.endswith("skip") and not isinstance(m, behaviours.SkipNorm)}
             # Shortcuts see the stage's input; query/key norms belong to attention, not to the residual stream.
-            assert all("downsample" in n or "shortcut" in n or n.startswith("proj") or n.endswith(("q_norm", "k_norm", "norm_q", "norm_k"))
+            of_attention = ("q_norm", "k_norm", "norm_q", "norm_k")
+            assert all("downsample" in n or "shortcut" in n or n.startswith("proj") or n.endswith(of_attention)
                        for n in exempt), exempt
 
         called: list[str] = []
