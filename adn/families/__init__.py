@@ -158,6 +158,22 @@ def in_groups(run: StagePlan, size: int = GROUP) -> Iterator[StagePlan]:
         yield StagePlan(name, blocks, essential=min(len(blocks), size - 1))
 
 
+def csp_stages(model: nn.Module, csp: Iterable[str], norms: Iterable[str]) -> Iterator[StagePlan]:
+    """The runs of bottlenecks of the CSP blocks of a neck with these names ("": the model), under one flag. Of the
+    neck's norms each has those of its block, the first also those that lie in none."""
+    prefixes, norms = [f"{name}." if name else "" for name in csp], list(norms)
+    loose = [norm for norm in norms if not norm.startswith(tuple(prefixes))]
+    for prefix in prefixes:
+        count = len(model.get_submodule(f"{prefix}bottlenecks"))
+        blocks = [f"{prefix}bottlenecks.{i}" for i in range(count)]
+        essential = min(count, max(1, (count + 1) // 2 - 1))
+        skipped = tuple(f"{name}." for name in blocks[essential:])
+        own = [norm for norm in norms if norm.startswith(prefix) and not norm.startswith(skipped)]
+        yield StagePlan(f"{prefix}bottlenecks", blocks, essential, [*loose, *own],
+                        flag="neck" if count > essential else None)
+        loose = []
+
+
 def norms_named(model: nn.Module, stage: StagePlan, names: Iterable[str]) -> list[str]:
     """The norms of a stage's essential blocks whose own name is one of `names`."""
     wanted = set(names)

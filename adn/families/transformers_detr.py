@@ -1,4 +1,4 @@
-"""RT-DETR, RT-DETRv2 and D-FINE of Hugging Face's `transformers`, known by their structure: nothing of it is imported.
+"""RT-DETR and RT-DETRv2 of Hugging Face's `transformers`, known by their structure: nothing of it is imported.
 
 As for RT-DETR of this library: the stages of the backbone, those of the neck under one flag with every norm of it that
 always runs, and the decoder as a stack.
@@ -14,7 +14,7 @@ from ..core.errors import ConversionError
 from ..core.kinds.stack import StackPlan
 from ..core.kinds.stage import StagePlan
 from ..core.plan import Plan
-from . import family, runs
+from . import csp_stages, family, runs
 
 _DECODER = ("layers", "class_embed", "bbox_embed")
 
@@ -67,18 +67,8 @@ def _backbone(backbone: nn.Module) -> list[StagePlan]:
 
 
 def _neck(model: nn.Module) -> Iterator[StagePlan]:
-    """The runs of bottlenecks; each has the norms of its CSP block, the first also those that lie in none."""
     csp = [f"encoder.{kind}.{i}" for kind in ("fpn_blocks", "pan_blocks")
            for i, block in enumerate(getattr(model.encoder, kind)) if hasattr(block, "bottlenecks")]
     norms = [name for name, module in model.named_modules()
              if name.startswith(("encoder.", "encoder_input_proj.")) and is_norm(module)]
-    loose = [norm for norm in norms if not norm.startswith(tuple(f"{name}." for name in csp))]
-    for name in csp:
-        count = len(model.get_submodule(name).bottlenecks)
-        blocks = [f"{name}.bottlenecks.{i}" for i in range(count)]
-        essential = min(count, max(1, (count + 1) // 2 - 1))
-        skipped = tuple(f"{block}." for block in blocks[essential:])
-        own = [norm for norm in norms if norm.startswith(f"{name}.") and not norm.startswith(skipped)]
-        yield StagePlan(f"{name}.bottlenecks", blocks, essential, [*loose, *own],
-                        flag="neck" if count > essential else None)
-        loose = []
+    return csp_stages(model, csp, norms)

@@ -15,7 +15,7 @@ from ...core.behaviours import is_norm
 from ...core.kinds.stack import StackPlan
 from ...core.kinds.stage import StagePlan
 from ...core.plan import Plan
-from ...families import FAMILIES, family, runs
+from ...families import FAMILIES, csp_stages, family, runs
 from .decoder import Decoder
 from .encoder import CSPRepLayer, HybridEncoder
 from .presnet import Block
@@ -45,17 +45,6 @@ def rtdetr(model: nn.Module) -> list[StagePlan] | Plan:
 
 
 def _neck(model: nn.Module, where: str = "") -> Iterator[StagePlan]:
-    """The runs of bottlenecks; each has the norms of its CSP block, the first also those that lie in none."""
     named = [(name, m) for name, m in model.named_modules() if not where or name.startswith(f"{where}.")]
-    csp = {f"{name}." if name else "": block for name, block in named if isinstance(block, CSPRepLayer)}
-    norms = [name for name, module in named if is_norm(module)]
-    loose = [norm for norm in norms if not norm.startswith(tuple(csp))]
-    for prefix, block in csp.items():
-        count = len(block.bottlenecks)
-        blocks = [f"{prefix}bottlenecks.{i}" for i in range(count)]
-        essential = min(count, max(1, (count + 1) // 2 - 1))
-        skipped = tuple(f"{name}." for name in blocks[essential:])
-        own = [norm for norm in norms if norm.startswith(prefix) and not norm.startswith(skipped)]
-        yield StagePlan(f"{prefix}bottlenecks", blocks, essential, [*loose, *own],
-                        flag="neck" if count > essential else None)
-        loose = []
+    return csp_stages(model, [name for name, block in named if isinstance(block, CSPRepLayer)],
+                      [name for name, module in named if is_norm(module)])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from ...detect.distill import BASES
 from ...settings import DetectorSettings, setting
 
 LEVELS = ("foreground", "all")
-BASES = ("own+features", "features")
 
 
 @dataclasses.dataclass(frozen=True)
