@@ -1,4 +1,4 @@
-"""Forwards of detectors: each depth of one any-depth net against the static network of that depth.
+r"""Forwards of detectors: each depth of one any-depth net against the static network of that depth.
 
 Contenders, for every model, type, batch size and depth, to what the net gives (of a YOLO decoded boxes):
 
@@ -14,11 +14,16 @@ On a GPU all but the engine, which does so itself, are captured in CUDA graphs, 
 their replay; processing comes after it. Rounds interleave the contenders in an order drawn anew. `error` is the largest
 difference of the best scores of an image's queries or cells, in their order, from those of the float64 network.
 
-Static models (`rtdetr_r50vd`) are converted; by default there are two depths between the extremes, with either half of
-the stages at their base. The summary also has the ratio of the slowest to the fastest depth, which
-is published as 1.82 for RT-DETR-R101.
+Static models (`rtdetr_r50vd`) are converted. Besides names of this library `--models` takes `torchvision:NAME`, a
+segmentation net, and `transformers:rt-detr-r50`, of which the object is converted. Those of torchvision that resize
+images get a list of them, and all of their forward is timed, suppression included. By default there are two depths
+between the extremes, with either half of the stages at their base. The summary also has the ratio of the slowest to the
+fastest depth, which is published as 1.82 for RT-DETR-R101.
 
     python bench/detectors.py --csv bench/results/detectors_cpu.csv --batch-sizes 1 --rounds 10
+    python bench/detectors.py --models fasterrcnn_resnet50_fpn_v2 anydepth_retinanet_resnet50_fpn \
+        torchvision:deeplabv3_resnet50 transformers:rt-detr-r50 --batch-sizes 1 --rounds 5 --contenders engine \
+        "static, eager" "static, compiled" --csv bench/results/detectors_others_cpu.csv
     python bench/detectors.py --device cuda --dtypes bfloat16 float32 --csv bench/results/detectors_h200.csv
 
 Every depth is first measured without what takes minutes to compile, then with everything; of two rows the later one
@@ -34,9 +39,11 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from common import Results, columns
 from models import at, randomised, timed, timed_on_gpu
 from torch import Tensor, nn
@@ -45,6 +52,7 @@ from tqdm import tqdm
 import adn
 from adn.core.state import is_converted
 from adn.measure.accuracy import read_depths
+from adn.models.registry import interface_of
 from adn.runtime.compile import compile as compile_net
 from adn.runtime.cuda_graphs import CudaGraphs
 from adn.runtime.engine import Engine
@@ -60,10 +68,26 @@ KEY = ("model", "dtype", "batch", "depth", "contender")
 
 
 def detector(name: str) -> nn.Module:
-    model = adn.create_model(name)
+    library, _, name = name.rpartition(":")
+    if library == "torchvision":
+        from torchvision.models import segmentation
+
+        model = getattr(segmentation, name)(weights=None, weights_backbone=None)
+    elif library == "transformers":
+        model = rtdetr_of_transformers()
+    else:
+        model = adn.create_model(name)
     if not is_converted(model):
         adn.convert(model)
     return randomised(model).eval()
+
+
+def rtdetr_of_transformers() -> nn.Module:
+    """That with a ResNet-50."""
+    import transformers
+
+    backbone = transformers.RTDetrResNetConfig(depths=[3, 4, 6, 3], out_features=["stage2", "stage3", "stage4"])
+    return transformers.RTDetrForObjectDetection(transformers.RTDetrConfig(backbone_config=backbone))
 
 
 def usual_depths(net: nn.Module) -> list[adn.Depth]:
@@ -79,18 +103,20 @@ class Case:
 
     Args:
         exact: the same net in float64.
+        batch: images (B, 3, H, W).
     """
 
-    def __init__(self, net: nn.Module, exact: nn.Module, x: Tensor) -> None:
-        self.net, self.exact, self.x = net, exact, x
+    def __init__(self, net: nn.Module, exact: nn.Module, batch: Tensor) -> None:
+        self.net, self.exact, self.batch = net, exact, batch
+        self.x: Any = list(batch) if getattr(interface_of(net), "resizes", False) else batch
         # Captured like all others, so not in the mode that captures by itself.
-        self.options = {"mode": "max-autotune-no-cudagraphs"} if x.is_cuda else {}
+        self.options = {"mode": "max-autotune-no-cudagraphs"} if batch.is_cuda else {}
 
     @functools.cached_property
     def ours(self) -> Callable[[Tensor, adn.Depth], object]:
         fused = fuse(self.net)
         # A graph for each depth that is measured, not for each segment.
-        return Engine(fused, max_graphs=len(adn.depths(fused))) if self.x.is_cuda else (
+        return Engine(fused, max_graphs=len(adn.depths(fused))) if self.batch.is_cuda else (
             lambda x, depth: at(fused, depth, x))
 
     @functools.cached_property
@@ -113,7 +139,7 @@ class Case:
 
     def processed(self, call: Callable[[], object], captured: bool) -> Callable[[], object]:
         """To what is found on images of the size of the input."""
-        sizes = [self.x.shape[:1:-1]] * len(self.x)
+        sizes = [self.batch.shape[:1:-1]] * len(self.batch)
         if not captured:
             return lambda: self.net.postprocess(call(), sizes)
         graph = CudaGraphs(self.x.device).capture(call)
@@ -121,26 +147,41 @@ class Case:
 
     def rows(self, depth: adn.Depth, names: Iterable[str], rounds: int) -> Iterator[dict[str, object]]:
         with adn.at_depth(self.exact, depth):
-            wanted = best_scores(self.exact(self.x[:1].double()))
+            first = self.batch[:1].double()
+            wanted = best_scores(self.exact([*first] if isinstance(self.x, list) else first))
         calls, errors, launching = {}, {}, {"engine"}
         for name in names:
             kind = name.removesuffix(PROCESSED)
             calls[name] = self.contender(kind, depth)
-            errors[name] = (best_scores(calls[name]()) - wanted).abs().max().item()
+            errors[name] = difference(best_scores(calls[name]()), wanted)
             if kind != name:
-                calls[name] = self.processed(calls[name], captured=self.x.is_cuda and kind not in launching)
+                calls[name] = self.processed(calls[name], captured=self.batch.is_cuda and kind not in launching)
                 launching.add(name)
-        times = timed_on_gpu(calls, rounds, launching) if self.x.is_cuda else timed(calls, rounds)
+        times = timed_on_gpu(calls, rounds, launching) if self.batch.is_cuda else timed(calls, rounds)
         for name, each in times.items():
             p50, p99 = np.percentile(each, [50, 99])
             yield {"depth": str(depth), "contender": name, "p50_ms": round(p50, 5), "p99_ms": round(p99, 5),
                    "error": f"{errors[name]:.1e}"}
 
 
-def best_scores(outputs: dict[str, Tensor]) -> Tensor:
-    """Of the first image, the best of each query or cell, in descending order."""
-    scores = (outputs["decoded"][0, 4:].T if "decoded" in outputs else outputs["pred_logits"][0].sigmoid()).double()
-    return scores.amax(-1).sort(descending=True).values
+def best_scores(outputs: Any) -> Tensor:
+    """Of the first image, the best of each query, cell, object that was found or pixel, in descending order."""
+    if isinstance(outputs, list):
+        scores = outputs[0]["scores"][:, None]
+    elif "decoded" in outputs:
+        scores = outputs["decoded"][0, 4:].T
+    elif "out" in outputs:
+        scores = outputs["out"][0].flatten(1).T.softmax(-1)
+    else:
+        scores = outputs["pred_logits" if "pred_logits" in outputs else "logits"][0].sigmoid()
+    return scores.double().amax(-1).sort(descending=True).values
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """The largest; scores that only one of them has count whole."""
+    longest = max(len(found), len(wanted))
+    a, b = (F.pad(each, (0, longest - len(each))) for each in (found, wanted))
+    return (a - b).abs().max().item() if longest else 0.0
 
 
 def summary(rows: list[dict]) -> str:

@@ -1,11 +1,13 @@
 """A tiny any-depth detector on scenes of handwritten digits, against a base network trained separately.
 
-RT-DETR or, by `--recipe yolo-digits`, YOLOv12. Same recipe, same number of epochs, several seeds. Scenes are made from
+RT-DETR or, by `--recipe`, YOLOv12 or Faster R-CNN. Same recipe, same number of epochs, several seeds. Scenes are made from
 scikit-learn's digits by `adn scenes`, those to evaluate from other digits than those to train on. AP50 is the mean over
 ten classes, in percent; nothing but the last evaluation sees the validation scenes.
 
     python bench/digits_detection.py --csv bench/results/digits_detection_cpu.csv
     python bench/digits_detection.py --recipe yolo-digits --images 1000 --csv bench/results/digits_yolo_cpu.csv
+    python bench/digits_detection.py --recipe torchvision-digits --images 1000 --csv \\
+        bench/results/digits_fasterrcnn_cpu.csv
 """
 
 from __future__ import annotations
@@ -24,14 +26,13 @@ from torch.utils.data import DataLoader
 import adn
 from adn.data.coco import collate, open_coco
 from adn.data.scenes import write_scenes
-from adn.data.transforms import eval_transform
 from adn.measure.accuracy import chain
 from adn.measure.average_precision import evaluate_detector
-from adn.models.registry import build_source, source_of
 from adn.settings import DetectorSettings
-from adn.tasks import DETECT, augmentation
+from adn.tasks import DETECT, Data
 from adn.train import TrainBatches, fit
 from adn.train.recipes import DETECTION_RECIPES
+from adn.train.run import DetectionConfig
 
 NETWORKS = ("any-depth", "separate base")
 BETWEEN = ("TFTF|F|3", "FTFT|T|2", "FFFF|T|2", "FFFF|F|1")
@@ -39,7 +40,7 @@ BETWEEN = ("TFTF|F|3", "FTFT|T|2", "FFFF|T|2", "FFFF|F|1")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=("digits", "yolo-digits"), default="digits")
+    parser.add_argument("--recipe", choices=("digits", "yolo-digits", "torchvision-digits"), default="digits")
     parser.add_argument("--data", type=Path, metavar="DIR", help="scenes of `adn scenes` (default: made anew)")
     parser.add_argument("--images", type=int, default=2000, help="scenes to train on")
     parser.add_argument("--epochs", type=int, help="default: those of the recipe")
@@ -79,10 +80,9 @@ def run(what: str, recipe: DetectorSettings, data: Path, args: argparse.Namespac
     device = torch.device(args.device)
     torch.manual_seed(recipe.seed)
     train = open_coco(data, "train")
-    net = adn.convert(build_source(recipe.model, {"num_classes": len(train.class_names), **recipe.model_kwargs}))
-    letterbox = source_of(net).letterbox
-    train.transform = augmentation(recipe, train, letterbox)
-    validation = open_coco(data, "val", eval_transform(recipe.size, letterbox))
+    net = DETECT.build(DetectionConfig(str(data), "", recipe), len(train.class_names), True)
+    validation = open_coco(data, "val")
+    DETECT.prepare(net, recipe, Data(train, validation, len(train.class_names), []))
     if what == "separate base":
         net = adn.extract(net, "base")
     loss = DETECT.loss(net.to(device), recipe)

@@ -104,11 +104,12 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, watched: Collection[str], leaves: Collection[str], method: str) -> None:
+    def __init__(self, watched: Collection[str], leaves: Collection[str], method: str, sequences: bool) -> None:
         super().__init__(autowrap_functions=tuple(timm.layers.get_notrace_functions()))
         self.traced_func_name = method
         self.watched = set(watched)
         self.leaves = set(leaves)
+        self.sequences = sequences
         self.calls: dict[str, tuple[fx.Node, fx.Node]] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -121,6 +122,8 @@ class _Tracer(fx.Tracer):
         if name in self.leaves or is_norm(module):
             return True
         looked_into = any(is_norm(child) for child in module.modules()) or isinstance(module, _MANY_TO_MANY)
+        if self.sequences and original_class(module).forward is nn.Sequential.forward and not hooked(module):
+            looked_into = True
         return not (looked_into or any(watched.startswith(f"{name}.") for watched in self.watched))
 
     def call_module(self, module: nn.Module, forward, args: tuple, kwargs: dict):
@@ -136,7 +139,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(module: nn.Module, watched: Collection[str] = (), leaves: Collection[str] = (), method: str = "forward",
-          arguments: int = 1) -> Traced:
+          arguments: int = 1, sequences: bool = False) -> Traced:
     """The forward of a module, of its first arguments; others keep their defaults.
 
     What the forward asks of Python (`self.training`, whether a child is None) is answered now, once and for all.
@@ -146,11 +149,12 @@ def trace(module: nn.Module, watched: Collection[str] = (), leaves: Collection[s
         leaves: names of further submodules that are not looked into.
         method: what to trace in place of the forward.
         arguments: how many.
+        sequences: look into `nn.Sequential` even where it holds no norm.
 
     Raises:
         CannotTrace: it says why.
     """
-    tracer = _Tracer(watched, leaves, method)
+    tracer = _Tracer(watched, leaves, method, sequences)
     own, swapped = original_class(module), type(module)
     parameters = list(inspect.signature(getattr(own, method)).parameters.values())[1 + arguments :]
     # Without a default they would be placeholders, and the code would run as if they were given.

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from ..core.regions import unseen
+from ..models.entry import Deploy
 from ..settings import Settings
 
 
@@ -67,6 +68,10 @@ class DetectorProtocol:
     def supervised(self, recipe: Settings, sizes: Sequence[int]) -> nn.Module:
         """The same for a net of one depth, which learns from the objects alone; see `adn.detect.training`."""
         raise NotImplementedError
+
+    def deploy(self) -> Deploy:
+        """What its deploy form is made of."""
+        return Deploy()
 
     def warning(self) -> str | None:
         """Why training from nothing would go wrong, and what to do; None if it would not."""

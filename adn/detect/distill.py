@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..core.state import unwrap
 from ..distill import TwoPass, distillation_kl, pool_features
+from .detector import DetectorProtocol
+from .targets import check_pixels
 from .training import prefixed
 
 BASES = ("own+features", "features")
@@ -50,8 +52,9 @@ class DetectorDistillation(TwoPass):
         `base.kd_<level>`, all weighted; the sums `super` and `base`; their sum `loss`.
 
     Raises:
-        ValueError: if the net is not any-depth, has no `backbone`, or a setting is out of range; of a call, if it gives
-            no dict of losses, or `levels` are not there.
+        ValueError: if the net is not any-depth, has no `backbone`, or a setting is out of range; of a call, if images
+            or targets are not as torchvision's detectors want them (it says of which image and what to pass), the net
+            gives no dict of losses, or `levels` are not there.
     """
 
     def __init__(self, net: nn.Module, *, alpha: float = 0.5, levels: str | Sequence[str] | None = None,
@@ -90,6 +93,7 @@ class DetectorDistillation(TwoPass):
 
     def _run(self, images: Any, targets: Any) -> _Pass:
         inner = unwrap(self.net)
+        check_pixels(images, targets, *_learns(inner))
         with _maps_of(inner.backbone) as maps, _matched_by(getattr(inner, "head", None)) as matched:
             losses = self.net(images, targets)
         if not isinstance(losses, Mapping) or not losses:
@@ -144,6 +148,15 @@ def foreground_level(matched: Sequence[Tensor], areas: Mapping[str, int]) -> str
     per_cell = len(on_objects) // sum(areas.values())
     counts = torch.stack([part.sum() for part in on_objects.split([per_cell * cells for cells in areas.values()])])
     return list(areas)[int(counts.argmax())]
+
+
+def _learns(model: nn.Module) -> tuple[int | None, bool]:
+    """How many classes, and whether outlines, as far as the detector says."""
+    from ..models.registry import interface_of  # it lists recipes, which read what is above
+
+    interface = interface_of(model)
+    known = isinstance(interface, DetectorProtocol)
+    return (interface.num_classes, interface.masks) if known else (None, False)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,48 @@ def fitting(targets: Targets, images: int) -> Targets:
         raise ValueError(f"targets of {len(targets)} images for a batch of {images}; pass one dict for each image, and "
                          "at least one image")
     return targets
+
+
+def check_pixels(images: Any, targets: Any, classes: int | None = None, masks: bool = False) -> None:
+    """Are these a list of images, and of each what its objects are, as torchvision's detectors want them?
+
+    Args:
+        images: (3, H, W) each.
+        targets: per image `boxes` (n, 4) xyxy in pixels, `labels` int64 (n,), `masks` (n, H, W).
+        classes: the largest label; labels begin with 1, as 0 is the background. None = not known.
+        masks: does the detector learn from outlines?
+
+    Raises:
+        ValueError: if not, saying of which image and what to pass.
+    """
+    if not isinstance(images, list | tuple) or not all(isinstance(image, torch.Tensor) and image.ndim == 3
+                                                       for image in images):
+        raise ValueError("images are no list of tensors (3, H, W); pass list(batch) of a batch (B, 3, H, W)")
+    if targets is None:
+        raise ValueError("no targets to learn from; pass a dict of boxes and labels for each image")
+    fitting(targets, len(images))
+    if len(channels := {len(image) for image in images}) > 1:
+        raise ValueError(f"images of {' and '.join(map(str, sorted(channels)))} channels in one batch; pass images of "
+                         "3: .expand(3, -1, -1) of a grey one, [:3] of one with transparency")
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        wanted = ("boxes", "labels", "masks") if masks else ("boxes", "labels")
+        if not isinstance(target, Mapping) or not target.keys() >= {*wanted}:
+            what = f"a dict of {', '.join(target)}" if isinstance(target, Mapping) else type(target).__name__
+            raise ValueError(f"targets of image {i}: {what}; pass a dict of {', '.join(wanted)}")
+        boxes, labels = target["boxes"], target["labels"]
+        if labels.ndim != 1 or boxes.shape != (len(labels), 4) or labels.dtype != torch.int64:
+            raise ValueError(f"targets of image {i}: boxes {tuple(boxes.shape)}, labels {tuple(labels.shape)} of "
+                             f"{labels.dtype}; pass boxes (n, 4) and labels (n,) of int64")
+        if (bad := (boxes[:, 2:] <= boxes[:, :2]).any(1)).any():
+            raise ValueError(f"targets of image {i}: box {boxes[bad][0].tolist()} has no area; pass corners x0, y0, "
+                             "x1, y1 in pixels")
+        if len(labels) and (labels.min() < 1 or (classes is not None and labels.max() > classes)):
+            most = "" if classes is None else f" to {classes}, the classes of this net"
+            raise ValueError(f"targets of image {i}: labels {int(labels.min())} to {int(labels.max())}; pass labels "
+                             f"from 1{most} (0 is the background)")
+        if "masks" in target and target["masks"].shape != (len(labels), *image.shape[-2:]):
+            raise ValueError(f"targets of image {i}: masks {tuple(target['masks'].shape)} for {len(labels)} objects of "
+                             f"an image {tuple(image.shape)}; pass (n, H, W)")
 
 
 def pack(targets: Targets, device: torch.device, dtype: torch.dtype) -> Objects:

@@ -281,7 +281,12 @@ def _images_of(loader: Any) -> CocoImages:
 def _check_classes(net: nn.Module, count: int, data: CocoImages) -> None:
     names = data.class_names
     if count != len(names):
-        raise ValueError(f"{data.file} has {len(names)} categories, the net {count} classes")
+        hint = ""
+        if (count, len(names)) == (90, 80):
+            hint = ". Its labels are numbers of COCO's categories, as in torchvision's weights? Then put them into a " \
+                "net for 80 classes and the background: adn.load_weights(adn.create_model(NAME, num_classes=81), " \
+                "model.state_dict())"
+        raise ValueError(f"{data.file} has {len(names)} categories, the net {count} classes{hint}")
     known = state_of(net).class_names if is_any_depth(net) else None
     if known and known != names:
         i = next(i for i, (ours, theirs) in enumerate(zip(known, names, strict=True)) if ours != theirs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,11 +13,29 @@ from ..settings import Settings
 
 # (whose names, family, tables of prefixes to apply in turn), see `adn.weights.foreign`.
 Naming = tuple[str, str, tuple[Mapping[str, str], ...]]
-# (whose names, from a state dict in these to one in ours; None of one in others), for what no table of prefixes says.
-Rewrite = tuple[str, Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor] | None]]
+# (whose names, from a state dict in these, and the net's own, to one in ours; None of one in others), for what no table
+# of prefixes says.
+State = Mapping[str, torch.Tensor]
+Rewrite = tuple[str, Callable[[State, State], dict[str, torch.Tensor] | None]]
 
 # From a model to what stands for it, see `adn.detect.detector.Detector`; None of models that it does not know.
 Adapter = Callable[[nn.Module], Any]
+
+
+class Deploy(NamedTuple):
+    """What a deploy form is made of, where that is not the whole model as it is.
+
+    Attributes:
+        part: the name of the module that becomes segments; all around it runs as it is. "" = the whole model.
+        heads: names of modules of one input around it whose calls are put together, too.
+        model: made into segments in its place.
+        finish: what becomes of that one's outputs.
+    """
+
+    part: str = ""
+    heads: tuple[str, ...] = ()
+    model: nn.Module | None = None
+    finish: Callable[[Any], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 from ..convert import convert
 from ..core.state import is_any_depth, state_of, unwrap
 from ..settings import Settings
-from .entry import Adapter, Entry
+from .entry import Adapter, Deploy, Entry
 
 PREFIX = "anydepth_"
 
@@ -111,6 +111,12 @@ def interface_of(net: nn.Module) -> Any:
     if hasattr(model, "adn_task"):
         return model
     return next(filter(None, (adapter(model) for adapter in _ADAPTERS)), model)
+
+
+def deploy_of(net: nn.Module) -> Deploy:
+    """What the deploy form of a net is made of."""
+    interface = interface_of(net)
+    return interface.deploy() if hasattr(interface, "deploy") else Deploy()
 
 
 def task_name(net: nn.Module) -> str:

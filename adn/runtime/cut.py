@@ -47,6 +47,28 @@ def cut(net: nn.Module) -> tuple[list[Segment], Any]:
     return list(builder.segments()), builder.result
 
 
+def one_path(module: nn.Module) -> Segment:
+    """A module of one input that depends on no depth, as a segment; it shares the parameters.
+
+    Raises:
+        CannotTrace: saying why.
+    """
+    _check_hooks(module)
+    return Segment(None, ["x"], ["y"], ["x"], {False: _part(_Returning(module))}, None)
+
+
+class _Returning(nn.Module):
+    """What a module gives, as what a segment does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = False
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return self.module(x),
+
+
 class Segment(nn.Module):
     """A part of a forward that depends on one entry of the depth at most.
 
@@ -303,7 +325,7 @@ def _copy(node: fx.Node, graph: fx.Graph, value: Callable[[fx.Node], fx.Node], r
 
 
 def _traced(module: nn.Module, watched: Collection[str] = (), leaves: Collection[str] = (), **options: Any) -> Traced:
-    traced = trace(module, watched, leaves, **options)
+    traced = trace(module, watched, leaves, sequences=True, **options)
     without_writes(traced)
     for node in traced.graph.find_nodes(op="call_method", target="view"):
         node.target = "reshape"  # what is channels-last here has other strides than in the model

@@ -286,7 +286,7 @@ class Engine:
     def _accepted(self) -> str:
         kinds = [f"(B, {', '.join(map(str, shape))}) of {dtype}" for shape, dtype in self._kinds]
         sizes = "" if self._sizes is None else f", run at batch sizes {', '.join(map(str, self._sizes))}"
-        what = " (of images, once the net has resized them)" if getattr(self._inner, "part", "") else ""
+        what = " (of images, once the net has resized them)" if self._is_part else ""
         return f"accepted: {' or '.join(kinds) or 'batches (B, ...)'} on {self._device}{sizes}{what}"
 
     def _read_depth(self, depth: DepthLike) -> Depth:
@@ -349,7 +349,7 @@ class Engine:
         self._check(x)
         self._warm([x] if self._sizes is None else list(x.split(self._sizes[-1])), depths)
         # What is around a part goes on with it.
-        return self._call(x, depths[0]) if getattr(self._inner, "part", "") else None
+        return self._call(x, depths[0]) if self._is_part else None
 
     def _form(self, x: Tensor) -> Batch:
         """What a batch is run as, padded."""
@@ -468,6 +468,7 @@ class Engine:
 
     def _look_at_net(self) -> None:
         net = self._inner = unwrap(self.net)
+        self._is_part = isinstance(net, FusedNet) and bool(net.form.part)
         self._runs = net.run if isinstance(net, FusedNet) and net is self.net else self.net
         self._watch = Watch(net)
         self._batch_norms = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import itertools
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,8 +23,9 @@ from adn_kernels import private
 from ..core.behaviours import check_filled, mixing_norm
 from ..core.depth import Depth
 from ..core.state import DepthLike, State, get_depth, set_depth, state_of, unwrap
-from ..models.registry import interface_of
-from .cut import Segment, cut, filled
+from ..models.entry import Deploy
+from ..models.registry import deploy_of
+from .cut import Segment, cut, filled, one_path
 from .fusing import fuse_calls
 from .layers import Layer
 from .per_image import checked_flags, fastest, split_run
@@ -37,9 +38,9 @@ def fuse(net: nn.Module) -> FusedNet:
     Convolution, norm, activation and residual addition become one call each: oneDNN's on a CPU, cuDNN's or a Triton
     kernel on a GPU. Norms are folded into the weights of the convolutions before them, for both values of their
     flag: the folded essential path is held twice. What is not fused keeps sharing its parameters with the net. Of a
-    detector of torchvision the backbone and its pyramid are fused; the heads, and all that depends on values (resizing,
-    anchors, suppression), run as they are. An RT-DETR of `transformers` becomes one of this library, with its weights
-    as they are now.
+    detector of torchvision the backbone with its pyramid and the layers of the heads are fused; all that depends on
+    values (resizing, anchors, suppression) runs as it is. An RT-DETR of `transformers` becomes one of this library,
+    with its weights as they are now.
 
     The result equals the net in evaluation mode within rounding, at every depth. It has a depth of its own, for all
     functions that take a net: `adn.set_depth(fused, "TTFF")`. Changes of the net's parameters, statistics and modules
@@ -55,12 +56,12 @@ def fuse(net: nn.Module) -> FusedNet:
             why: usually because it depends on values).
         RuntimeError: if other code has replaced modules that follow the depth.
     """
-    interface = interface_of(unwrap(net))
-    if hasattr(interface, "own_form"):
-        fused = FusedNet(interface.own_form(), interface.as_outputs)
-        set_depth(fused, get_depth(net))
-        return fused
-    return FusedNet(net)
+    form = deploy_of(unwrap(net))
+    if form.model is None:
+        return FusedNet(net, form)
+    fused = FusedNet(form.model, form)
+    set_depth(fused, get_depth(net))
+    return fused
 
 
 class FusedNet(nn.Module):
@@ -68,16 +69,13 @@ class FusedNet(nn.Module):
 
     Attributes:
         segments: in the order in which they run.
-        part: the name of the module that they are; "" if the whole net.
+        heads: segments without a flag, for modules around them.
+        form: what they are made of.
     """
 
-    def __init__(self, net: nn.Module, finish: Callable[[Any], Any] | None = None) -> None:
-        """
-        Args:
-            finish: what becomes of the outputs of the net; None = they are returned.
-        """
+    def __init__(self, net: nn.Module, form: Deploy) -> None:
         super().__init__()
-        self._finish = finish
+        self.form = form
         source, state = unwrap(net), state_of(net)
         if isinstance(source, FusedNet):
             raise ValueError("this net is fused already")
@@ -86,7 +84,6 @@ class FusedNet(nn.Module):
         self.__dict__["_adn"] = State(
             state.plan, [copy.copy(choice) for choice in state.choices], state.full, state.base, state.twins, {},
             state.origin, state.class_names, made_from=source)
-        self.part: str = getattr(interface_of(source), "part", "")
         if any(module.training for module in source.modules()):
             raise ValueError("a deploy form is for inference: call net.eval() first")
         for module in source.modules():
@@ -109,15 +106,14 @@ class FusedNet(nn.Module):
 
     def around(self, x: Any, run: Callable[[Tensor], Any]) -> Any:
         """The forward of the net with `run` for its `part`."""
-        if not self.part:
-            return run(x) if self._finish is None else self._finish(run(x))
-        net, *within = itertools.accumulate(["", *self.part.split(".")], lambda a, b: f"{a}.{b}" if a else b)
-        source = self._adn.made_from
-        shells = [_shell(source.get_submodule(name)) for name in (net, *within[:-1])]
-        for parent, name, child in zip(shells, self.part.split("."), [*shells[1:], _Calls(run)], strict=True):
-            parent._modules[name] = child
+        if not self.form.part:
+            return run(x) if self.form.finish is None else self.form.finish(run(x))
+        heads = {name: functools.partial(self._run_head, head) for name, head in zip(self.form.heads, self.heads)}
         with torch.no_grad():
-            return shells[0](x)
+            return _with_calls(self._adn.made_from, {self.form.part: run, **heads})(x)
+
+    def _run_head(self, head: Segment, x: Tensor) -> Tensor:
+        return head.run(False, self.take(x))[0]
 
     def per_image(self, x: Tensor, depths: Tensor | Callable[[int, Tensor], Tensor] | Sequence[DepthLike]) -> Any:
         """Every image of a batch at a depth of its own; the depth of the net does not matter.
@@ -245,13 +241,14 @@ class FusedNet(nn.Module):
     def _build(self) -> None:
         state_of(self._adn.made_from).check_intact()
         with torch.inference_mode(False):  # what is made here is written to again by `refresh`
-            segments, self._result = cut(_part(self._adn.made_from, self.part))
-            fuse_calls(segments)
-        self.segments = nn.ModuleList(segments)
+            source = self._adn.made_from
+            segments, self._result = cut(_part(source, self.form.part))
+            heads = [one_path(source.get_submodule(name)) for name in self.form.heads]
+            fuse_calls([*segments, *heads])
+        self.segments, self.heads = nn.ModuleList(segments), nn.ModuleList(heads)
         if self._compile_options is not None:
             self.compile(**self._compile_options)
         self._faster: dict[tuple, str] = {}
-        source = self._adn.made_from
         self._mixing = mixing_norm(source)
         self._watch = Watch(source)
         # Of counters too: torch's batch norm writes its running statistics without counting a version of them.
@@ -264,6 +261,21 @@ class _Calls(nn.Module):
         super().__init__()
         self.__dict__["forward"] = run
         self.training = False
+
+
+def _with_calls(net: nn.Module, calls: Mapping[str, Callable[[Any], Any]]) -> nn.Module:
+    """The same net, in which some modules are others that call these."""
+    shells = {"": _shell(net)}
+    for name, call in calls.items():
+        parent, at = shells[""], ""
+        *owners, last = name.split(".")
+        for owner in owners:
+            at = f"{at}.{owner}" if at else owner
+            if at not in shells:
+                shells[at] = parent._modules[owner] = _shell(parent._modules[owner])
+            parent = shells[at]
+        parent._modules[last] = _Calls(call)
+    return shells[""]
 
 
 def _shell(module: nn.Module) -> nn.Module:

@@ -58,6 +58,9 @@ class _Fusing:
             elif is_layer_norm(module) and not hooked(module):
                 self._fuse_layer_norm(path, node, module, second)
         for node in self._calls(path):
+            if is_plain_conv(module := getattr(path, node.target)) and len(node.args) == 1 and not node.kwargs:
+                self._fuse_activation(path, node, module)
+        for node in self._calls(path):
             self._merge_branches(path, node)
         if joins:
             join(path)
@@ -85,6 +88,16 @@ class _Fusing:
             chain.replace(path.graph, path.graph.call_module(_add(path, norm, layer), args, norm.kwargs))
         if before is not None:
             path.graph.erase_node(before)
+
+    def _fuse_activation(self, path: fx.GraphModule, conv: fx.Node, module: nn.Conv2d) -> None:
+        """convolution [-> + residual] -> activation."""
+        chain = chain_of(conv, "identity", dict(path.named_children()), writes=False)
+        if chain.activation == "identity":
+            return
+        layer = self._layer(ConvNormAct, module, None, chain.activation)
+        args = conv.args if chain.residual is None else (*conv.args, chain.residual)
+        with path.graph.inserting_before(chain.nodes[-1]):
+            chain.replace(path.graph, path.graph.call_module(_add(path, conv, layer), args))
 
     def _fuse_layer_norm(self, path: fx.GraphModule, norm: fx.Node, module: nn.Module, second: nn.Module | None
                          ) -> None:
@@ -115,7 +128,9 @@ class _Fusing:
         if (other.op != "call_module" or type(beside := getattr(path, other.target)) is not ConvNormAct
                 or other.args != (value,) or len(other.users) > 1):
             return
-        if beside.activation == "identity" and RepConvNormAct.fits(layer.source[0], beside.source[0]):
+        (conv, norm, _), (conv1x1, norm1x1, _) = layer.source, beside.source
+        if (norm is not None and norm1x1 is not None and beside.activation == "identity"
+                and RepConvNormAct.fits(conv, conv1x1)):
             node.target = _add(path, node, self._layer(
                 RepConvNormAct, *layer.source[:2], *beside.source[:2], layer.activation))
             node.args = (value,)

@@ -70,10 +70,11 @@ def folded_norm(norm: nn.Module, conv_bias: Tensor | None = None) -> tuple[Tenso
 
 
 class ConvNormAct(Layer):
-    """`act(norm(conv(x)) + residual)`, the norm folded into the convolution's weight and bias; with a second norm, for
-    each sample (`bank`) with one of the two, as scale and shift."""
+    """`act(norm(conv(x)) + residual)`, the norm, if there is one, folded into the convolution's weight and bias; with a
+    second norm, for each sample (`bank`) with one of the two, as scale and shift."""
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module, activation: str, second: nn.Module | None = None) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, activation: str, second: nn.Module | None = None
+                 ) -> None:
         super().__init__()
         self.activation = activation
         self.place = conv.stride, conv.padding, conv.dilation, conv.groups
@@ -89,9 +90,13 @@ class ConvNormAct(Layer):
                 for name, vector in zip(("scale", "shift"), folded_norm(either, conv.bias)):
                     self._keep(f"{name}{i}", vector)
             return
-        weight, bias = ops.fold(conv.weight, *folded_norm(norm, conv.bias))
-        self._keep("weight", ops.lay_out(weight, conv.groups))
-        self._keep("bias", bias)
+        if norm is None:
+            bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+            weight = conv.weight
+        else:
+            weight, bias = ops.fold(conv.weight, *folded_norm(norm, conv.bias))
+        self._keep("weight", ops.lay_out(weight, conv.groups).detach())
+        self._keep("bias", bias.detach())
         self.packed = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, bank: Tensor | None = None,

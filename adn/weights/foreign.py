@@ -14,7 +14,8 @@ order of floating-point sums):
 | RegNet       | -                                        | `regnet_y_400mf` <-> `regnety_004`, ...            |
 | EfficientNet | -                                        | `efficientnet_b0` .. `b4` <-> the same names       |
 | RT-DETR      | yes (AnyDepth-DETR); official as it is   | - (Hugging Face's names, older and current ones)   |
-| RetinaNet    | yes (RetinaNet-ADN)                      | torchvision's as they are                          |
+| RetinaNet    | yes (RetinaNet-ADN)                      | torchvision's detectors as they are; of its heads  |
+|              |                                          | for 91 category ids the 80 that COCO has           |
 
 Models that share names and shapes but not the function cannot be told apart by a state dict: timm's EfficientNets from
 `b5` on have other epsilons than torchvision's, its `tf_*` models another padding as well.
@@ -39,11 +40,10 @@ from torch import nn
 
 from ..core.errors import CheckpointError
 from ..core.state import is_any_depth, state_with_modules, unwrap
-from ..models.entry import Naming, Rewrite
+from ..models.entry import Naming, Rewrite, State
 from ..models.registry import ENTRIES
 from .checkpoint import load_tensors
 
-State = Mapping[str, torch.Tensor]
 Table = Mapping[str, str]
 
 # Where training scripts put the weights; the first that is there is used. Averages first: the scripts that keep one
@@ -128,15 +128,20 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | State, *, stri
     report, chosen = _fit(_without_prefixes(given, own), own, norms)
     if not report.loaded:
         raise CheckpointError(f"nothing in {where} fits this {type(inner).__name__}: it has {len(given)} entries, such "
-                              f"as {_some(given)}, where the net has {_some(own)}")
+                              f"as {_some(given)}, where the net has {_some(own)}{_looks_like(given)}")
     if strict and not report.complete:
         hint = ""
         if not norms and any(".skip." in name for name in report.unexpected):
             hint = "\nThese are weights of an any-depth net: convert the model first (adn.convert)"
+        elif 8 * len(report.mismatched) > len(given):
+            hint = "\nMost names are this net's, many shapes are not: is it another size of the same model?"
         elif not report.missing and not report.unexpected:
             hint = "\nstrict=False loads the rest, e.g. to train another head; of adn train it is --new-head"
-        raise CheckpointError("\n".join([f"{where} does not fit this {type(inner).__name__} ({report.naming}, "
-                                         f"{len(report.loaded)} entries do):", *report.problems()]) + hint)
+        if 2 * (len(report.loaded) + len(report.mismatched)) < len(given):
+            hint += _looks_like(given)
+        raise CheckpointError("\n".join([
+            f"{where} does not fit this {type(inner).__name__} ({report.naming}, {len(report.loaded)} of {len(given)} "
+            "entries do):", *report.problems()]) + hint)
     load_tensors(inner, chosen, strict=False)
     return report
 
@@ -145,10 +150,30 @@ def _some(state: State) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in [*state.items()][:3])
 
 
+# What a state dict is of, by a name in it; the first that is there.
+_TELLTALES = (
+    (r"\bclass_embed\.|\bdecoder_input_proj\.", "a DETR of Hugging Face's transformers"),
+    (r"\bdec_score_head\.", "an RT-DETR"),
+    (r"\broi_heads\.mask_predictor\.", "a Mask R-CNN of torchvision"),
+    (r"\broi_heads\.", "a Faster R-CNN of torchvision"),
+    (r"\bhead\.classification_head\.", "a RetinaNet, FCOS or SSD of torchvision"),
+    (r"^(model\.)*\d+\.(cv2|conv)\.", "a YOLO"),
+    (r"\bblocks\.0\.attn\.qkv\.", "a vision transformer of timm"),
+    (r"\bencoder\.layers\.encoder_layer_0\.", "a vision transformer of torchvision"),
+    (r"\battention\.(attention\.query|q_proj)\.", "a vision transformer of Hugging Face's transformers"),
+    (r"\blayer4\.\d", "a ResNet"),
+)
+
+
+def _looks_like(given: State) -> str:
+    found = (what for pattern, what in _TELLTALES if any(re.search(pattern, name) for name in given))
+    return next((f"\nIts names are those of {what}" for what in found), "")
+
+
 def _fit(given: State, own: State, norms: Iterable[str]) -> tuple[LoadReport, dict[str, torch.Tensor]]:
     """Compare translated names and shapes with the net's: the report, and what is to be copied."""
     for author, rewrite in _rewrites():
-        if (rewritten := rewrite(given)) is not None:
+        if (rewritten := rewrite(given, own)) is not None:
             given, rewriter = rewritten, author
             break
     else:

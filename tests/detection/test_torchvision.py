@@ -21,13 +21,14 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import adn
 from adn.cli import main
-from adn.core.errors import ConversionError
+from adn.core.errors import CheckpointError, ConversionError
 from adn.core.state import state_of
 from adn.detect.distill import DetectorDistillation, foreground_level
 from adn.measure.cost import count_macs, count_parameters
 from adn.models.registry import ENTRIES, interface_of
 from adn.models.torchvision_detectors.detector import as_torchvision
 from adn.runtime.compile import compile
+from adn.runtime.layers import ConvNormAct
 from adn.tasks import is_detector
 from adn.train.recipes import DETECTION_RECIPES
 
@@ -317,6 +318,16 @@ def test_deploy_form_and_engine(kind: str) -> None:
                 assert ours.keys() == other.keys()
                 for key, value in other.items():
                     torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6)
+    assert all(any(isinstance(m, ConvNormAct) for m in head.modules()) for head in fused.heads)
+    assert len(fused.heads) >= 1
+    with torch.no_grad():  # changes of the heads are followed, as those of the backbone are
+        for parameter in net.parameters():
+            parameter.mul_(1.1)
+        adn.set_depth(net, "TFTF")
+        for ours, other in zip(engine(x, "TFTF"), net(x), strict=True):
+            torch.testing.assert_close(ours["boxes"], other["boxes"], rtol=1e-6, atol=1e-6)
+        for parameter in net.parameters():
+            parameter.div_(1.1)
     mixed = fused.per_image(x, ["TFTF", "base"])
     for found, expected in ((mixed[0], singly["TFTF"][0]), (mixed[1], singly["TTTT"][1])):
         torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=1e-6, atol=1e-6)
@@ -431,3 +442,99 @@ def test_command_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture)
     capsys.readouterr()
     assert main(["detect", str(picture), "--checkpoint", saved, "--size", "64"]) != 0
     assert "resizes images itself: leave it out" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def changed(**entries: Any) -> list[dict[str, Any]]:
+    first, *others = some_targets(masks=True)
+    return [{name: value for name, value in {**first, **entries}.items() if value is not None}, *others]
+
+
+@pytest.mark.parametrize(("x", "y", "message"), [
+    (torch.rand(2, 3, 64, 90), some_targets(True), r"images are no list of tensors \(3, H, W\); pass list\(batch\)"),
+    (images(), None, "no targets to learn from; pass a dict of boxes and labels for each image"),
+    (images(), some_targets(True)[:1], "targets of 1 images for a batch of 2"),
+    ([images()[0], images()[1][:1]], some_targets(True), "images of 1 and 3 channels in one batch; pass images of 3"),
+    (images(), [torch.rand(2, 4), torch.rand(1, 4)], "targets of image 0: Tensor; pass a dict of boxes, labels, masks"),
+    (images(), changed(labels=None), "targets of image 0: a dict of boxes, masks; pass a dict of boxes, labels, masks"),
+    (images(), some_targets(), "targets of image 0: a dict of boxes, labels; pass a dict of boxes, labels, masks"),
+    (images(), changed(labels=torch.tensor([1])), r"boxes \(2, 4\), labels \(1,\) of torch.int64; pass boxes \(n, 4\)"),
+    (images(), changed(labels=torch.tensor([1.0, 2.0])), r"labels \(2,\) of torch.float32; .* of int64"),
+    (images(), changed(boxes=torch.tensor([[4.0, 5, 50, 60], [30, 10, 30, 58]])),
+     r"box \[30.0, 10.0, 30.0, 58.0\] has no area; pass corners"),
+    (images(), changed(labels=torch.tensor([0, 2])), "labels 0 to 2; pass labels from 1 to 4, the classes of this net"),
+    (images(), changed(labels=torch.tensor([1, 5])), "labels 1 to 5; pass labels from 1 to 4, the classes of this net"),
+    (images(), changed(masks=torch.zeros(2, 64, 91)), r"masks \(2, 64, 91\) for 2 objects of an image \(3, 64, 90\)"),
+])
+def test_bad_batches(x: Any, y: Any, message: str) -> None:
+    """What torchvision would answer by an assertion, or not at all."""
+    net = adn.convert(narrow("maskrcnn")).train()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=message):
+        DetectorDistillation(net)(x, y)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert str(adn.get_depth(net)) == "FFFF"
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn",
+                                  "ssdlite320_mobilenet_v3_large"])
+def test_heads_for_numbers_of_categories(name: str) -> None:
+    """torchvision's weights for COCO count the ten numbers that no category has; in a net for the 80 categories the
+    outputs are those of the others, in their order."""
+    numbers = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+    torch.manual_seed(0)
+    model = getattr(detection, name)(weights=None, weights_backbone=None).eval()
+    net = adn.create_model(name, num_classes=81).eval()
+    report = adn.load_weights(net, model.state_dict())
+    assert report.naming == "torchvision, numbers of COCO's categories"
+    assert report.complete
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        if hasattr(model, "roi_heads"):
+            x = torch.rand(4, 256, 7, 7, generator=generator)
+            (found, boxes), (wanted, all_boxes) = (
+                m.roi_heads.box_predictor(m.roi_heads.box_head(x)) for m in (net, model))
+            torch.testing.assert_close(boxes.unflatten(1, (81, 4))[:, 1:], all_boxes.unflatten(1, (91, 4))[:, numbers])
+            if "mask" in name:
+                outlines, all_outlines = (
+                    m.roi_heads.mask_predictor(m.roi_heads.mask_head(x[:, :, :4, :4])) for m in (net, model))
+                torch.testing.assert_close(outlines[:, 1:], all_outlines[:, numbers])
+        else:
+            x = list(model.backbone(torch.rand(1, 3, 320, 320, generator=generator)).values())
+            found, wanted = (m.head.classification_head(x) for m in (net, model))
+    torch.testing.assert_close(found[..., 1:], wanted[..., numbers])
+    assert found.shape[-1] == 81
+    adn.load_weights(adn.create_model(name, num_classes=91), model.state_dict())  # as they are
+
+
+def test_categories_are_the_papers(tmp_path: Path) -> None:
+    """A net with heads for the numbers of categories cannot be compared with annotations; it says what to do."""
+    from adn.measure.average_precision import _check_classes
+
+    class Data:
+        file, class_names = "instances.json", [str(i) for i in range(80)]
+
+    net = built("retinanet_resnet50_fpn")
+    with pytest.raises(ValueError, match=r"80 categories, the net 90 classes. Its labels are numbers .* num_classes=81"):
+        _check_classes(net, 90, Data())
+    with pytest.raises(ValueError, match="80 categories, the net 4 classes$"):
+        _check_classes(net, 4, Data())
+
+
+def test_weights_of_another_model() -> None:
+    """How many names fitted, and what it looks like instead."""
+    faster = narrow().state_dict()
+    with pytest.raises(CheckpointError, match=r"nothing in .* fits this RTDETR: it has \d+ entries, such as "
+                                              r"(.|\n)*Its names are those of a Faster R-CNN of torchvision"):
+        adn.load_weights(adn.create_model("rtdetr_r18vd"), faster)
+    with pytest.raises(CheckpointError, match=r"\d+ of \d+ entries do(.|\n)*is it another size of the same model"):
+        adn.load_weights(adn.create_model("fasterrcnn_resnet50_fpn", num_classes=5), faster)
+    with pytest.raises(CheckpointError, match="those of a YOLO"):
+        adn.load_weights(narrow(), adn.create_model("yolov12n").state_dict())
+    with pytest.raises(CheckpointError, match="those of a ResNet$"):
+        adn.load_weights(narrow(), narrow().backbone.body.state_dict())

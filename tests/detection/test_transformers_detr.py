@@ -103,7 +103,7 @@ def test_objects_at_every_depth(layer_type: str) -> None:
     with torch.no_grad():
         agree(net(x), before, 1e-30)
     randomise_second_sets(net)
-    own = interface_of(net).own_form()
+    own = interface_of(net).deploy().model
     seen = []
     every = adn.depths(net)
     assert len(every) == 32 * 3

@@ -50,7 +50,7 @@ def _family(args: Mapping[str, Any]) -> str:
 
 
 entry = partial(Entry, _build, task=DetectionRecipe.task, stride=STRIDE, recipe=DetectionRecipe, names=NAMES,
-                rewrites=(("transformers", official_names),), but=_but)
+                rewrites=(("transformers", lambda given, _own: official_names(given)),), but=_but)
 
 _FROZEN = {"freeze_norm": True, "freeze_stem": True}
 _LARGE = {"hidden": 384, "feedforward": 2048, **_FROZEN}

@@ -13,6 +13,7 @@ from ...convert import convert
 from ...core.behaviours import is_frozen, original_class
 from ...core.state import is_any_depth, state_of
 from ...detect.detector import DetectorProtocol
+from ..entry import Deploy
 from . import STRIDE
 from .hf import official_names
 from .model import RTDETR
@@ -44,8 +45,8 @@ class TransformersDetector(DetectorProtocol):
 
     supervised = distillation
 
-    def own_form(self) -> nn.Module:
-        """The same detector of this library, with a copy of the weights; any-depth, and at that depth, if it is.
+    def deploy(self) -> Deploy:
+        """The same detector of this library, any-depth if it is, with a copy of the weights.
 
         Raises:
             ValueError: if this library has none like it.
@@ -56,10 +57,10 @@ class TransformersDetector(DetectorProtocol):
         parameter = next(self.model.parameters())
         own.to(parameter.device, parameter.dtype).train(self.model.training)
         own.load_state_dict(official_names(self.model.state_dict()))
-        return own
+        return Deploy(model=own, finish=self._as_outputs)
 
-    def as_outputs(self, outputs: Mapping[str, Tensor]) -> Any:
-        """What the model's own forward returns, of the outputs of `own_form`: logits and boxes."""
+    def _as_outputs(self, outputs: Mapping[str, Tensor]) -> Any:
+        """What the model's own forward returns, of the outputs of the other: logits and boxes."""
         home = vars(sys.modules[original_class(self.model).__module__])
         kind = next(value for name, value in home.items() if name.endswith("ObjectDetectionOutput"))
         return kind(logits=outputs["pred_logits"], pred_boxes=outputs["pred_boxes"])

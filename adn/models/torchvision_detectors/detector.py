@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torchvision.ops import box_convert
 
 from ...detect.detector import DetectorProtocol
 from ...detect.distill import DetectorDistillation
-from ...detect.targets import Targets
+from ...detect.targets import Targets, check_pixels
 from ...detect.training import total
-from ..registry import ENTRIES
+from ..entry import Deploy
+from ..registry import ENTRIES, interface_of
 from .recipes import TorchvisionRecipe
 
 
@@ -22,7 +23,6 @@ class TorchvisionDetector(DetectorProtocol):
 
     stride = 1
     resizes = True
-    part = "backbone"
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -79,12 +79,27 @@ class TorchvisionDetector(DetectorProtocol):
             raise ValueError(f"{len(sizes)} sizes for a batch of {len(outputs)}; pass (width, height) of each image")
         return [{**found, "labels": found["labels"] - 1} for found in outputs]
 
+    def deploy(self) -> Deploy:
+        """The backbone with its pyramid, and of the heads every sequence of layers."""
+        return Deploy("backbone", tuple(_sequences(self.model)))
+
     def distillation(self, recipe: TorchvisionRecipe, sizes: Sequence[int]) -> nn.Module:
         return _Distillation(self.model, alpha=recipe.alpha, levels=recipe.levels, base=recipe.base, weight=recipe.kd,
                              temperature=recipe.temperature)
 
     def supervised(self, recipe: TorchvisionRecipe, sizes: Sequence[int]) -> nn.Module:
         return _Supervised(self.model)
+
+
+def _sequences(model: nn.Module) -> Iterator[str]:
+    """The names of outermost sequences of layers beside the backbone."""
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if name.startswith("backbone.") or (inside is not None and name.startswith(inside)):
+            continue
+        if isinstance(module, nn.Sequential) and any(isinstance(m, nn.Conv2d) for m in module.modules()):
+            inside = f"{name}."
+            yield name
 
 
 class _Distillation(DetectorDistillation):
@@ -98,7 +113,9 @@ class _Supervised(nn.Module):
         self.net = net
 
     def forward(self, images: Any, targets: Targets) -> dict[str, Tensor]:
-        terms = self.net(list(images), as_torchvision(images, targets))
+        wanted = as_torchvision(images, targets)
+        check_pixels(list(images), wanted, interface_of(self.net).num_classes, interface_of(self.net).masks)
+        terms = self.net(list(images), wanted)
         return {**terms, "loss": total(terms)}
 
 

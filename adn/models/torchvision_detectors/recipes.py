@@ -51,4 +51,10 @@ RECIPES: dict[str, TorchvisionRecipe] = {
     "torchvision": TorchvisionRecipe(epochs=26),
     # As published, for 4 processes: 26 epochs on COCO, from an any-depth backbone.
     "retinanet-26": TorchvisionRecipe(model="anydepth_retinanet_resnet50_fpn", twins="frozen"),
+    # A small detector for the scenes of `adn scenes`, on a CPU: without augmentation, as scenes differ enough.
+    "torchvision-digits": TorchvisionRecipe(
+        model="fasterrcnn_resnet18_fpn", epochs=4, lr=0.02, clip=5.0, schedule="cosine", flip=0.0, size=128,
+        model_kwargs={"channels": 64, "smallest_anchor": 12, "box_batch_size_per_image": 64,
+                      "rpn_pre_nms_top_n_train": 400, "rpn_post_nms_top_n_train": 200, "rpn_pre_nms_top_n_test": 200,
+                      "rpn_post_nms_top_n_test": 100}),
 }
