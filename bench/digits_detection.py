@@ -1,8 +1,8 @@
 """A tiny any-depth detector on scenes of handwritten digits, against a base network trained separately.
 
-RT-DETR or, by `--recipe`, YOLOv12 or Faster R-CNN. Same recipe, same number of epochs, several seeds. Scenes are made from
-scikit-learn's digits by `adn scenes`, those to evaluate from other digits than those to train on. AP50 is the mean over
-ten classes, in percent; nothing but the last evaluation sees the validation scenes.
+RT-DETR or, by `--recipe`, YOLOv12 or Faster R-CNN. Same recipe, same number of epochs, several seeds. Scenes are made
+from scikit-learn's digits by `adn scenes`, those to evaluate from other digits than those to train on. AP50 is the mean
+over ten classes, in percent; nothing but the last evaluation sees the validation scenes.
 
     python bench/digits_detection.py --csv bench/results/digits_detection_cpu.csv
     python bench/digits_detection.py --recipe yolo-digits --images 1000 --csv bench/results/digits_yolo_cpu.csv

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import csv
+import datetime
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision.models.detection as detection
 import torchvision.models.segmentation as segmentation
-from conftest import few, randomise
+from conftest import few, in_two_processes, randomise
 from torch import Tensor, nn
 from torch.compiler import set_stance
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import resnet18, resnet50
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -29,8 +34,9 @@ from adn.models.registry import ENTRIES, interface_of
 from adn.models.torchvision_detectors.detector import as_torchvision
 from adn.runtime.compile import compile
 from adn.runtime.layers import ConvNormAct
-from adn.tasks import is_detector
+from adn.tasks import DETECT, is_detector
 from adn.train.recipes import DETECTION_RECIPES
+from adn.train.run import DetectionConfig
 
 DETECTORS = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn",
              "maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn",
@@ -297,6 +303,49 @@ def test_targets() -> None:
     assert one["labels"].tolist() == [1]
 
 
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
+                            timeout=datetime.timedelta(seconds=120))
+    batch = [images()[rank].double()], [some_targets()[rank]]
+    net = fixed_norms()
+    parallel = DistributedDataParallel(DetectorDistillation(net))
+    torch.manual_seed(rank)
+    parallel(*batch)["loss"].backward()
+    torch.save(gradients(net), f"{folder}/one forward {rank}.pt")
+    net = fixed_norms()
+    kd = DetectorDistillation(DistributedDataParallel(net, find_unused_parameters=True))
+    torch.manual_seed(rank)
+    kd.backward(*batch)
+    torch.save(gradients(net), f"{folder}/two backwards {rank}.pt")
+    dist.destroy_process_group()
+
+
+def fixed_norms() -> nn.Module:
+    """A net in training whose batch norms do not see the batch, so that a process of its own computes the same."""
+    net = any_depth(narrow("fasterrcnn")).double().train()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return net
+
+
+def test_processes_average_their_gradients(tmp_path: Path) -> None:
+    in_two_processes(worker, str(tmp_path))
+    expected: dict[str, Tensor] = {}
+    for rank in range(2):
+        net = fixed_norms()
+        torch.manual_seed(rank)
+        DetectorDistillation(net)([images()[rank].double()], [some_targets()[rank]])["loss"].backward()
+        for name, value in gradients(net).items():
+            expected[name] = expected.get(name, 0) + value / 2
+    for mode, rank in itertools.product(("one forward", "two backwards"), range(2)):
+        found = torch.load(tmp_path / f"{mode} {rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-10)
+
+
 # -------------------------------------------------------------------------------------------------------------- running
 
 
@@ -520,9 +569,9 @@ def test_categories_are_the_papers(tmp_path: Path) -> None:
         file, class_names = "instances.json", [str(i) for i in range(80)]
 
     net = built("retinanet_resnet50_fpn")
-    with pytest.raises(ValueError, match=r"80 categories, the net 90 classes. Its labels are numbers .* num_classes=81"):
+    with pytest.raises(ValueError, match=r"the net 90 classes\. Its labels are numbers .* num_classes=81"):
         _check_classes(net, 90, Data())
-    with pytest.raises(ValueError, match="80 categories, the net 4 classes$"):
+    with pytest.raises(ValueError, match=r"80 categories, the net 4 classes$"):
         _check_classes(net, 4, Data())
 
 
@@ -536,5 +585,24 @@ def test_weights_of_another_model() -> None:
         adn.load_weights(adn.create_model("fasterrcnn_resnet50_fpn", num_classes=5), faster)
     with pytest.raises(CheckpointError, match="those of a YOLO"):
         adn.load_weights(narrow(), adn.create_model("yolov12n").state_dict())
-    with pytest.raises(CheckpointError, match="those of a ResNet$"):
+    with pytest.raises(CheckpointError, match=r"those of a ResNet$"):
         adn.load_weights(narrow(), narrow().backbone.body.state_dict())
+
+
+@pytest.mark.parametrize("any_depth_backbone", [False, True])
+def test_start_from_a_backbone(any_depth_backbone: bool, tmp_path: Path) -> None:
+    """Of a classifier, any-depth or not: the detector has its weights, and second sets its own or copies."""
+    classifier = randomise(resnet18(weights=None))
+    if any_depth_backbone:
+        classifier = any_depth(classifier)
+    file = tmp_path / "resnet18.pth"
+    torch.save(classifier.state_dict(), file)
+    recipe = DETECTION_RECIPES["torchvision-digits"]
+    net = DETECT.build(DetectionConfig("", "", recipe, backbone=str(file)), 10, True)
+    state, wanted = net.backbone.body.state_dict(), classifier.state_dict()
+    for name, value in state.items():
+        source = name if any_depth_backbone else name.replace(".skip.", ".")
+        assert torch.equal(value, wanted[source]), name
+    torch.save(resnet50(weights=None).state_dict(), file)
+    with pytest.raises(ValueError, match=r"resnet18.pth does not fit"):
+        DETECT.build(DetectionConfig("", "", recipe, backbone=str(file)), 10, True)

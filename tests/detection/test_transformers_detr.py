@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.compiler import set_stance
 
 import adn
-from adn.core.errors import CheckpointError
+from adn.core.errors import CheckpointError, ConversionError
 from adn.core.kinds.stack import StackPlan
+from adn.core.state import state_of
 from adn.models.registry import interface_of
 from adn.tasks import DETECT, is_detector, task_of
 
@@ -194,6 +195,44 @@ def test_other_kinds() -> None:
         assert (net(x).logits - before.logits).abs().max() > 1e-3
     with pytest.raises(ValueError, match="no deploy form of a RTDetrV2ForObjectDetection"):
         adn.fuse(net)
+
+
+def test_dfine() -> None:
+    """An HGNet and CSP blocks inside of others: flags of the backbone and of the neck; its decoder runs whole."""
+    backbone = transformers.HGNetV2Config(
+        stem_channels=[3, 8, 8], stage_in_channels=[8, 16, 32, 64], stage_mid_channels=[8, 8, 16, 16],
+        stage_out_channels=[16, 32, 64, 128], stage_num_blocks=[1, 1, 3, 2], stage_numb_of_layers=[2, 2, 2, 2],
+        hidden_sizes=[16, 32, 64, 128], embedding_size=8, out_features=["stage2", "stage3", "stage4"])
+    torch.manual_seed(0)
+    model = randomise(transformers.DFineForObjectDetection(transformers.DFineConfig(
+        backbone_config=backbone, num_labels=7, encoder_in_channels=[32, 64, 128], encoder_hidden_dim=32, d_model=32,
+        num_queries=10, encoder_ffn_dim=48, decoder_ffn_dim=48, decoder_in_channels=[32] * 3, num_denoising=5,
+        encoder_attention_heads=4, decoder_attention_heads=4, decoder_layers=3)), seed=1).eval().double()
+    x = images()
+    with torch.no_grad():
+        before = model(x)
+    net = adn.convert(model)
+    randomise_second_sets(net)
+    assert [len(stage.refinement_blocks) for stage in state_of(net).plan if stage.has_flag] == [1, 1, *[2] * 8]
+    seen = []
+    for depth in adn.depths(net):
+        adn.set_depth(net, depth)
+        with torch.no_grad():
+            outputs = net(x)
+            agree(adn.extract(net, depth)(x), outputs, 1e-30)
+        seen.append(outputs.logits)
+    assert torch.equal(seen[0], before.logits)
+    assert len({tuple(logits.flatten()[:20].tolist()) for logits in seen}) == 8
+    assert task_of(net) is DETECT
+    with pytest.raises(ValueError, match="no deploy form of a DFineForObjectDetection"):
+        adn.fuse(net)
+
+
+def test_backbone_of_another_kind() -> None:
+    model = tiny()
+    model.model.backbone.model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(ConversionError, match=r"no stages to bypass found in the backbone .* not those of a ResNet or"):
+        adn.convert(model)
 
 
 def test_nothing_fits() -> None:
