@@ -222,7 +222,7 @@ def _measure(net: nn.Module, x: Images, depths: list[Depth], run: Callable[..., 
              warmup: int, progress: bool) -> np.ndarray:
     """Milliseconds, (depths, rounds)."""
     times = np.empty((len(depths), rounds))
-    clock = _cuda_ms if x[0].is_cuda else _host_ms
+    clock = clock_of(x[0].device)
     shuffle = random.Random(0).sample
     bar = progress_bar(total=warmup + rounds, desc="profile", unit="round", show=progress)
     with evaluating(net), torch.inference_mode(), bar:
@@ -234,6 +234,11 @@ def _measure(net: nn.Module, x: Images, depths: list[Depth], run: Callable[..., 
                     times[i, step] = ms
             bar.update()
     return times
+
+
+def clock_of(device: torch.device) -> Callable[[Callable[..., Any], Images], float]:
+    """What gives the milliseconds of `run(x)` there."""
+    return _cuda_ms if device.type == "cuda" else _host_ms
 
 
 def _host_ms(run: Callable[..., Any], x: Images) -> float:

@@ -25,7 +25,7 @@ PROPOSALS = {"box_batch_size_per_image": 24, "rpn_pre_nms_top_n_train": 200, "rp
 
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "arguments", "steps", "lr"), [
-    ("maskrcnn_resnet18_fpn", PROPOSALS, 120, 1e-3), ("retinanet_resnet18_fpn", {}, 500, 1e-3)])
+    ("maskrcnn_resnet18_fpn", PROPOSALS, 120, 1e-3), ("retinanet_resnet18_fpn", {}, 200, 1e-3)])
 def test_eight_pictures_by_heart(name: str, arguments: dict[str, int], steps: int, lr: float) -> None:
     """Boxes, and outlines where the detector finds them: a half or more of what there is, at either depth."""
     if not DATA.exists():

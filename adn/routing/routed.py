@@ -1,0 +1,198 @@
+"""Two depths of one any-depth net, and a router that spends the deeper one where it pays."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.depth import Depth
+from ..core.state import DepthLike, set_depth, stages, state_of
+from ..core.taps import listening
+from ..runtime.fuse import FusedNet
+from .cascade import Cascade, Decision, Policy, cost_of
+from .routers import Router
+
+
+class ImageRouter(Router):
+    """A tiny network on the reduced image: four convolutions, each with a norm, and a linear layer. It needs nothing of
+    the net, so that it works for any, and decides before anything of it runs.
+
+    Args:
+        channels: of images.
+        size: to which they are reduced, in pixels.
+        width: of the first layer; each further one has twice as many, up to four times.
+
+    Shape:
+        features: one tensor, images (B, C, H, W) as the net takes them; returns (B,).
+    """
+
+    def __init__(self, channels: int = 3, size: int = 32, width: int = 16) -> None:
+        super().__init__()
+        self.channels, self.size = channels, size
+        widths = [channels, width, 2 * width, 4 * width, 4 * width]
+        self.layers = nn.Sequential(*(
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2 if i else 1, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for i, (a, b) in enumerate(itertools.pairwise(widths))))
+        self.head = nn.Linear(widths[-1], 1)
+
+    def forward(self, features: Sequence[Tensor], path: Tensor | int | None = None) -> Tensor:
+        x, = features
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"images of shape {tuple(x.shape)}, the router is for (B, {self.channels}, H, W)")
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.head(self.layers(x.to(self.head.weight.dtype)).mean((2, 3))).flatten()
+
+
+class RoutedNet(Cascade):
+    """An any-depth net, each of whose images runs at the one or the other of two depths.
+
+        net = RoutedNet(adn.fuse(net), router, ThresholdPolicy.from_share(scores, 0.3))
+        logits = net(images)                                # each image at the depth that its score says
+
+        stream = RoutedNet(net, router, BudgetController(...), decide="next")
+        for frame in video:
+            outputs, decision = stream.step(frame[None], target=15)
+
+    Which features the router sees: with an `ImageRouter` the image; with `at`, the input of what depends on that flag
+    (an early stage), in the deploy form alone, where all before it runs once and only what is after it parts; of a
+    stream, with `taps`, the outputs of stages by the depth that ran. On a GPU the decisions over a batch of a deploy
+    form stay on the device.
+
+    Args:
+        net: any-depth, in evaluation; a deploy form (`adn.fuse`) runs it in one go.
+        router: see `adn.routing.routers`.
+        policy, decide: as of `Cascade`.
+        shallow, deep: the two depths.
+        at: index of a flag; the depths must agree on those before it.
+        taps: names of stages (`adn.stages(net)`), for a router of a stream.
+
+    Raises:
+        ValueError: if a depth is not the net's, both are one, or the router could not see what it is to.
+    """
+
+    def __init__(self, net: nn.Module, router: Router | None = None, policy: Policy | None = None, *,
+                 shallow: DepthLike = "base", deep: DepthLike = "super", decide: str = "within", at: int | None = None,
+                 taps: Sequence[str] = ()) -> None:
+        super().__init__(router, policy, decide=decide)
+        state = state_of(net)
+        pair = state.full, state.base
+        self.net = net
+        self.depths = Depth.parse(shallow, pair), Depth.parse(deep, pair)
+        if self.depths[0] == self.depths[1]:
+            raise ValueError(f"both depths are {self.depths[0]}; pass two")
+        self.at, self.taps = at, tuple(taps)
+        if at is not None:
+            self._check_place(at)
+        if self.taps:
+            if isinstance(net, FusedNet) or decide != "next":
+                raise ValueError("taps are for streams (decide='next') of a net that is no deploy form, which has no "
+                                 "stages to listen to: use an ImageRouter, or at=")
+            known = [stage.name for stage in stages(net)]
+            if unknown := [name for name in self.taps if name not in known]:
+                raise ValueError(f"no stage {unknown[0]!r}; this net has {', '.join(known)}")
+
+    def extra_repr(self) -> str:
+        place = f", at={self.at}" if self.at is not None else f", taps={list(self.taps)}" if self.taps else ""
+        return f"shallow={self.depths[0]}, deep={self.depths[1]}, decide={self.decide!r}{place}"
+
+    def begin(self, x: Any) -> tuple[Sequence[Tensor], None]:
+        return [x if torch.is_tensor(x) else torch.stack([_square(image, self.router.size) for image in x])], None
+
+    def shallow(self, x: Any, shared: None = None) -> Any:
+        set_depth(self.net, self.depths[0])
+        return self.net(x)
+
+    def deep(self, x: Any, shared: None = None) -> Any:
+        set_depth(self.net, self.depths[1])
+        return self.net(x)
+
+    def route(self, x: Any, policy: Policy | None = None) -> tuple[Any, Decision]:
+        if self.at is not None:
+            return self._route_inside(x, self._policy(policy))
+        if not (isinstance(self.net, FusedNet) and torch.is_tensor(x) and x.is_cuda):
+            return super().route(x, policy)
+        policy = self._policy(policy)
+        score = self._score(self.begin(x)[0])
+        deep = score > policy.tau  # nobody waits for it, so that what it costs is not known
+        return self.net.per_image(x, self._rows(deep)), Decision(score, deep, None)
+
+    def score(self, x: Any) -> Tensor:
+        if self.at is None:
+            return super().score(x)
+        inside = _Inside(self, None)
+        with contextlib.suppress(_Done):
+            self.net.per_image(x, inside)
+        return inside.score
+
+    def run(self, x: Any, deep: bool) -> tuple[Any, Sequence[Tensor]]:
+        if not self.taps:
+            return super().run(x, deep)
+        found: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            for stage in stages(self.net):
+                if stage.name in self.taps:
+                    stack.enter_context(listening(stage.end, functools.partial(found.__setitem__, stage.name)))
+            outputs = (self.deep if deep else self.shallow)(x)
+        return outputs, [found[name] for name in self.taps]
+
+    def _route_inside(self, x: Any, policy: Policy) -> tuple[Any, Decision]:
+        inside = _Inside(self, policy)
+        outputs = self.net.per_image(x, inside)
+        cost = None if inside.deep.is_cuda else cost_of(policy, inside.deep)
+        return outputs, Decision(inside.score, inside.deep, cost)
+
+    def _rows(self, deep: Tensor) -> Tensor:
+        """int32 (flags, B): of each image the entries of its depth."""
+        columns = torch.tensor([[int(entry) for entry in depth] for depth in self.depths], dtype=torch.int32)
+        return columns.to(deep.device)[deep.long()].T.contiguous()
+
+    def _check_place(self, at: int) -> None:
+        if not isinstance(self.net, FusedNet) or self.decide != "within":
+            raise ValueError("a decision inside a forward (at=) takes a deploy form: RoutedNet(adn.fuse(net), ...)")
+        if not 0 <= at < len(self.depths[0]):
+            raise ValueError(f"at={at}; pass the index of a flag, 0 to {len(self.depths[0]) - 1}")
+        shallow, deep = self.depths
+        if different := [k for k in range(at) if shallow[k] != deep[k]]:
+            raise ValueError(f"at={at}, but the depths {shallow} and {deep} part at flag {different[0]} already: pass "
+                             "depths that agree before it, or an earlier flag")
+
+
+class _Done(Exception):
+    """The score is known, and nothing else was asked for."""
+
+
+class _Inside:
+    """What a deploy form asks for the entries of each image: of flag `at` it makes the decision.
+
+    Attributes:
+        score, deep: (B,), once they are known.
+    """
+
+    def __init__(self, routed: RoutedNet, policy: Policy | None) -> None:
+        self.routed, self.policy = routed, policy
+        self.score: Tensor | None = None
+        self.deep: Tensor | None = None
+
+    def __call__(self, k: int, features: Tensor) -> Tensor:
+        shallow, deep = (int(depth[k]) for depth in self.routed.depths)
+        if k == self.routed.at:
+            self.score = self.routed._score([features])
+            if self.policy is None:
+                raise _Done
+            self.deep = self.score > self.policy.tau
+        if shallow == deep:
+            return torch.full((len(features),), shallow, dtype=torch.int32, device=features.device)
+        return torch.where(self.deep, deep, shallow).to(torch.int32)
+
+
+def _square(image: Tensor, size: int) -> Tensor:
+    """One of a list of images, as an `ImageRouter` sees it."""
+    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
