@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -69,6 +69,10 @@ class BudgetController:
         if jump is not None and not jump > 0:
             raise ValueError(f"jump={jump}; pass a number above 0, or None")
         self._scores = checked_scores(scores)
+        self._settings = {
+            "c1": c1, "c2": c2, "scores": self._scores.tolist(), "kp": kp, "ki": ki, "beta": beta,
+            "feedforward": feedforward, "jump": jump, "margin": margin, "unit": unit, "rails": rails and list(rails),
+            "start": start, "incremental": incremental, "anti_windup": anti_windup}
         low, high = (self._scores.min() - margin, self._scores.max() + margin) if rails is None else rails
         if not low < high:
             raise ValueError(f"rails {low} and {high}; the first must be the lower one: pass rails, or a margin above "
@@ -154,6 +158,24 @@ class BudgetController:
             raise ValueError(f"a state of {', '.join(state) or 'nothing'}; a controller's has {', '.join(_STATE)}")
         for name, value in state.items():
             setattr(self, name, None if value is None else float(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and state, for JSON."""
+        return {"settings": self._settings, "state": self.state_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Of what `to_dict` gave.
+
+        Raises:
+            ValueError: on anything else.
+        """
+        try:
+            controller = cls(**values["settings"])
+            controller.load_state_dict(values["state"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{dict(values)} is no controller as to_dict gives it ({error!r})") from error
+        return controller
 
     def _cost(self, target: float) -> float:
         if self.unit == "fps" and not target > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.depth import Depth
+from ..core.errors import CheckpointError
 from ..core.state import DepthLike, set_depth, stages, state_of
 from ..core.taps import listening
-from ..runtime.fuse import FusedNet
+from ..models.registry import source_of
+from ..runtime.fuse import FusedNet, fuse
 from .cascade import Cascade, Decision, Policy, cost_of
-from .routers import Router
+from .controller import BudgetController
+from .policy import ThresholdPolicy
+from .routers import AdvantageRouter, DifficultyRouter, Router
 
 
 class ImageRouter(Router):
@@ -35,6 +39,7 @@ class ImageRouter(Router):
 
     def __init__(self, channels: int = 3, size: int = 32, width: int = 16) -> None:
         super().__init__()
+        self.settings = {"channels": channels, "size": size, "width": width}
         self.channels, self.size = channels, size
         widths = [channels, width, 2 * width, 4 * width, 4 * width]
         self.layers = nn.Sequential(*(
@@ -143,6 +148,47 @@ class RoutedNet(Cascade):
             outputs = (self.deep if deep else self.shallow)(x)
         return outputs, [found[name] for name in self.taps]
 
+    def routing_to_dict(self) -> tuple[nn.Module, dict[str, Any], dict[str, Tensor]]:
+        """What a file of this is made of: the any-depth net; all else but tensors; the router's tensors.
+
+        Raises:
+            ValueError: if the policy is of a kind that no file can hold.
+        """
+        policy = self.policy
+        if policy is not None and type(policy).__name__ not in POLICIES:
+            raise ValueError(f"a policy that is a {type(policy).__name__} has no place in a file: save with "
+                             "routed.policy = None, and set it after loading")
+        router = None if self.router is None else {"kind": type(self.router).__name__,
+                                                   "settings": self.router.settings}
+        shallow, deep = map(str, self.depths)
+        values = {"shallow": shallow, "deep": deep, "decide": self.decide, "at": self.at, "taps": list(self.taps),
+                  "router": router,
+                  "policy": policy and {"kind": type(policy).__name__, **policy.to_dict()}}
+        return source_of(self.net), values, {} if self.router is None else self.router.state_dict()
+
+    @classmethod
+    def from_dict(cls, net: nn.Module, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RoutedNet:
+        """Of what `routing_to_dict` gave, around the net in evaluation mode; where a decision is made inside a forward,
+        around its deploy form.
+
+        Raises:
+            CheckpointError: if it is not that.
+        """
+        try:
+            router = values["router"] and ROUTERS[values["router"]["kind"]](**values["router"]["settings"])
+            if router is not None:
+                router.load_state_dict(tensors)
+            policy = dict(values["policy"]) if values["policy"] else None
+            if policy is not None:
+                policy = POLICIES[policy.pop("kind")].from_dict(policy)
+            routed = cls(fuse(net) if values["at"] is not None else net, router, policy, **{
+                name: values[name] for name in ("shallow", "deep", "decide", "at", "taps")})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the description of a router cannot be read ({error!r})") from error
+        if router is not None:
+            router.to(next(net.parameters()).device)
+        return routed.eval()
+
     def _route_inside(self, x: Any, policy: Policy) -> tuple[Any, Decision]:
         inside = _Inside(self, policy)
         outputs = self.net.per_image(x, inside)
@@ -163,6 +209,11 @@ class RoutedNet(Cascade):
         if different := [k for k in range(at) if shallow[k] != deep[k]]:
             raise ValueError(f"at={at}, but the depths {shallow} and {deep} part at flag {different[0]} already: pass "
                              "depths that agree before it, or an earlier flag")
+
+
+# Of files.
+ROUTERS = {kind.__name__: kind for kind in (AdvantageRouter, DifficultyRouter, ImageRouter)}
+POLICIES = {kind.__name__: kind for kind in (BudgetController, ThresholdPolicy)}
 
 
 class _Done(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Base: called with features, and by some with the route that made them, gives (B,) scores."""
+    """Base: called with features, and by some with the route that made them, gives (B,) scores.
+
+    Attributes:
+        settings: the arguments that it was built with, for files.
+    """
+
+    settings: dict[str, Any]
 
     def forward(self, features: Sequence[Tensor], path: Tensor | int | None = None) -> Tensor:
         raise NotImplementedError
@@ -32,6 +39,7 @@ class DifficultyRouter(Router):
         if not channels or sum(channels) < reduction or reduction < 1:
             raise ValueError(f"channels={list(channels)}, reduction={reduction}; pass the channels of each map, "
                              "together at least as many as the reduction")
+        self.settings = {"channels": list(channels), "reduction": reduction}
         self.channels = tuple(channels)
         width = sum(channels)
         self.layer1 = nn.Conv2d(width, width // reduction, 1)
@@ -55,35 +63,40 @@ class AdvantageRouter(Router):
         channels: of each group of features, by name: {"input": 768, "pred": 640}.
         width: of the vector that a group becomes.
         hidden: of the head.
-        path_width: of the embedding of the route.
-        pooled: features are vectors (B, C), not grids (B, C, h, w).
+        path_width: of the embedding of the route; 0 = without, where features do not depend on it.
+        grid: rows and columns of the means that are taken of maps; None = one mean of each.
 
     Shape:
-        features: of each group, in their order; path: int64 (B,), or one number for all, 0 = shallow, 1 = deep; returns
-        (B,), the advantage, positive and negative.
+        features: of each group, in their order, maps (B, C, H, W) or, without a grid, vectors (B, C); path: int64 (B,),
+        or one number for all, 0 = shallow, 1 = deep; returns (B,), the advantage, positive and negative.
     """
 
     def __init__(self, channels: Mapping[str, int], width: int = 64, hidden: int = 64, path_width: int = 8,
-                 pooled: bool = False) -> None:
+                 grid: Sequence[int] | None = (2, 2)) -> None:
         super().__init__()
         if not channels:
             raise ValueError("no group of features; pass their channels by name")
-        self.channels, self.pooled = dict(channels), pooled
-        project = _OfVectors if pooled else _OfGrids
+        self.settings = {"channels": dict(channels), "width": width, "hidden": hidden, "path_width": path_width,
+                         "grid": grid and list(grid)}
+        self.channels, self.grid = dict(channels), None if grid is None else (grid[0], grid[1])
+        project = _OfVectors if grid is None else _OfGrids
         for name, count in channels.items():
             self.add_module(f"{name}_proj", project(count, width))
-        self.path_embed = nn.Embedding(2, path_width)
+        self.path_embed = nn.Embedding(2, path_width) if path_width else None
         self.head = nn.Sequential(nn.Linear(width * len(channels) + path_width, hidden), nn.ReLU(),
                                   nn.Linear(hidden, 1))
 
     def forward(self, features: Sequence[Tensor], path: Tensor | int | None = None) -> Tensor:
         checked_features(features, tuple(self.channels.values()))
-        if path is None:
-            raise ValueError("which route made the features? pass path, 0 = shallow, 1 = deep")
-        if not torch.is_tensor(path):
-            path = torch.full((len(features[0]),), int(path), device=features[0].device)
-        vectors = [self.get_submodule(f"{name}_proj")(x) for name, x in zip(self.channels, features, strict=True)]
-        return self.head(torch.cat([*vectors, self.path_embed(path.long())], 1)).flatten()
+        vectors = [self.get_submodule(f"{name}_proj")(pooled(x, self.grid))
+                   for name, x in zip(self.channels, features, strict=True)]
+        if self.path_embed is not None:
+            if path is None:
+                raise ValueError("which route made the features? pass path, 0 = shallow, 1 = deep")
+            if not torch.is_tensor(path):
+                path = torch.full((len(features[0]),), int(path), device=features[0].device)
+            vectors.append(self.path_embed(path.long()))
+        return self.head(torch.cat(vectors, 1)).flatten()
 
 
 class _OfGrids(nn.Module):

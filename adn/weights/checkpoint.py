@@ -2,7 +2,7 @@
 
 The file holds the net's state dict, and under the metadata key "adn" a JSON object: `format` (of this description),
 `adn` and `timm` (versions that wrote it), `origin` (timm name and arguments, or null), `plan`, `depth`, `twins`,
-`class_names`, `extra`.
+`class_names`, `extra`; of a routed net also `routing`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..models.registry import PREFIX, build_source
 
 FORMAT = 1
 _KEY = "adn"
+_ROUTER = "adn_router."  # what names of a router begin with
 _FIELDS = ("format", "adn", "timm", "origin", "plan", "depth", "twins", "class_names", "extra")
 
 
@@ -41,7 +42,8 @@ def save(net: nn.Module, path: str | os.PathLike[str], *, class_names: Sequence[
     was converted by hand: both are checked here. For any other net `load` needs the model passed.
 
     Args:
-        net: the net, or DDP or `torch.compile` around it, on any device.
+        net: the net, or DDP or `torch.compile` around it, on any device; or a `adn.routing.RoutedNet`, which is stored
+            with its router, depths and policy.
         path: the file; its folder must exist. An existing file is replaced once the new one is complete.
         class_names: the labels of the classes; None = those the net has, if any.
         extra: anything else worth keeping that JSON can hold, returned by `read_metadata`.
@@ -53,6 +55,9 @@ def save(net: nn.Module, path: str | os.PathLike[str], *, class_names: Sequence[
     """
     from .. import __version__
 
+    routing, router = None, {}
+    if hasattr(net, "routing_to_dict"):
+        net, routing, router = net.routing_to_dict()
     inner, state = unwrap(net), state_with_modules(net)
     names = state.class_names if class_names is None else list(class_names)
     classes = getattr(inner, "num_classes", None)
@@ -69,14 +74,15 @@ def save(net: nn.Module, path: str | os.PathLike[str], *, class_names: Sequence[
         "twins": state.twins,
         "class_names": names,
         "extra": dict(extra or {}),
-    }
+    } | ({} if routing is None else {"routing": routing})
     try:
         text = json.dumps(metadata)
     except (TypeError, ValueError) as error:
         raise ValueError(f"class_names and extra must be what JSON can hold: {error}") from error
     state.check_intact()
     # A block that torch.compile wraps in place has its names prefixed.
-    tensors = _separate({name.replace("_orig_mod.", ""): tensor for name, tensor in inner.state_dict().items()})
+    tensors = _separate({name.replace("_orig_mod.", ""): tensor for name, tensor in inner.state_dict().items()}
+                        | {_ROUTER + name: tensor for name, tensor in router.items()})
     with atomic_write(path) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata={_KEY: text})
@@ -98,7 +104,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, device
         device: where the net goes.
 
     Returns:
-        The net, in the training mode of a model just built: call `.eval()` before using it.
+        The net, in the training mode of a model just built: call `.eval()` before using it. A routed one is in
+        evaluation mode.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -111,6 +118,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, device
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    router = {name.removeprefix(_ROUTER): tensors.pop(name) for name in list(tensors) if name.startswith(_ROUTER)}
     origin = metadata["origin"]
     if model is None:
         if origin is None:
@@ -136,7 +144,12 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, device
     state = state_of(net)
     state.origin, state.class_names = origin, metadata["class_names"]
     set_depth(net, metadata["depth"])
-    return net.to(device)
+    net.to(device)
+    if metadata["routing"] is None:
+        return net
+    from ..routing.routed import RoutedNet
+
+    return RoutedNet.from_dict(net.eval(), metadata["routing"], router)
 
 
 def load_tensors(net: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True) -> None:
@@ -148,7 +161,7 @@ def load_tensors(net: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bo
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `save` wrote beside the weights, without reading these: `plan` (see `Plan.from_dict`), `depth`, `twins`,
-    `origin`, `class_names`, `extra`, and the versions `format`, `adn`, `timm`.
+    `origin`, `class_names`, `extra`, `routing` (None but of a routed net), and the versions `format`, `adn`, `timm`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -176,7 +189,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise CheckpointError(f"{path} was written by adn {found['adn']} in format {found['format']}; this version "
                                   f"reads formats up to {FORMAT}: upgrade adn")
         Plan.from_dict(found["plan"])
-        return {field: found[field] for field in _FIELDS}
+        return {field: found[field] for field in _FIELDS} | {"routing": found.get("routing")}
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its description cannot be read ({error!r})") from error
 

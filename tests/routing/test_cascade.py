@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import adn
+from adn.core.errors import CheckpointError
 from adn.core.state import stages
 from adn.routing import (
     AdvantageRouter,
@@ -26,6 +28,7 @@ from adn.routing import (
 )
 from adn.routing.cascade import merge, select
 from adn.routing.routers import Router, pooled
+from adn.weights.checkpoint import read_metadata
 
 ALWAYS, NEVER = ThresholdPolicy(-math.inf), ThresholdPolicy(math.inf)
 
@@ -121,10 +124,10 @@ def test_a_stream_is_causal() -> None:
     """Each image runs at the depth that the score of the one before it says, from the features of what ran."""
     net, x = net_and_images()
     names = [stage.name for stage in stages(net)][1:3]
-    router = AdvantageRouter({"input": 128, "pred": 256}, pooled=True).double().eval()
+    router = AdvantageRouter({"input": 128, "pred": 256}, grid=None).double().eval()
     seen: list[tuple[list[Tensor], int]] = []
     router.register_forward_pre_hook(lambda module, args: seen.append(args))
-    routed = RoutedNet(net, _Means(router), decide="next", taps=names)
+    routed = RoutedNet(net, router, decide="next", taps=names)
     scores = []
     for depth in ("TTTT", "FFFF"):  # what the router would say, by the one and by the other depth
         with adn.at_depth(net, depth), torch.no_grad():
@@ -148,15 +151,6 @@ def test_a_stream_is_causal() -> None:
             torch.testing.assert_close(outputs, alone(net, image[None], [depth]), rtol=1e-9, atol=1e-9)
             assert decision.score.item() == pytest.approx(scores[int(wanted[t])][t], abs=1e-9)
     assert len(seen) == 2 * len(x)
-
-
-class _Means(Router):
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        self.router = router
-
-    def forward(self, features: list[Tensor], path: Any = None) -> Tensor:
-        return self.router([pooled(x) for x in features], path)
 
 
 def test_a_stream_with_a_budget() -> None:
@@ -213,6 +207,43 @@ def test_parts_of_batches() -> None:
     assert [len(one["boxes"]) for one in whole["each"]] == [0, 1, 2]
     with pytest.raises(TypeError, match="the routes return a set"):
         merge([([0], {1}), ([1], {2})])
+
+
+@pytest.mark.parametrize("kind", ["image", "inside", "stream"])
+def test_through_a_file(kind: str, tmp_path: Path) -> None:
+    """A routed net is one file: weights, depths, router and policy."""
+    net = adn.create_model("anydepth_resnet18", num_classes=5).eval()
+    x = torch.randn(8, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    controller = BudgetController(1.0, 2.0, [0.1, 0.3], 1.0, 0.1, 0.5)
+    controller.update(1.5, 1.0, 0.2)
+    routed = {
+        "image": lambda: RoutedNet(net, ImageRouter(size=24), ThresholdPolicy(-math.inf, costs=(1.0, 2.0))),
+        "inside": lambda: RoutedNet(adn.fuse(net), DifficultyRouter([128]), ThresholdPolicy(0.5), shallow="TTTT",
+                                    deep="TTFF", at=2),
+        "stream": lambda: RoutedNet(net, AdvantageRouter({"input": 128}), controller, decide="next", taps=["layer2"]),
+    }[kind]().eval()
+    randomise(routed.router)
+    file = tmp_path / "routed.safetensors"
+    adn.save(routed, file, extra={"data": {"size": 40}})
+    again = adn.load(file)
+    assert read_metadata(file)["extra"] == {"data": {"size": 40}}
+    assert isinstance(again, RoutedNet)
+    assert not again.training
+    assert repr(again).splitlines()[:2] == repr(routed).splitlines()[:2]
+    with torch.no_grad():
+        if kind == "stream":
+            assert again.policy.to_dict() == routed.policy.to_dict()
+            found, wanted = (each.step(x[:1], target=1.4, cost=lambda: 1.0) for each in (again, routed))
+        else:
+            assert again.policy == routed.policy
+            found, wanted = again.route(x), routed.route(x)
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(found[1].score, wanted[1].score)
+    routed.policy = object()
+    with pytest.raises(ValueError, match="a policy that is a object has no place in a file"):
+        adn.save(routed, file)
+    with pytest.raises(CheckpointError, match=r"the description of a router cannot be read \(KeyError\('Other'\)\)"):
+        RoutedNet.from_dict(net, {**again.routing_to_dict()[1], "router": {"kind": "Other", "settings": {}}}, {})
 
 
 def test_what_is_refused() -> None:

@@ -38,14 +38,15 @@ def test_difficulty_is_the_references(name: str, golden, dynamic) -> None:
         np.testing.assert_allclose(found, wanted.flatten(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "vectors", "parameters"), [
-    ("tinyconv", False, 103_185), ("tinyconv_g2x6", False, 3297), ("gapmlp", True, 101_905)])
-def test_advantage_is_the_references(name: str, vectors: bool, parameters: int, golden, dynamic) -> None:
+@pytest.mark.parametrize(("name", "grid", "parameters"), [
+    ("tinyconv", (2, 2), 103_185), ("tinyconv_g2x6", (2, 6), 3297), ("gapmlp", None, 101_905)])
+def test_advantage_is_the_references(name: str, grid: tuple[int, int] | None, parameters: int, golden, dynamic
+                                     ) -> None:
     manifest, arrays = golden(f"dynamicrouting_{name}")
     setting, = manifest["configs"]
     features = [dynamic.fixture_input(manifest, key) for key in ("iv", "pv")]
     channels = dict(zip(("input", "pred"), (x.shape[1] for x in features), strict=True))
-    router = AdvantageRouter(channels, setting["group_dim"], setting["hidden_dim"], setting["path_dim"], vectors).eval()
+    router = AdvantageRouter(channels, setting["group_dim"], setting["hidden_dim"], setting["path_dim"], grid).eval()
     router.load_state_dict(dynamic.fixture_state(manifest))
     assert sum(p.numel() for p in router.parameters()) == parameters
     mixed = torch.arange(len(features[0])) % 2
