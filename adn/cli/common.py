@@ -107,6 +107,9 @@ def load_net(args: argparse.Namespace, task: Task | None = None, num_classes: in
     args.device = pick_device(args.device)
     if args.checkpoint:
         net = load(args.checkpoint)
+        if read_metadata(args.checkpoint)["routing"] is not None:
+            raise ValueError(f"{args.checkpoint} has a router, which chooses depths by itself: adn route eval, or "
+                             "adn route threshold")
     else:
         net = build(args.model, num_classes)
         load_weights(net, weights)

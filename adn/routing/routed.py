@@ -49,11 +49,19 @@ class ImageRouter(Router):
 
     def forward(self, features: Sequence[Tensor], path: Tensor | int | None = None) -> Tensor:
         x, = features
+        return self.head(self.layers(self.reduced(x)).mean((2, 3))).flatten()
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """Images as the first layer takes them, (B, C, size, size).
+
+        Raises:
+            ValueError: if they are none, or have other channels.
+        """
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"images of shape {tuple(x.shape)}, the router is for (B, {self.channels}, H, W)")
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.head(self.layers(x.to(self.head.weight.dtype)).mean((2, 3))).flatten()
+        return x.to(self.head.weight.dtype)
 
 
 class RoutedNet(Cascade):
@@ -129,13 +137,17 @@ class RoutedNet(Cascade):
         deep = score > policy.tau  # nobody waits for it, so that what it costs is not known
         return self.net.per_image(x, self._rows(deep)), Decision(score, deep, None)
 
+    def features(self, x: Any, deep: bool = False) -> Sequence[Tensor]:
+        """What the router sees of a batch, and scores; of a stream that of the one or the other route."""
+        if self.at is not None:
+            inside = _Inside(self, None)
+            with contextlib.suppress(_Done):
+                self.net.per_image(x, inside)
+            return [inside.features]
+        return self.run(x, deep)[1] if self.taps else self.begin(x)[0]
+
     def score(self, x: Any) -> Tensor:
-        if self.at is None:
-            return super().score(x)
-        inside = _Inside(self, None)
-        with contextlib.suppress(_Done):
-            self.net.per_image(x, inside)
-        return inside.score
+        return self._score(self.features(x), 0)
 
     def run(self, x: Any, deep: bool) -> tuple[Any, Sequence[Tensor]]:
         if not self.taps:
@@ -217,27 +229,30 @@ POLICIES = {kind.__name__: kind for kind in (BudgetController, ThresholdPolicy)}
 
 
 class _Done(Exception):
-    """The score is known, and nothing else was asked for."""
+    """The features are known, and nothing else was asked for."""
 
 
 class _Inside:
     """What a deploy form asks for the entries of each image: of flag `at` it makes the decision.
 
     Attributes:
+        features: the input of what depends on that flag.
         score, deep: (B,), once they are known.
     """
 
     def __init__(self, routed: RoutedNet, policy: Policy | None) -> None:
         self.routed, self.policy = routed, policy
+        self.features: Tensor | None = None
         self.score: Tensor | None = None
         self.deep: Tensor | None = None
 
     def __call__(self, k: int, features: Tensor) -> Tensor:
         shallow, deep = (int(depth[k]) for depth in self.routed.depths)
         if k == self.routed.at:
-            self.score = self.routed._score([features])
+            self.features = features
             if self.policy is None:
                 raise _Done
+            self.score = self.routed._score([features])
             self.deep = self.score > self.policy.tau
         if shallow == deep:
             return torch.full((len(features),), shallow, dtype=torch.int32, device=features.device)

@@ -1,0 +1,294 @@
+"""Routers that learn what the deep route saves, and what routing gains over one depth for all images."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.outputs import logits_of
+from ..core.progress import progress_bar
+from ..core.tables import table
+from ..measure.accuracy import check_classes
+from ..measure.passes import device_of, no_image, run_over
+from ..measure.profile import require_matplotlib
+from ..models.registry import task_name
+from .losses import advantage_loss, correlation
+from .policy import ThresholdPolicy
+from .routed import ImageRouter, RoutedNet
+from .routers import Router, pooled
+
+SHARES = tuple(i / 10 for i in range(11))
+
+
+class Seen(NamedTuple):
+    """What both routes made of the N images of a loader, in its order.
+
+    Attributes:
+        features: for each route, or once where they are of neither: what the router sees, (N, ...) each.
+        losses: float64 (N, 2), of the shallow and the deep route.
+        right: bool (N, 2), is the label the best guess?
+    """
+
+    features: list[list[Tensor]]
+    losses: Tensor
+    right: Tensor
+
+    @property
+    def advantages(self) -> Tensor:
+        """(N,): how much loss the deep route saves."""
+        return self.losses[:, 0] - self.losses[:, 1]
+
+    def part(self, places: Tensor) -> Seen:
+        return Seen([[x[places] for x in each] for each in self.features], self.losses[places], self.right[places])
+
+
+@torch.no_grad()
+def collect(routed: RoutedNet, loader: Iterable[Any], progress: bool = True) -> Seen:
+    """Run a classifier at both depths.
+
+    Args:
+        routed: whose router, which has not to be trained, says what features are of use.
+        loader: batches (images, labels).
+
+    Raises:
+        ValueError: if the net is no classifier, data and net do not have the same classes, or there is no image.
+    """
+    if (task := task_name(routed.net)) != "classify":
+        raise ValueError(f"a router learns from the losses of single images, which are known of classifiers; this net "
+                         f"is made to {task}")
+    device = device_of(routed, None)
+    features: list[list[list[Tensor]]] = [[] for _ in range(2 if routed.taps else 1)]
+    losses: list[list[Tensor]] = [[], []]
+    right: list[list[Tensor]] = [[], []]
+
+    def noting() -> Iterator[Any]:
+        for batch in loader:
+            if batch is not None:
+                x = batch[0].to(device, next(routed.net.parameters()).dtype)
+                for route, found in enumerate(features):
+                    found.append([_kept(routed.router, y) for y in routed.features(x, bool(route))])
+                yield batch
+
+    def count(route: int, outputs: Any, labels: Tensor) -> None:
+        logits = logits_of(outputs).float()
+        if not losses[0]:
+            check_classes(routed.net, logits, labels, getattr(loader, "dataset", None))
+        labels = labels.to(logits.device)
+        losses[route].append(F.cross_entropy(logits, labels, reduction="none").double().cpu())
+        right[route].append((logits.argmax(1) == labels).cpu())
+
+    sized = _Sized(noting(), loader)
+    run_over(routed.net, sized, routed.depths, count, device, None, progress)
+    if not losses[0]:
+        raise ValueError(no_image("learn from", loader))
+    return Seen([[torch.cat(parts) for parts in zip(*found, strict=True)] for found in features],
+                *(torch.stack([torch.cat(parts) for parts in both], 1) for both in (losses, right)))
+
+
+class _Sized:
+    """An iterator as long as a loader, for progress bars."""
+
+    def __init__(self, batches: Iterator[Any], loader: Iterable[Any]) -> None:
+        self.batches, self.loader = batches, loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def _kept(router: Router, x: Tensor) -> Tensor:
+    """What of features has to be kept to train a router: all that it looks at, on the CPU."""
+    if isinstance(router, ImageRouter):
+        return router.reduced(x).cpu()
+    return pooled(x, getattr(router, "grid", None)).cpu()
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """Of the training of a router: its loss, and on images that it does not learn from the correlation of scores and
+    advantages."""
+
+    epoch: int
+    loss: float
+    correlation: float
+
+
+def fit_router(router: Router, seen: Seen, *, epochs: int = 30, lr: float = 1e-3, batch_size: int = 256,
+               kind: str = "mse", held_out: float = 0.2, weight_decay: float = 0.0, seed: int = 0,
+               progress: bool = True) -> tuple[list[Epoch], Tensor]:
+    """Train a router, in place, to predict advantages. Of its states after each epoch the best is kept: that whose
+    scores correlate most with the advantages of held-out images.
+
+    Where features are those of a route, each image is taken as one or the other made them, drawn anew for each epoch
+    (dynamic depth routing, offline training).
+
+    Args:
+        router: on the CPU or a GPU.
+        seen: of `collect`: of images that the net has not learnt by heart.
+        kind: of `advantage_loss`.
+        held_out: share of the images.
+
+    Returns:
+        One row per epoch, and the places of the held-out images.
+
+    Raises:
+        ValueError: if there are too few images, or a setting makes no sense.
+    """
+    if not 0 < held_out < 1 or epochs < 1:
+        raise ValueError(f"held_out={held_out}, epochs={epochs}; pass a share between 0 and 1, and at least one epoch")
+    count, advantages = len(seen.losses), seen.advantages.float()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    held, used = order[: round(held_out * count)], order[round(held_out * count) :]
+    if len(held) < 2 or len(used) < 2:
+        raise ValueError(f"{count} images are too few to train a router on, and to hold some out: pass some thousand")
+    device = next(router.parameters()).device
+    optimizer = torch.optim.Adam(router.parameters(), lr, weight_decay=weight_decay)
+    rows: list[Epoch] = []
+    best: tuple[float, dict[str, Tensor]] | None = None
+    bar = progress_bar(range(1, epochs + 1), desc="router", unit="epoch", show=progress)
+    for epoch in bar:
+        router.train()
+        losses = []
+        shuffled = used[torch.randperm(len(used), generator=generator)]
+        path = torch.randint(len(seen.features), (count,), generator=generator)
+        for start in range(0, len(used), batch_size):
+            places = shuffled[start : start + batch_size]
+            if len(places) < 2:
+                continue  # of which no norm has statistics
+            found = router(_features(seen, places, path, device), path[places].to(device))
+            base, full = seen.losses[places].float().to(device).unbind(1)
+            loss = advantage_loss(found, base, full, kind)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        scores = scores_of(router, seen.part(held))
+        fit = float(correlation(scores, advantages[held]))
+        rows.append(Epoch(epoch, float(np.mean(losses)), fit))
+        bar.set_postfix_str(f"correlation {fit:.3f}")
+        if best is None or fit > best[0]:
+            best = fit, copy.deepcopy(router.state_dict())
+    router.load_state_dict(best[1])
+    router.eval()
+    return rows, held
+
+
+def _features(seen: Seen, places: Tensor, path: Tensor, device: torch.device) -> list[Tensor]:
+    """Of each image those of its route."""
+    if len(seen.features) == 1:
+        return [x[places].to(device) for x in seen.features[0]]
+    chosen = path[places].bool()
+    return [torch.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), b[places], a[places]).to(device)
+            for a, b in zip(*seen.features, strict=True)]
+
+
+@torch.no_grad()
+def scores_of(router: Router, seen: Seen, batch_size: int = 1024) -> Tensor:
+    """(N,): of the shallow route's features."""
+    router.eval()
+    device = next(router.parameters()).device
+    return torch.cat([router([x[i : i + batch_size].to(device) for x in seen.features[0]], 0).cpu()
+                      for i in range(0, len(seen.losses), batch_size)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What routing reaches with a share of deep routes.
+
+    Attributes:
+        share: asked for, of the images that the threshold was chosen by.
+        deep: of the images it was measured on.
+        top1, random, best: accuracy in percent: of the router; of as many images drawn at random, on average; of as
+            many that gain most, which nobody can know.
+        cost: of an image on average, in the unit of the costs.
+    """
+
+    share: float
+    deep: float
+    top1: float
+    random: float
+    best: float
+    cost: float
+
+
+def gains(seen: Seen, scores: Sequence[float], costs: tuple[float, float], calibration: Sequence[float] | None = None,
+          shares: Sequence[float] = SHARES) -> list[Gain]:
+    """Accuracy against mean cost.
+
+    Args:
+        scores: (N,), of these images.
+        costs: of the shallow and the deep route.
+        calibration: scores of other images, by which thresholds are chosen; None = of these.
+        shares: of deep routes.
+    """
+    right = seen.right.double().numpy()
+    scores = np.asarray(scores, dtype=np.float64)
+    saved = np.sort(right[:, 1] - right[:, 0])[::-1]
+    rows = []
+    for share in shares:
+        policy = ThresholdPolicy.from_share(scores if calibration is None else calibration, share, costs)
+        deep = scores > policy.tau
+        routed = np.where(deep, right[:, 1], right[:, 0]).mean()
+        taken = int(deep.sum())
+        random = right[:, 0].mean() + deep.mean() * (right[:, 1].mean() - right[:, 0].mean())
+        best = right[:, 0].mean() + saved[:taken].sum() / len(saved)
+        rows.append(Gain(share, float(deep.mean()), *(round(100 * float(x), 4) for x in (routed, random, best)),
+                         policy.cost(float(deep.mean()))))
+    return rows
+
+
+def gains_table(rows: Sequence[Gain], unit: str) -> str:
+    """As text in columns."""
+    return table([("share", "deep (%)", unit, "router (%)", "random (%)", "best possible (%)"), *(
+        (f"{row.share:.0%}", f"{100 * row.deep:.1f}", f"{row.cost:.4g}", f"{row.top1:.2f}", f"{row.random:.2f}",
+         f"{row.best:.2f}") for row in rows)])
+
+
+def at_cost(points: Sequence[tuple[float, float]], cost: float) -> float:
+    """The accuracy of the best fixed depth that costs no more: of (cost, accuracy).
+
+    Raises:
+        ValueError: if all cost more.
+    """
+    fitting = [accuracy for spent, accuracy in points if spent <= cost * (1 + 1e-9)]
+    if not fitting:
+        raise ValueError(f"no depth costs {cost:.4g} or less; the cheapest costs {min(points)[0]:.4g}")
+    return max(fitting)
+
+
+def plot_gains(rows: Sequence[Gain], depths: Sequence[tuple[str, float, float]], unit: str, path: str) -> None:
+    """Draw accuracy against mean cost: of the router, of chance, and of single depths (name, cost, accuracy).
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    require_matplotlib(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    costs = [row.cost for row in rows]
+    axes.plot([cost for _, cost, _ in depths], [accuracy for *_, accuracy in depths], "o", color="0.7", markersize=5,
+              label=f"{len(depths)} single depths")
+    axes.plot(costs, [row.random for row in rows], "--", color="0.45", label="as many images, drawn at random")
+    axes.plot(costs, [row.top1 for row in rows], "o-", color="tab:blue", label="router")
+    axes.set_xlabel(f"mean cost of an image ({unit})")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.margins(0.1)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
