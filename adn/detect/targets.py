@@ -105,3 +105,26 @@ def pack(targets: Targets, device: torch.device, dtype: torch.dtype) -> Objects:
     labels = torch.cat([target["labels"] for target in targets]).to(device, torch.int64, non_blocking=queue)
     boxes = torch.cat([target["boxes"] for target in targets]).to(device, dtype, non_blocking=queue)
     return Objects(counts, image, slot, labels, boxes)
+
+
+class Padded(NamedTuple):
+    """Objects by image, as many places for each as the image with most has: labels (B, G), boxes (B, G, 4) xyxy in
+    pixels, and which places are filled (B, G)."""
+
+    labels: torch.Tensor
+    boxes: torch.Tensor
+    filled: torch.Tensor
+
+
+def padded(objects: Objects, width: int, height: int) -> Padded:
+    """From boxes cxcywh in 0..1, of images of this size."""
+    images, places = len(objects.counts), max(objects.counts, default=0)
+    boxes = objects.boxes.new_zeros(images, places, 4)
+    labels = objects.labels.new_zeros(images, places)
+    filled = torch.zeros_like(labels, dtype=torch.bool)
+    at = objects.image, objects.slot
+    centre, half = objects.boxes[:, :2], objects.boxes[:, 2:] / 2
+    size = boxes.new_tensor([width, height])
+    labels[at], filled[at] = objects.labels, True
+    boxes[at] = torch.cat(((centre - half) * size, (centre + half) * size), 1)
+    return Padded(labels, boxes, filled)

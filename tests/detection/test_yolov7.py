@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import math
 import sys
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
+from conftest import GOLDEN, randomise
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,9 +48,9 @@ def dynamic(seeded: ModuleType) -> ModuleType:
     return module
 
 
-def tiny(name: str = "yolov7", **kwargs: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return adn.create_model(name, **{"num_classes": 3, "width": 0.125, **kwargs})
+def tiny(name: str = "yolov7", seed: int = 0, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(adn.create_model(name, **{"num_classes": 3, "width": 0.125, **kwargs}))
 
 
 def some_objects(*counts: int, num_classes: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0
@@ -265,43 +266,55 @@ def test_layers_read_what_they_should(name: str) -> None:
         i - before - sum(fusion < i for fusion in fusions) for i in outputs)
 
 
+def reading(layer: nn.Module) -> list[torch.Tensor]:
+    """What a layer reads from now on."""
+    found: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    return found
+
+
 @pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
 def test_a_second_detector_reads_the_first(name: str) -> None:
-    """Fusions by hand, from hooks; each level of the first reaches the levels of the second that it should."""
-    first, second = tiny(name).eval(), tiny(name).eval()
+    first, second = tiny(name).eval(), tiny(name, seed=1).eval()
     links = first.composite_links()
     x = torch.rand(1, 3, first.stride, 2 * first.stride)
-    with torch.inference_mode():
-        taps = first.features(x)
-        plain = second.features(x)
-        nothing = Links([[torch.zeros(1, 1, 1, 1)] for _ in range(5)], None)
-        assert all(torch.equal(a, b) for a, b in zip(second.features(x, nothing), plain, strict=True))
-        made = links(taps)
-        assert [len(sources) for sources in made.added] == [5, 4, 3, 2, 1]
-        assert [sources[0].shape[1] for sources in made.added] == [
-            second.backbone.channels[i] for i in second.backbone.halving]
-        for level, sources in enumerate(made.added):
-            for tap, source in zip(taps[-5:][level:], sources, strict=True):
-                assert source.shape[-2:] == tap.shape[-2:]
-        expected = second.features(x, made)
-        # A change of one part of one link reaches the outputs from its level on.
-        for level in range(5):
-            added = [list(sources) for sources in made.added]
-            added[level][-1] = added[level][-1] + 1
-            found = second.features(x, made._replace(added=added))
-            before = level + (name == "yolov7_w6")
-            assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [
-                i < before for i in range(len(taps))]
-    assert (made.crossed is taps[1]) if name == "yolov7x" else made.crossed is None
-    if name == "yolov7x":
-        read = []
-        hook = second.backbone[16].register_forward_pre_hook(lambda _, args: read.append(args[0]))
-        second.features(x, made)
-        second.features(x)
-        hook.remove()
-        assert read[0] is taps[1]
-        assert read[1].shape == taps[1].shape
-        assert not torch.equal(read[1], taps[1])
+    taps = first.features(x)
+    made = links(taps)
+    assert [len(sources) for sources in made.added] == [5, 4, 3, 2, 1]
+    # What comes after a fusion reads, by hand, each source enlarged to the size of the finest.
+    after = [reading(second.backbone[i + 1]) for i in second.backbone.halving]
+    nothing = [[] for _ in made.added]
+    second.features(x, Links(nothing, made.crossed))
+    for level, (sources, seen) in enumerate(zip(made.added, after, strict=True)):
+        parts = [linear.conv(tap).split(linear.widths, 1)[level] for linear, tap in
+                 list(zip(links.linears, taps[-5:], strict=True))[level:]]
+        total = sum(part.repeat_interleave(2**i, 2).repeat_interleave(2**i, 3) for i, part in enumerate(parts))
+        second.features(x, Links([*nothing[:level], sources, *nothing[level + 1 :]], made.crossed))
+        torch.testing.assert_close(seen[-1], seen[0] + total)
+        assert total.abs().max() > 1e-3
+    # Each level changes what comes from it on.
+    plain = second.features(x)
+    for level in range(5):
+        found = second.features(x, Links([*nothing[:level], made.added[level], *nothing[level + 1 :]], None))
+        before = level + len(taps) - 5
+        assert [torch.equal(a, b) for a, b in zip(found, plain, strict=True)] == [i < before for i in range(len(taps))]
+
+
+@torch.inference_mode()
+def test_one_layer_reads_the_wrong_detector() -> None:
+    """As published, in the second YOLOv7-X alone."""
+    assert [adn.create_model(name, width=0.1).composite_links().crossed for name in NAMES] == [False, True, False]
+    first, second = tiny("yolov7x").eval(), tiny("yolov7x", seed=1).eval()
+    x = torch.rand(1, 3, 64, 64)
+    taps = first.features(x)
+    made = first.composite_links()(taps)
+    crossed, beside = reading(second.backbone[16]), reading(second.backbone[14])
+    second.features(x, made)
+    assert crossed[0] is taps[1]
+    assert not torch.allclose(beside[0], taps[1])
+    second.features(x)
+    assert crossed[1] is beside[1]
 
 
 # ------------------------------------------------------------------------------------------------- models by name
@@ -366,6 +379,23 @@ def test_outputs_in_both_modes(name: str, width: float, sides: tuple[int, int]) 
     sizes = torch.tensor(TABLES[name].anchors[1][4:])
     wanted = torch.cat(((2 * z[:2] - 0.5 + torch.tensor([column, row])) * 16, (2 * z[2:4]) ** 2 * sizes, z[4:]))
     torch.testing.assert_close(outputs["decoded"][0, number], wanted)
+
+
+@torch.inference_mode()
+def test_maps_are_kept_no_longer_than_they_are_read() -> None:
+    net = tiny().eval()
+    made: dict[str, weakref.ref] = {}
+    for part in (net.backbone, net.head):
+        for i, layer in enumerate(part):
+            layer.register_forward_hook(lambda _, args, output, name=f"{part is net.head}{i}": made.__setitem__(
+                name, weakref.ref(output)) if torch.is_tensor(output) else None)
+    alive: list[int] = []
+    net.backbone[50].register_forward_pre_hook(lambda *_: alive.append(sum(y() is not None for y in made.values())))
+    net.head[54].register_forward_pre_hook(lambda *_: alive.append(sum(y() is not None for y in made.values())))
+    net(torch.rand(1, 3, 64, 64))
+    # Four taps and what the last layer reads; five taps and the three maps of the last layer.
+    assert len(made) == 105
+    assert alive == [5, 8]
 
 
 @pytest.mark.parametrize(("images", "message"), [
@@ -523,6 +553,9 @@ def test_an_image_without_objects_in_a_batch() -> None:
     assert not torch.isclose(of_batch["box"], sum(terms["box"] for terms in alone))
     for x in maps:
         x.requires_grad_()
+    # How sure a cell is to be is given to it, and does not teach its box.
+    of_objectness = torch.autograd.grad(loss(maps, targets)["obj"], maps)
+    assert all(x[..., 4].any() and not x[..., :4].any() and not x[..., 5:].any() for x in of_objectness)
     sum(loss(maps, targets).values()).backward()
     assert all(x.grad.isfinite().all() for x in maps)
     assert all(x.grad[1, ..., :4].abs().max() == x.grad[1, ..., 5:].abs().max() == 0 for x in maps)
@@ -599,7 +632,7 @@ def test_every_parameter_learns(name: str) -> None:
 
 
 def test_both_detectors_of_a_cascade_learn() -> None:
-    first, second = tiny("yolov7x"), tiny("yolov7x")
+    first, second = tiny("yolov7x"), tiny("yolov7x", seed=1)
     links = first.composite_links()
     x, targets = torch.rand(2, 3, 64, 64), some_objects(2, 1)
     loss = DetectionLoss(first.head[-1].anchor_grid)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...detect.boxes import complete_iou
-from ...detect.targets import Objects
+from ...detect.targets import Padded
 
 TOP = 10  # cells of an object
 SCORE_POWER, OVERLAP_POWER = 0.5, 6.0
@@ -31,29 +31,6 @@ class Assigned(NamedTuple):
     labels: Tensor
     boxes: Tensor
     weight: Tensor
-
-
-class Padded(NamedTuple):
-    """Objects by image, as many places for each as the image with most has: labels (B, G), boxes (B, G, 4) xyxy in
-    pixels, and which places are filled (B, G)."""
-
-    labels: Tensor
-    boxes: Tensor
-    filled: Tensor
-
-
-def padded(objects: Objects, width: int, height: int) -> Padded:
-    """From boxes cxcywh in 0..1, of images of this size."""
-    images, places = len(objects.counts), max(objects.counts, default=0)
-    boxes = objects.boxes.new_zeros(images, places, 4)
-    labels = objects.labels.new_zeros(images, places)
-    filled = torch.zeros_like(labels, dtype=torch.bool)
-    at = objects.image, objects.slot
-    centre, half = objects.boxes[:, :2], objects.boxes[:, 2:] / 2
-    size = boxes.new_tensor([width, height])
-    labels[at], filled[at] = objects.labels, True
-    boxes[at] = torch.cat(((centre - half) * size, (centre + half) * size), 1)
-    return Padded(labels, boxes, filled)
 
 
 @torch.no_grad()

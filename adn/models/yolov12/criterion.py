@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...detect.boxes import complete_iou, widened
-from ...detect.targets import Targets, fitting, pack
-from .assign import Assigned, Padded, assign, padded
+from ...detect.targets import Padded, Targets, fitting, pack, padded
+from .assign import Assigned, assign
 from .head import BINS, STRIDES, anchors, corners
 from .recipes import CLASS_FORMS
 
