@@ -39,6 +39,10 @@ class Plan(list[StagePlan]):
         self.family = family
         self.stacks = list(stacks)
 
+    def __bool__(self) -> bool:
+        """Is there anything to decide about?"""
+        return bool(len(self) or self.stacks)
+
     @classmethod
     def read(cls, model: nn.Module, plan: Plan | Sequence[StagePlan | str] | Mapping[str, int]) -> Plan:
         """A plan from what a user may write: a `Plan`, `StagePlan`s, names of containers whose children are the
@@ -87,7 +91,7 @@ class Plan(list[StagePlan]):
             for block in stage.refinement_blocks:
                 check_keeps_shape(calls.get(block), block, f"stage {stage.name!r}")
                 stage.hands_on |= block in calls and calls[block].hands_on
-        if not resolved.flagged:
+        if not resolved.flagged and not resolved.stacks:
             raise ConversionError(
                 f"no stage of this {type(model).__name__} has a block to bypass (a stage needs at least two residual "
                 "blocks, of which all but the first keep the shape)"

@@ -214,12 +214,20 @@ class Cascade(nn.Module):
         return RoutedNet(net, shallow=base, deep=super, **settings)
 
     @classmethod
-    def from_detectors(cls, first: nn.Module, second: nn.Module, links: nn.Module, **settings: Any) -> Self:
-        """Two detectors, of which the second goes on with the first one's features; see
-        `adn.routing.DetectorCascade`."""
-        from .detectors import DetectorCascade
+    def from_detectors(cls, first: nn.Module, second: nn.Module, links: nn.Module | None = None, **settings: Any
+                       ) -> Self:
+        """Two YOLOv7, of which the second goes on with the first one's maps; see
+        `adn.models.yolov7.cascade.YOLOv7Cascade`.
 
-        return DetectorCascade(first, second, links, **settings)
+        Args:
+            links: None = fresh ones.
+            settings: of `adn.routing.RoutedNet`.
+        """
+        from ..convert import convert
+        from ..models.yolov7.cascade import YOLOv7Cascade
+        from .routed import RoutedNet
+
+        return RoutedNet(convert(YOLOv7Cascade(first, second, links)), **settings)
 
 
 def cost_of(policy: Policy, deep: Tensor) -> float | None:

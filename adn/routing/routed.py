@@ -16,7 +16,7 @@ from ..core.depth import Depth
 from ..core.errors import CheckpointError
 from ..core.state import DepthLike, set_depth, stages, state_of
 from ..core.taps import listening
-from ..models.registry import source_of
+from ..models.registry import interface_of, source_of
 from ..runtime.fuse import FusedNet, fuse
 from .cascade import Cascade, Decision, Policy, cost_of
 from .controller import BudgetController
@@ -80,8 +80,9 @@ class RoutedNet(Cascade):
     form stay on the device.
 
     Args:
-        net: any-depth, in evaluation; a deploy form (`adn.fuse`) runs it in one go.
-        router: see `adn.routing.routers`.
+        net: any-depth, in evaluation; a deploy form (`adn.fuse`) runs it in one go. Of a cascade of detectors
+            (`dyyolov7`) both routes begin with the first backbone, which runs once and whose maps the router sees.
+        router: see `adn.routing.routers`; None = that of a cascade of detectors.
         policy, decide: as of `Cascade`.
         shallow, deep: the two depths.
         at: index of a flag; the depths must agree on those before it.
@@ -98,6 +99,14 @@ class RoutedNet(Cascade):
         state = state_of(net)
         pair = state.full, state.base
         self.net = net
+        model = source_of(net)
+        # Of a cascade of detectors both routes begin with the same maps, and it has a router of its own.
+        self._shared = model if hasattr(model, "answer") else None
+        if self._shared is not None:
+            if isinstance(net, FusedNet):
+                raise ValueError(f"the routes of a {type(model).__name__} part where a deploy form does not stop: pass "
+                                 "the net itself (adn.fuse runs the one or the other)")
+            self.router = model.router if router is None else router
         self.depths = Depth.parse(shallow, pair), Depth.parse(deep, pair)
         if self.depths[0] == self.depths[1]:
             raise ValueError(f"both depths are {self.depths[0]}; pass two")
@@ -116,16 +125,26 @@ class RoutedNet(Cascade):
         place = f", at={self.at}" if self.at is not None else f", taps={list(self.taps)}" if self.taps else ""
         return f"shallow={self.depths[0]}, deep={self.depths[1]}, decide={self.decide!r}{place}"
 
-    def begin(self, x: Any) -> tuple[Sequence[Tensor], None]:
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_DETECTORS:  # for those who ask a detector
+            return getattr(interface_of(self.net), name)
+        return super().__getattr__(name)
+
+    def begin(self, x: Any) -> tuple[Sequence[Tensor], Any]:
+        if self._shared is not None:
+            taps = self._shared.features(x)
+            return taps, taps
         return [x if torch.is_tensor(x) else torch.stack([_square(image, self.router.size) for image in x])], None
 
-    def shallow(self, x: Any, shared: None = None) -> Any:
-        set_depth(self.net, self.depths[0])
-        return self.net(x)
+    def shallow(self, x: Any, shared: Sequence[Tensor] | None = None) -> Any:
+        return self._at(self.depths[0], x, shared)
 
-    def deep(self, x: Any, shared: None = None) -> Any:
-        set_depth(self.net, self.depths[1])
-        return self.net(x)
+    def deep(self, x: Any, shared: Sequence[Tensor] | None = None) -> Any:
+        return self._at(self.depths[1], x, shared)
+
+    def _at(self, depth: Depth, x: Any, shared: Sequence[Tensor] | None) -> Any:
+        set_depth(self.net, depth)
+        return self.net(x) if shared is None else self._shared.outputs(self._shared.answer(x, *shared))
 
     def route(self, x: Any, policy: Policy | None = None) -> tuple[Any, Decision]:
         if self.at is not None:
@@ -170,13 +189,14 @@ class RoutedNet(Cascade):
         if policy is not None and type(policy).__name__ not in POLICIES:
             raise ValueError(f"a policy that is a {type(policy).__name__} has no place in a file: save with "
                              "routed.policy = None, and set it after loading")
-        router = None if self.router is None else {"kind": type(self.router).__name__,
+        own = self.router is None or self.router is getattr(self._shared, "router", None)  # in the net's own file
+        router = None if own else {"kind": type(self.router).__name__,
                                                    "settings": self.router.settings}
         shallow, deep = map(str, self.depths)
         values = {"shallow": shallow, "deep": deep, "decide": self.decide, "at": self.at, "taps": list(self.taps),
                   "router": router,
                   "policy": policy and {"kind": type(policy).__name__, **policy.to_dict()}}
-        return source_of(self.net), values, {} if self.router is None else self.router.state_dict()
+        return source_of(self.net), values, {} if own else self.router.state_dict()
 
     @classmethod
     def from_dict(cls, net: nn.Module, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RoutedNet:
@@ -222,6 +242,8 @@ class RoutedNet(Cascade):
             raise ValueError(f"at={at}, but the depths {shallow} and {deep} part at flag {different[0]} already: pass "
                              "depths that agree before it, or an earlier flag")
 
+
+_OF_DETECTORS = ("num_classes", "postprocess", "letterbox", "stride", "adn_task")
 
 # Of files.
 ROUTERS = {kind.__name__: kind for kind in (AdvantageRouter, DifficultyRouter, ImageRouter)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ...detect.boxes import widened
 from ..yolov12.layers import BatchNorm2d, Conv
@@ -130,9 +130,15 @@ class IDetect(nn.Module):
     def decoded(self, maps: Sequence[Tensor]) -> Tensor:
         """Raw maps to (B, N, 5 + classes): centre x, centre y, width and height in pixels, objectness, scores of the
         classes; map by map, anchor by anchor, row by row."""
-        rows = [torch.cat((box, widened(x[..., 4:]).sigmoid()), -1).flatten(1, 3)
-                for x, box in zip(maps, boxes_of(maps, self.anchor_grid))]
-        return torch.cat(rows, 1)
+        return decode(maps, self.anchor_grid)
+
+
+@fx.wrap
+def decode(maps: Sequence[Tensor], anchors: Tensor) -> Tensor:
+    """See `IDetect.decoded`; `anchors` as of `boxes_of`."""
+    rows = [torch.cat((box, widened(x[..., 4:]).sigmoid()), -1).flatten(1, 3)
+            for x, box in zip(maps, boxes_of(maps, anchors))]
+    return torch.cat(rows, 1)
 
 
 def boxes_of(maps: Sequence[Tensor], anchors: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ...detect.detector import Detector, checked
 from ...detect.suppression import on_originals, suppressed
@@ -17,6 +17,8 @@ from .links import CompositeLinks, Links
 from .parts import Backbone, Head
 from .recipes import YOLOv7Recipe
 from .tables import TABLES
+
+fx.wrap("checked")
 
 
 def postprocess(outputs: Mapping[str, Any], sizes: Sequence[Tensor | Sequence[int]], *, iou: float = 0.65,
@@ -36,6 +38,20 @@ def postprocess(outputs: Mapping[str, Any], sizes: Sequence[Tensor | Sequence[in
     h, w = outputs["maps"][0].shape[2:4]
     found = suppressed(torch.cat((boxes, objectness * classes), -1).mT, iou=iou, **settings)
     return on_originals(found, (w * STRIDES[0], h * STRIDES[0]), sizes)
+
+
+def features_of(backbone: Backbone, images: Tensor, links: Links | None = None) -> list[Tensor]:
+    """See `YOLOv7.features`."""
+    if links is None:
+        return backbone([images])
+    instead = {} if links.crossed is None else {backbone.crossing: links.crossed}
+    return backbone([images], dict(zip(backbone.halving, links.added, strict=True)), instead)
+
+
+def maps_of(head: Head, features: Sequence[Tensor]) -> list[Tensor]:
+    """See `YOLOv7.heads`."""
+    (maps,) = head(features[::-1])
+    return maps
 
 
 class YOLOv7(Detector):
@@ -84,15 +100,11 @@ class YOLOv7(Detector):
         Args:
             links: what the first detector of a cascade gives this one, the second.
         """
-        if links is None:
-            return self.backbone([images])
-        instead = {} if links.crossed is None else {self.backbone.crossing: links.crossed}
-        return self.backbone([images], dict(zip(self.backbone.halving, links.added, strict=True)), instead)
+        return features_of(self.backbone, images, links)
 
     def heads(self, features: Sequence[Tensor]) -> list[Tensor]:
         """From the maps of the backbone to raw ones (B, 3, h, w, 5 + C)."""
-        (maps,) = self.head(features[::-1])
-        return maps
+        return maps_of(self.head, features)
 
     def outputs(self, maps: list[Tensor]) -> dict[str, Any]:
         """From raw maps to what the net gives in evaluation."""

@@ -1,0 +1,209 @@
+"""DynamicDet: two YOLOv7 in cascade, as an any-depth net of two depths, and with its router."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise
+from torch import nn
+
+import adn
+from adn.models.yolov7.cascade import YOLOv7Cascade
+from adn.models.yolov7.model import YOLOv7
+from adn.models.yolov7.recipes import YOLOv7Recipe
+from adn.routing import Cascade, RoutedNet, ThresholdPolicy
+from adn.tasks import DETECT, is_detector
+
+PARAMETERS = {"dyyolov7": 80_621_333, "dyyolov7x": 151_093_149, "dyyolov7_w6": 147_364_049}
+ALWAYS, NEVER = ThresholdPolicy(-math.inf), ThresholdPolicy(math.inf)
+
+
+@pytest.fixture(scope="session")
+def dynamic(seeded: ModuleType) -> ModuleType:
+    sys.path.insert(0, str(seeded.__file__).rpartition("/")[0])
+    sys.modules.setdefault("seeded", seeded)
+    import dynamic_detection
+
+    return dynamic_detection
+
+
+def narrow(name: str = "dyyolov7", classes: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(adn.create_model(name, width=0.1, num_classes=classes)).eval()
+
+
+def images(count: int = 8) -> torch.Tensor:
+    return torch.rand(count, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name: str) -> None:
+    with torch.device("meta"):
+        net = adn.create_model(name)
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+    assert list(map(str, adn.depths(net))) == ["2", "1"]
+    assert is_detector(net)
+
+
+def test_is_the_reference(golden, dynamic) -> None:
+    """Weights by the original's names; maps and boxes of both routes, scores, on three images."""
+    manifest, arrays = golden("dynamicdet_dyyolov7")
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    kept = {name: torch.from_numpy(arrays[f"keep.{name}"]) for name in manifest["keep"]}
+    net = adn.create_model("dyyolov7").eval()
+    report = adn.load_weights(net, {**dynamic.fixture_state(manifest), **kept})
+    assert report.complete
+    assert report.naming.startswith("reference DynamicDet")
+    routed = RoutedNet(net)
+
+    def agree(found: torch.Tensor, name: str) -> None:
+        wanted = arrays[name]
+        assert np.abs(found.flatten()[:: manifest["every"]].numpy() - wanted).max() < 1e-4 * np.abs(wanted).max(), name
+
+    for key in manifest["inputs"]:
+        x = dynamic.fixture_input(manifest, key)
+        for route, policy, depth in (("first", NEVER, "1"), ("second", ALWAYS, "2")):
+            with torch.no_grad():
+                outputs, decision = routed.route(x, policy)
+            np.testing.assert_allclose(1 - decision.score, arrays[f"{key}.score"].flatten(), rtol=0, atol=1e-5)
+            agree(outputs["decoded"], f"{key}.{route}.pred")
+            for level, maps in enumerate(outputs["maps"]):
+                agree(maps, f"{key}.{route}.map{level}")
+            with adn.at_depth(net, depth), torch.no_grad():
+                assert torch.equal(net(x)["decoded"], outputs["decoded"])
+
+
+@pytest.mark.parametrize("name", ["dyyolov7", "dyyolov7x", "dyyolov7_w6"])
+def test_names_of_the_original(name: str) -> None:
+    """All of a published file finds its place: links, backbones whose numbers shift, heads, the router."""
+    net = narrow(name)
+    shift = 4 if "w6" in name else 5
+    fusions = {"dyyolov7": (7, 10, 24, 38, 52), "dyyolov7x": (7, 10, 26, 42, 58), "dyyolov7_w6": (7, 17, 27, 37, 47)}
+    numbers = [i for i in range(5, 100) if i not in fusions[name]]
+    theirs = {}
+    for key, value in net.state_dict().items():
+        for ours, their in (("backbone.", "model_b."), ("answer.routes.0.head.", "model_h."),
+                            ("answer.routes.1.head.", "model_h2."), ("answer.routes.1.links.linears.", "model_b2.")):
+            if key.startswith(ours):
+                theirs[their + key.removeprefix(ours)] = value
+        if key.startswith("answer.routes.1.backbone."):
+            number, _, rest = key.removeprefix("answer.routes.1.backbone.").partition(".")
+            theirs[f"model_b2.{numbers[int(number) - (5 - shift)]}.{rest}"] = value
+        if key.startswith("router."):
+            theirs[key] = value
+    assert len(theirs) == len(net.state_dict())
+    fresh = adn.create_model(name, width=0.1, num_classes=4).eval()
+    assert adn.load_weights(fresh, theirs).complete
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in fresh.state_dict().items())
+
+
+def test_a_batch_is_its_images_alone() -> None:
+    """Mixed decisions; what is not taken does not run, and the first backbone runs once."""
+    net, x = narrow(), images()
+    routed = RoutedNet(net)
+    with torch.no_grad():
+        scores = routed.score(x)
+    policy = ThresholdPolicy.from_share(scores.tolist(), 0.5)
+    calls: dict[str, list[int]] = {"backbone": [], "first": [], "second": []}
+    first, second = net.answer.routes
+    for name, module in (("backbone", net.backbone), ("first", first), ("second", second)):
+        module.register_forward_pre_hook(lambda _module, args, name=name: calls[name].append(len(args[0][0])
+                                         if isinstance(args[0], list) else len(args[0])))
+    with torch.no_grad():
+        outputs, decision = routed.route(x, policy)
+        assert decision.deep.tolist() == [policy.deep(score) for score in scores.tolist()]
+        assert decision.deep.sum() == 4
+        assert calls == {"backbone": [8], "first": [4], "second": [4]}
+        for i, image in enumerate(x):
+            alone, one = routed.route(image[None], policy)
+            assert one.deep.item() == decision.deep[i]
+            torch.testing.assert_close(outputs["decoded"][i : i + 1], alone["decoded"], rtol=1e-4, atol=1e-4)
+            for maps, own in zip(outputs["maps"], alone["maps"], strict=True):
+                torch.testing.assert_close(maps[i : i + 1], own, rtol=1e-4, atol=1e-4)
+        calls["second"].clear()
+        routed.route(x, NEVER)
+        assert not calls["second"]
+        calls["first"].clear()
+        routed.route(x, ALWAYS)
+        assert not calls["first"]
+    assert len(routed.postprocess(outputs, [(96, 64)] * 8)) == 8
+
+
+@pytest.mark.parametrize("name", ["dyyolov7", "dyyolov7x", "dyyolov7_w6"])
+def test_every_form(name: str) -> None:
+    """At both depths: extracted and fused nets compute the same; in training both detectors answer."""
+    net = narrow(name).double()
+    x = torch.rand(2, 3, 64, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fused = adn.fuse(net)
+    seen = []
+    for depth in adn.depths(net):
+        adn.set_depth(net, depth)
+        adn.set_depth(fused, depth)
+        with torch.no_grad():
+            outputs = net(x)
+            assert torch.equal(adn.extract(net, depth)(x)["decoded"], outputs["decoded"])
+            torch.testing.assert_close(fused(x)["decoded"], outputs["decoded"], rtol=1e-9, atol=1e-9)
+        seen.append(outputs["maps"])
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    with torch.no_grad():
+        both = net(x)
+    assert all(torch.equal(a, b) for a, b in zip(both, [*seen[1], *seen[0]], strict=True))
+
+
+def test_both_detectors_learn() -> None:
+    """The sum of both losses, each by its own assignment (step 1); the router has no part in it."""
+    net, x = narrow().train(), images(2)
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.6]])},
+               {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+    recipe = YOLOv7Recipe(model="dyyolov7", size=64, multi_scale=False)
+    loss = DETECT.loss(net, recipe)
+    terms = loss(x, targets)
+    assert {name for name in terms if name != "loss"} == {
+        f"{which}.{term}" for which in ("first", "second") for term in ("box", "obj", "cls")}
+    torch.testing.assert_close(terms["loss"], sum(value for name, value in terms.items() if name != "loss"))
+    terms["loss"].backward()
+    without = {name.partition(".")[0] for name, p in net.named_parameters() if p.grad is None}
+    assert without == {"router"}
+    levels = len(net(x)) // 2
+    maps = net.eval().train()(x)
+    torch.testing.assert_close(loss.criterion.criterion(maps[:levels], targets)["box"],
+                               loss.criterion(maps, targets)["first.box"])
+
+
+def test_through_a_file(tmp_path: Path) -> None:
+    net, x = narrow(), images(2)
+    with torch.no_grad():
+        scores = RoutedNet(net).score(x)
+    routed = RoutedNet(net, policy=ThresholdPolicy(float(scores.mean()), costs=(1.0, 2.0)))
+    adn.save(routed, tmp_path / "routed.safetensors")
+    again = adn.load(tmp_path / "routed.safetensors")
+    assert again.policy == routed.policy
+    with torch.no_grad():
+        (found, one), (wanted, other) = again.route(x), routed.route(x)
+    assert torch.equal(found["decoded"], wanted["decoded"])
+    assert torch.equal(one.deep, other.deep)
+    adn.save(net, tmp_path / "net.safetensors")
+    assert isinstance(adn.load(tmp_path / "net.safetensors"), YOLOv7Cascade)
+
+
+def test_of_two_detectors() -> None:
+    torch.manual_seed(0)
+    first, second = (YOLOv7(width=0.1, num_classes=3).eval() for _ in range(2))
+    routed = Cascade.from_detectors(first, second).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(routed.route(images(2), NEVER)[0]["decoded"], first(images(2))["decoded"])
+    with pytest.raises(ValueError, match="detectors of 3 and of 4 classes; pass two for the same ones"):
+        Cascade.from_detectors(first, YOLOv7(width=0.1, num_classes=4))
+    with pytest.raises(ValueError, match="detectors of strides 32 and 64"):
+        Cascade.from_detectors(first, YOLOv7("yolov7_w6", width=0.1, num_classes=3))
+    with pytest.raises(ValueError, match="pass the net itself"):
+        RoutedNet(adn.fuse(routed.net))
