@@ -1,9 +1,10 @@
 """Let a router choose the depth of each image: train one, measure what it gains, hold a latency.
 
-fit        trains a router between two depths of a classifier, on images that the net
-           has not learnt by heart, and writes both to one file.
+fit        trains a router between two depths of a classifier, or that of a cascade of
+           detectors (dyyolov7), on images that the net has not learnt by heart, and
+           writes both to one file.
 eval       prints accuracy against mean cost: of the router, of as many images drawn at
-           random, of every single depth.
+           random, of every single depth; of a cascade average precision at five shares.
 threshold  times both routes here, and sets the share of images that take the deep one
            so that the mean is what you ask for.
 
@@ -30,6 +31,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..core.tables import table
 from ..measure.accuracy import choose_depths, evaluate
 from ..measure.cost import count_macs
 from ..measure.profile import profile, require_matplotlib
@@ -38,12 +40,13 @@ from ..routing.policy import ThresholdPolicy
 from ..routing.routed import ImageRouter, RoutedNet
 from ..routing.routers import AdvantageRouter
 from ..runtime.fuse import fuse
-from ..tasks import CLASSIFY, example
+from ..tasks import DETECT, example, task_of
 from ..weights.checkpoint import load, read_metadata, save
 from . import common
 
 _KEPT = 201  # quantiles of scores in a file
 _ROUNDS = 20
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a cascade
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      "router, in pixels (default: 32)")
     fit.add_argument("--share", type=float, default=0.5, help="of images that take the deep route, until adn route "
                      "threshold says otherwise (default: 0.5)")
-    fit.add_argument("--kind", default="mse", choices=("mse", "mae", "huber", "corr"), help="how predictions of what "
-                     "the deep route saves are compared with what it saved (default: mse)")
+    fit.add_argument("--kind", choices=("mse", "mae", "huber", "corr", "offset"), help="how predictions of what the "
+                     "deep route saves are compared with what it saved; offset: by its median (default: mse, of a "
+                     "cascade offset)")
     fit.add_argument("--epochs", type=int, default=30, metavar="N", help="over the images (default: 30)")
     fit.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam (default: 0.001)")
     fit.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: 0)")
@@ -108,14 +112,13 @@ def _fit(args: argparse.Namespace) -> int:
     data = common.open_images(args.data, args, net, args.split)
     torch.manual_seed(args.seed)
     routed = RoutedNet(net if args.at is None else fuse(net), shallow=args.shallow, deep=args.deep, at=args.at)
-    channels = example(net, 8).shape[1]
-    if args.at is None:
-        routed.router = ImageRouter(channels, args.image_size)
-    else:
+    if routed.router is None and args.at is None:
+        routed.router = ImageRouter(example(net, 8).shape[1], args.image_size)
+    elif args.at is not None:
         features, = routed.features(example(net, common.preparation(args, net)["size"], 2))
         routed.router = AdvantageRouter({"stage": features.shape[1]}, path_width=0, grid=(2, 2))
     routed.router.to(args.device)
-    seen = collect(routed, common.make_loader(data, args, CLASSIFY))
+    seen = collect(routed, common.make_loader(data, args, task_of(net)))
     rows, held = fit_router(routed.router, seen, epochs=args.epochs, lr=args.lr, kind=args.kind, seed=args.seed)
     others = seen.part(held)
     scores = scores_of(routed.router, others)
@@ -124,9 +127,10 @@ def _fit(args: argparse.Namespace) -> int:
     if not best > 0:
         raise ValueError("the router predicts nothing of these images: the net gains at random from being deep, or has "
                          "learnt them by heart. Pass images that it was not trained on, and more of them")
-    costs = tuple(count / 1e6 for count in count_macs(net, example(net, common.preparation(args, net)["size"]),
-                                                      routed.depths))
-    print(gains_table(gains(others, scores.tolist(), costs), "MMACs"))
+    if others.right is not None:
+        x = example(net, common.preparation(args, net)["size"])
+        costs = tuple(count / 1e6 for count in count_macs(net, x, routed.depths))
+        print(gains_table(gains(others, scores.tolist(), costs), "MMACs"))
     routed.policy = ThresholdPolicy.from_share(scores.tolist(), args.share)
     kept = np.quantile(scores.numpy().astype(np.float64), np.linspace(0, 1, _KEPT)).tolist()
     extra = read_metadata(args.checkpoint)["extra"] | {"route": {"scores": kept}}
@@ -144,7 +148,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     routed, extra = _routed(args)
     net = routed.net
     data = common.open_images(args.data, args, net, args.split)
-    loader: DataLoader = common.make_loader(data, args, CLASSIFY)
+    loader: DataLoader = common.make_loader(data, args, task_of(net))
+    if task_of(net) is DETECT:
+        return _evaluate_detector(args, routed, loader, extra["route"]["scores"])
     seen = collect(routed, loader)
     depths = choose_depths(net, args.depth or "all")
     rows = evaluate(net, loader, depths, args.device)
@@ -175,6 +181,32 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.plot:
         plot_gains(found, [(str(row.depth), spent[row.depth], row.top1) for row in rows], unit, args.plot)
     common.report_unreadable(data)
+    return 0
+
+
+def _evaluate_detector(args: argparse.Namespace, routed: RoutedNet, loader: DataLoader, calibration: list[float]
+                       ) -> int:
+    """A cascade: average precision at shares of deep routes, each in a pass over the data."""
+    x = example(routed.net, common.preparation(args, routed.net)["size"])
+    if args.latency:
+        costs, unit = routed.measure(x, rounds=_ROUNDS), "ms"
+    else:
+        costs, unit = tuple(count / 1e9 for count in count_macs(routed.net, x, routed.depths)), "GMACs"
+    scores = np.array(routed.scores(loader))
+    rows = [("share", "deep (%)", unit, "AP", "AP50")]
+    found = []
+    for share in _SHARES:
+        routed.policy = ThresholdPolicy.from_share(calibration, share, costs)
+        row, = DETECT.evaluate(routed, loader, None, args.device)
+        deep = float((scores > routed.policy.tau).mean())
+        found.append((share, deep, routed.policy.cost(deep), row.ap, row.ap50))
+        rows.append((f"{share:.0%}", f"{100 * deep:.1f}", f"{found[-1][2]:.4g}", f"{row.ap:.2f}", f"{row.ap50:.2f}"))
+    print(table(rows))
+    if args.csv:
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([("share", "deep", unit.lower(), "ap", "ap50"), *found])
+    common.report_unreadable(loader.dataset)
     return 0
 
 

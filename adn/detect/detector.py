@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +68,16 @@ class DetectorProtocol:
     def supervised(self, recipe: Settings, sizes: Sequence[int]) -> nn.Module:
         """The same for a net of one depth, which learns from the objects alone; see `adn.detect.training`."""
         raise NotImplementedError
+
+    def losses(self, outputs: Any, targets: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        """(B,): of each image the loss that it would have as a batch of its own, from the outputs in evaluation; what
+        routers learn from.
+
+        Raises:
+            ValueError: if that is not known of this detector.
+        """
+        raise ValueError(f"what single images lose is not known of a {type(self).__name__}: a router can be trained "
+                         "for classifiers and cascades of detectors (dyyolov7)")
 
     def deploy(self) -> Deploy:
         """What its deploy form is made of."""

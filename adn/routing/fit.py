@@ -15,14 +15,15 @@ from torch import Tensor
 from ..core.outputs import logits_of
 from ..core.progress import progress_bar
 from ..core.tables import table
+from ..detect.detector import DetectorProtocol
 from ..measure.accuracy import check_classes
 from ..measure.passes import device_of, no_image, run_over
 from ..measure.profile import require_matplotlib
-from ..models.registry import task_name
-from .losses import advantage_loss, correlation
+from ..models.registry import interface_of, task_name
+from .losses import MedianOffset, advantage_loss, correlation, offset_loss
 from .policy import ThresholdPolicy
 from .routed import ImageRouter, RoutedNet
-from .routers import Router, pooled
+from .routers import DifficultyRouter, Router, pooled
 
 SHARES = tuple(i / 10 for i in range(11))
 
@@ -33,12 +34,12 @@ class Seen(NamedTuple):
     Attributes:
         features: for each route, or once where they are of neither: what the router sees, (N, ...) each.
         losses: float64 (N, 2), of the shallow and the deep route.
-        right: bool (N, 2), is the label the best guess?
+        right: bool (N, 2), is the label the best guess? None of detectors.
     """
 
     features: list[list[Tensor]]
     losses: Tensor
-    right: Tensor
+    right: Tensor | None
 
     @property
     def advantages(self) -> Tensor:
@@ -46,23 +47,26 @@ class Seen(NamedTuple):
         return self.losses[:, 0] - self.losses[:, 1]
 
     def part(self, places: Tensor) -> Seen:
-        return Seen([[x[places] for x in each] for each in self.features], self.losses[places], self.right[places])
+        return Seen([[x[places] for x in each] for each in self.features], self.losses[places],
+                    None if self.right is None else self.right[places])
 
 
 @torch.no_grad()
 def collect(routed: RoutedNet, loader: Iterable[Any], progress: bool = True) -> Seen:
-    """Run a classifier at both depths.
+    """Run a classifier, or a cascade of detectors, at both depths.
 
     Args:
         routed: whose router, which has not to be trained, says what features are of use.
-        loader: batches (images, labels).
+        loader: batches (images, labels), of a detector (images, targets).
 
     Raises:
-        ValueError: if the net is no classifier, data and net do not have the same classes, or there is no image.
+        ValueError: if what single images lose is not known of the net, data and net do not have the same classes, or
+            there is no image.
     """
-    if (task := task_name(routed.net)) != "classify":
-        raise ValueError(f"a router learns from the losses of single images, which are known of classifiers; this net "
-                         f"is made to {task}")
+    classifies = task_name(routed.net) == "classify"
+    detector = interface_of(routed.net)
+    if not classifies and type(detector).losses is DetectorProtocol.losses:
+        detector.losses(None, ())  # which says so, before anything runs
     device = device_of(routed, None)
     features: list[list[list[Tensor]]] = [[] for _ in range(2 if routed.taps else 1)]
     losses: list[list[Tensor]] = [[], []]
@@ -76,7 +80,10 @@ def collect(routed: RoutedNet, loader: Iterable[Any], progress: bool = True) -> 
                     found.append([_kept(routed.router, y) for y in routed.features(x, bool(route))])
                 yield batch
 
-    def count(route: int, outputs: Any, labels: Tensor) -> None:
+    def count(route: int, outputs: Any, labels: Any) -> None:
+        if not classifies:
+            losses[route].append(detector.losses(outputs, labels).double().cpu())
+            return
         logits = logits_of(outputs).float()
         if not losses[0]:
             check_classes(routed.net, logits, labels, getattr(loader, "dataset", None))
@@ -89,7 +96,8 @@ def collect(routed: RoutedNet, loader: Iterable[Any], progress: bool = True) -> 
     if not losses[0]:
         raise ValueError(no_image("learn from", loader))
     return Seen([[torch.cat(parts) for parts in zip(*found, strict=True)] for found in features],
-                *(torch.stack([torch.cat(parts) for parts in both], 1) for both in (losses, right)))
+                *(torch.stack([torch.cat(parts) for parts in both], 1) if both[0] else None
+                  for both in (losses, right)))
 
 
 class _Sized:
@@ -123,7 +131,7 @@ class Epoch:
 
 
 def fit_router(router: Router, seen: Seen, *, epochs: int = 30, lr: float = 1e-3, batch_size: int = 256,
-               kind: str = "mse", held_out: float = 0.2, weight_decay: float = 0.0, seed: int = 0,
+               kind: str | None = None, held_out: float = 0.2, weight_decay: float = 0.0, seed: int = 0,
                progress: bool = True) -> tuple[list[Epoch], Tensor]:
     """Train a router, in place, to predict advantages. Of its states after each epoch the best is kept: that whose
     scores correlate most with the advantages of held-out images.
@@ -134,7 +142,8 @@ def fit_router(router: Router, seen: Seen, *, epochs: int = 30, lr: float = 1e-3
     Args:
         router: on the CPU or a GPU.
         seen: of `collect`: of images that the net has not learnt by heart.
-        kind: of `advantage_loss`.
+        kind: of `advantage_loss`; "offset" = `offset_loss`, for a `DifficultyRouter`, whose scores lie between 0 and 1
+            (DynamicDet, step 2); None = that for such a router, else "mse".
         held_out: share of the images.
 
     Returns:
@@ -145,6 +154,9 @@ def fit_router(router: Router, seen: Seen, *, epochs: int = 30, lr: float = 1e-3
     """
     if not 0 < held_out < 1 or epochs < 1:
         raise ValueError(f"held_out={held_out}, epochs={epochs}; pass a share between 0 and 1, and at least one epoch")
+    if kind is None:
+        kind = "offset" if isinstance(router, DifficultyRouter) else "mse"
+    tracker = MedianOffset()
     count, advantages = len(seen.losses), seen.advantages.float()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=generator)
@@ -167,7 +179,8 @@ def fit_router(router: Router, seen: Seen, *, epochs: int = 30, lr: float = 1e-3
                 continue  # of which no norm has statistics
             found = router(_features(seen, places, path, device), path[places].to(device))
             base, full = seen.losses[places].float().to(device).unbind(1)
-            loss = advantage_loss(found, base, full, kind)
+            loss = (offset_loss(1 - found, base, full, tracker) if kind == "offset"
+                    else advantage_loss(found, base, full, kind))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

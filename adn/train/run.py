@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -337,7 +338,9 @@ def _describe(net: nn.Module, config: _Run, resume: bool, data: Data, prepared: 
              "pretrained" if getattr(config, "pretrained", False) else "from scratch")
     stacks = [f"a {stack.name} of {layers} layers" for stack, layers in
               zip(state.plan.stacks, state.full.layers, strict=True)]
-    depths = " and ".join([f"{len(state.full.flags)} flags", *stacks]) if stacks else f"{2 ** len(state.full)} depths"
+    depths = f"{math.prod(2 if isinstance(entry, bool) else entry for entry in state.full)} depths"
+    if stacks and state.full.flags:
+        depths = " and ".join([f"{len(state.full.flags)} flags", *stacks])
     warning = None if resume or file else config.task.warning(net)
     return (f"{(state.origin or {}).get('name', recipe.model)}, {millions:.1f} M parameters, {depths}, {start}\n"
             f"{len(data.training)} images to train on, {len(data.validation)} to evaluate, {data.classes} classes; "

@@ -125,7 +125,7 @@ def test_what_cannot_be_learnt() -> None:
         collect(RoutedNet(a_net(), ImageRouter()), [(torch.rand(2, 3, 24, 24), torch.tensor([0, 7]))], progress=False)
     with torch.device("meta"):
         detector = adn.create_model("anydepth_rtdetr_r50vd")
-    with pytest.raises(ValueError, match="which are known of classifiers; this net is made to detect"):
+    with pytest.raises(ValueError, match="what single images lose is not known of a RTDETR: a router"):
         collect(RoutedNet(detector, ImageRouter()), [], progress=False)
 
 

@@ -12,6 +12,7 @@ from ...detect.detector import Detector, checked
 from ...detect.training import Supervised, prefixed
 from ...routing.routers import DifficultyRouter
 from .criterion import DetectionLoss
+from .layers import STRIDES
 from .links import CompositeLinks
 from .model import YOLOv7, features_of, maps_of, postprocess
 from .recipes import YOLOv7Recipe
@@ -101,6 +102,12 @@ class YOLOv7Cascade(Detector):
     def forward(self, images: Tensor) -> list[Tensor] | dict[str, Any]:
         maps = self.answer(images, *self.features(images))
         return maps if self.training else self.outputs(maps)
+
+    def losses(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        maps = outputs["maps"]
+        size = max(maps[0].shape[2:4]) * STRIDES[0]
+        criterion = DetectionLoss(self.answer.routes[0].head[-1].anchor_grid, size=size)
+        return criterion.of_each(maps, targets)
 
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
