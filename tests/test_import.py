@@ -50,8 +50,9 @@ def test_import_is_light() -> None:
 
 
 # Each room may import those before it in the list; `detection` only has names for scripts.
-ROOMS = ("core", "families", "convert", "distill", "data", "settings", "detect", "models", "weights", "measure",
-         "tasks", "export", "runtime", "train", "demo", "cli", "__main__", "detection")
+ROOMS = ("core", "families", "convert", "distill", "routers", "data", "settings", "detect", "models", "weights",
+         "measure", "tasks", "export", "runtime", "routing", "train", "demo", "cli", "__main__", "detection")
+
 
 
 def modules() -> dict[str, Path]:
@@ -115,7 +116,7 @@ PARTS = re.compile(r"\bbackbone\.")
 def test_a_model_is_known_in_its_own_folder_only() -> None:
     """But by `adn.detection`, which has names for scripts, and where a command explains itself."""
     for name, path in modules().items():
-        its_own = name.startswith(("adn.models.rtdetr", "adn.models.torchvision_detectors",
+        its_own = name.startswith(("adn.models.rtdetr", "adn.models.torchvision_detectors", "adn.models.yolov7",
                                    "adn.families.transformers_detr"))
         if not name.startswith("adn.") or its_own or name == "adn.detection":
             continue

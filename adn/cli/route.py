@@ -35,10 +35,10 @@ from ..core.tables import table
 from ..measure.accuracy import choose_depths, evaluate
 from ..measure.cost import count_macs
 from ..measure.profile import profile, require_matplotlib
+from ..routers import AdvantageRouter
 from ..routing.fit import at_cost, collect, fit_router, gains, gains_table, plot_gains, scores_of
 from ..routing.policy import ThresholdPolicy
 from ..routing.routed import ImageRouter, RoutedNet
-from ..routing.routers import AdvantageRouter
 from ..runtime.fuse import fuse
 from ..tasks import DETECT, example, task_of
 from ..weights.checkpoint import load, read_metadata, save

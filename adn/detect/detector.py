@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from ..core.deploy import Deploy
 from ..core.regions import unseen
-from ..models.entry import Deploy
 from ..settings import Settings
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..core.state import unwrap
 from ..distill import TwoPass, distillation_kl, pool_features
-from .detector import DetectorProtocol
 from .targets import check_pixels
 from .training import prefixed
 
@@ -46,6 +45,8 @@ class DetectorDistillation(TwoPass):
             super-net's losses only.
         weight: of KD.
         temperature: T of KD.
+        classes: the largest label that the net knows, so that others are refused; None = all pass.
+        masks: refuse targets without outlines.
 
     Returns (of a call):
         A dict of scalars: the losses of both by the names that the detector gives, prefixed `super.` and `base.`, and
@@ -58,7 +59,8 @@ class DetectorDistillation(TwoPass):
     """
 
     def __init__(self, net: nn.Module, *, alpha: float = 0.5, levels: str | Sequence[str] | None = None,
-                 base: str = "own+features", weight: float = 1.0, temperature: float = 1.0) -> None:
+                 base: str = "own+features", weight: float = 1.0, temperature: float = 1.0,
+                 classes: int | None = None, masks: bool = False) -> None:
         super().__init__()
         inner = unwrap(net)
         if not hasattr(inner, "backbone"):
@@ -76,6 +78,7 @@ class DetectorDistillation(TwoPass):
                              'for RetinaNet and FCOS, pass "all" or names of maps')
         self.net = net
         self.alpha, self.weight, self.temperature, self.base = alpha, weight, temperature, base
+        self.classes, self.masks = classes, masks
         self.levels = ("foreground" if matches else "all") if levels is None else levels
         self._random: list[Tensor] = []
 
@@ -93,7 +96,7 @@ class DetectorDistillation(TwoPass):
 
     def _run(self, images: Any, targets: Any) -> _Pass:
         inner = unwrap(self.net)
-        check_pixels(images, targets, *_learns(inner))
+        check_pixels(images, targets, self.classes, self.masks)
         with _maps_of(inner.backbone) as maps, _matched_by(getattr(inner, "head", None)) as matched:
             losses = self.net(images, targets)
         if not isinstance(losses, Mapping) or not losses:
@@ -148,15 +151,6 @@ def foreground_level(matched: Sequence[Tensor], areas: Mapping[str, int]) -> str
     per_cell = len(on_objects) // sum(areas.values())
     counts = torch.stack([part.sum() for part in on_objects.split([per_cell * cells for cells in areas.values()])])
     return list(areas)[int(counts.argmax())]
-
-
-def _learns(model: nn.Module) -> tuple[int | None, bool]:
-    """How many classes, and whether outlines, as far as the detector says."""
-    from ..models.registry import interface_of  # it lists recipes, which read what is above
-
-    interface = interface_of(model)
-    known = isinstance(interface, DetectorProtocol)
-    return (interface.num_classes, interface.masks) if known else (None, False)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,27 +22,11 @@ Rewrite = tuple[str, Callable[[State, State], dict[str, torch.Tensor] | None]]
 Adapter = Callable[[nn.Module], Any]
 
 
-class Deploy(NamedTuple):
-    """What a deploy form is made of, where that is not the whole model as it is.
-
-    Attributes:
-        part: the name of the module that becomes segments; all around it runs as it is. "" = the whole model.
-        heads: names of modules of one input around it whose calls are put together, too.
-        model: made into segments in its place.
-        finish: what becomes of that one's outputs.
-    """
-
-    part: str = ""
-    heads: tuple[str, ...] = ()
-    model: nn.Module | None = None
-    finish: Callable[[Any], Any] | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A model by name. Each folder of `adn.models` has a `presets.py` with `ENTRIES`, a dict of these, and `RECIPES`,
     those to train them by; thereby its models are in `adn.list_models()`, and its recipes in `adn train --help`. It may
-    have `ADAPTERS`, for objects of other libraries.
+    have `ADAPTERS`, for objects of other libraries, and `LOOKS`, by which state dicts are told, see the registry.
 
     Attributes:
         build: from keyword arguments to the plain model with fresh weights; whatever is slow to import it imports when

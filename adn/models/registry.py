@@ -15,9 +15,10 @@ import timm
 from torch import nn
 
 from ..convert import convert
+from ..core.deploy import Deploy
 from ..core.state import is_any_depth, state_of, unwrap
 from ..settings import Settings
-from .entry import Adapter, Deploy, Entry
+from .entry import Adapter, Entry
 
 PREFIX = "anydepth_"
 
@@ -36,12 +37,15 @@ _ABOUT_WEIGHTS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg"
 # The models of this library's own, and recipes to train them by. A folder of this package is a kind of model.
 ENTRIES: dict[str, Entry] = {}
 RECIPES: dict[str, Settings] = {}
+# What state dicts look like, of a model of each kind: a pattern of a name in it, and what it is then.
+LOOKS: list[tuple[str, str]] = []
 _ADAPTERS: list[Adapter] = []
 for _kind in pkgutil.iter_modules([str(Path(__file__).parent)]):
     if _kind.ispkg:
         _presets = importlib.import_module(f"{__package__}.{_kind.name}.presets")
         ENTRIES |= _presets.ENTRIES
         RECIPES |= _presets.RECIPES
+        LOOKS += getattr(_presets, "LOOKS", ())
         _ADAPTERS += getattr(_presets, "ADAPTERS", ())
 
 

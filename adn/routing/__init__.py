@@ -8,16 +8,16 @@
 from ..core.lazy import attach
 
 _WHERE = {
-    "AdvantageRouter": ".routers",
+    "AdvantageRouter": "..routers",
     "BudgetController": ".controller",
-    "Cascade": ".cascade",
-    "Decision": ".cascade",
-    "DifficultyRouter": ".routers",
+    "Cascade": ".routed",
+    "Decision": ".two_routes",
+    "DifficultyRouter": "..routers",
     "ImageRouter": ".routed",
     "MedianOffset": ".losses",
     "RollingShare": ".controller",
     "RoutedNet": ".routed",
-    "Router": ".routers",
+    "Router": "..routers",
     "ThresholdPolicy": ".policy",
     "advantage_loss": ".losses",
     "offset_loss": ".losses",

@@ -20,10 +20,10 @@ from ..measure.accuracy import check_classes
 from ..measure.passes import device_of, no_image, run_over
 from ..measure.profile import require_matplotlib
 from ..models.registry import interface_of, task_name
+from ..routers import DifficultyRouter, Router, pooled
 from .losses import MedianOffset, advantage_loss, correlation, offset_loss
 from .policy import ThresholdPolicy
 from .routed import ImageRouter, RoutedNet
-from .routers import DifficultyRouter, Router, pooled
 
 SHARES = tuple(i / 10 for i in range(11))
 

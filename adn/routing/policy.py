@@ -94,7 +94,7 @@ class ThresholdPolicy:
         """
         share = self.share if share is None else share
         if self.costs is None or share is None:
-            raise ValueError("what the routes cost has not been measured: Cascade.measure(x), or pass costs=(c1, c2)")
+            raise ValueError("what the routes cost has not been measured: RoutedNet.measure(x), or pass costs=(c1, c2)")
         return self.costs[0] + share * (self.costs[1] - self.costs[0])
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def checked_scores(scores: Sequence[float]) -> np.ndarray:
     """As float64 (N,); raises ValueError if there are none, or some are not finite."""
     values = np.asarray(scores, dtype=np.float64).reshape(-1)
     if not len(values):
-        raise ValueError("no scores; collect those of some hundred images: Cascade.scores(loader)")
+        raise ValueError("no scores; collect those of some hundred images: RoutedNet.scores(loader)")
     if bad := int((~np.isfinite(values)).sum()):
         raise ValueError(f"{bad} of {len(values)} scores are not finite: the router, or what it is given, is broken")
     return values

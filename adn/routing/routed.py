@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..convert import convert
 from ..core.depth import Depth
 from ..core.errors import CheckpointError
 from ..core.state import DepthLike, set_depth, stages, state_of
 from ..core.taps import listening
 from ..models.registry import interface_of, source_of
+from ..routers import AdvantageRouter, DifficultyRouter, Router
 from ..runtime.fuse import FusedNet, fuse
-from .cascade import Cascade, Decision, Policy, cost_of
 from .controller import BudgetController
 from .policy import ThresholdPolicy
-from .routers import AdvantageRouter, DifficultyRouter, Router
+from .two_routes import Decision, Policy, TwoRoutes, cost_of
 
 
 class ImageRouter(Router):
@@ -64,7 +65,7 @@ class ImageRouter(Router):
         return x.to(self.head.weight.dtype)
 
 
-class RoutedNet(Cascade):
+class RoutedNet(TwoRoutes):
     """An any-depth net, each of whose images runs at the one or the other of two depths.
 
         net = RoutedNet(adn.fuse(net), router, ThresholdPolicy.from_share(scores, 0.3))
@@ -82,8 +83,8 @@ class RoutedNet(Cascade):
     Args:
         net: any-depth, in evaluation; a deploy form (`adn.fuse`) runs it in one go. Of a cascade of detectors
             (`dyyolov7`) both routes begin with the first backbone, which runs once and whose maps the router sees.
-        router: see `adn.routing.routers`; None = that of a cascade of detectors.
-        policy, decide: as of `Cascade`.
+        router: see `adn.routers`; None = that of a cascade of detectors.
+        policy, decide: as of `TwoRoutes`.
         shallow, deep: the two depths.
         at: index of a flag; the depths must agree on those before it.
         taps: names of stages (`adn.stages(net)`), for a router of a stream.
@@ -120,6 +121,28 @@ class RoutedNet(Cascade):
             known = [stage.name for stage in stages(net)]
             if unknown := [name for name in self.taps if name not in known]:
                 raise ValueError(f"no stage {unknown[0]!r}; this net has {', '.join(known)}")
+
+    @classmethod
+    def from_anydepth(cls, net: nn.Module, base: DepthLike = "base", super: DepthLike = "super", **settings: Any
+                      ) -> RoutedNet:
+        """Two depths of an any-depth net."""
+        return cls(net, shallow=base, deep=super, **settings)
+
+    @classmethod
+    def from_detectors(cls, first: nn.Module, second: nn.Module, links: nn.Module | None = None, **settings: Any
+                       ) -> RoutedNet:
+        """Two detectors, of which the second goes on with the first one's maps.
+
+        Args:
+            first: one that can stand before another (it has `before`): a YOLOv7.
+            links: from the one to the other; None = fresh ones.
+
+        Raises:
+            ValueError: if it cannot, or the two do not fit.
+        """
+        if not hasattr(first, "before"):
+            raise ValueError(f"a {type(first).__name__} does not give its maps to another detector; pass two YOLOv7")
+        return cls(convert(first.before(second, links)), **settings)
 
     def extra_repr(self) -> str:
         place = f", at={self.at}" if self.at is not None else f", taps={list(self.taps)}" if self.taps else ""
@@ -242,6 +265,8 @@ class RoutedNet(Cascade):
             raise ValueError(f"at={at}, but the depths {shallow} and {deep} part at flag {different[0]} already: pass "
                              "depths that agree before it, or an earlier flag")
 
+
+Cascade = RoutedNet  # as the literature calls it
 
 _OF_DETECTORS = ("num_classes", "postprocess", "letterbox", "stride", "adn_task")
 

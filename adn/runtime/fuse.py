@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from adn_kernels import private
 
 from ..core.behaviours import check_filled, mixing_norm
+from ..core.deploy import Deploy
 from ..core.depth import Depth
 from ..core.state import DepthLike, State, get_depth, set_depth, state_of, unwrap
-from ..models.entry import Deploy
 from ..models.registry import deploy_of
 from .cut import Segment, cut, filled, one_path
 from .fusing import fuse_calls

@@ -7,6 +7,7 @@ The file holds the net's state dict, and under the metadata key "adn" a JSON obj
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -147,9 +148,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None, *, device
     net.to(device)
     if metadata["routing"] is None:
         return net
-    from ..routing.routed import RoutedNet
-
-    return RoutedNet.from_dict(net.eval(), metadata["routing"], router)
+    # By name: it is built on top of all this, and brings the deploy form.
+    routed = importlib.import_module(f"{__name__.partition('.')[0]}.routing.routed")
+    return routed.RoutedNet.from_dict(net.eval(), metadata["routing"], router)
 
 
 def load_tensors(net: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True) -> None:

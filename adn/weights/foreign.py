@@ -41,7 +41,7 @@ from torch import nn
 from ..core.errors import CheckpointError
 from ..core.state import is_any_depth, state_with_modules, unwrap
 from ..models.entry import Naming, Rewrite, State
-from ..models.registry import ENTRIES
+from ..models.registry import ENTRIES, LOOKS
 from .checkpoint import load_tensors
 
 Table = Mapping[str, str]
@@ -150,14 +150,8 @@ def _some(state: State) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in [*state.items()][:3])
 
 
-# What a state dict is of, by a name in it; the first that is there.
+# What a state dict is of, by a name in it; after those of this library's own models.
 _TELLTALES = (
-    (r"\bclass_embed\.|\bdecoder_input_proj\.", "a DETR of Hugging Face's transformers"),
-    (r"\bdec_score_head\.", "an RT-DETR"),
-    (r"\broi_heads\.mask_predictor\.", "a Mask R-CNN of torchvision"),
-    (r"\broi_heads\.", "a Faster R-CNN of torchvision"),
-    (r"\bhead\.classification_head\.", "a RetinaNet, FCOS or SSD of torchvision"),
-    (r"^(model\.)*\d+\.(cv2|conv)\.", "a YOLO"),
     (r"\bblocks\.0\.attn\.qkv\.", "a vision transformer of timm"),
     (r"\bencoder\.layers\.encoder_layer_0\.", "a vision transformer of torchvision"),
     (r"\battention\.(attention\.query|q_proj)\.", "a vision transformer of Hugging Face's transformers"),
@@ -166,7 +160,7 @@ _TELLTALES = (
 
 
 def _looks_like(given: State) -> str:
-    found = (what for pattern, what in _TELLTALES if any(re.search(pattern, name) for name in given))
+    found = (what for pattern, what in (*LOOKS, *_TELLTALES) if any(re.search(pattern, name) for name in given))
     return next((f"\nIts names are those of {what}" for what in found), "")
 
 

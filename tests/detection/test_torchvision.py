@@ -522,7 +522,7 @@ def test_bad_batches(x: Any, y: Any, message: str) -> None:
     net = adn.convert(narrow("maskrcnn")).train()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match=message):
-        DetectorDistillation(net)(x, y)
+        DetectorDistillation(net, classes=4, masks=True)(x, y)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert str(adn.get_depth(net)) == "FFFF"
 

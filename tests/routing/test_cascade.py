@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import adn
 from adn.core.errors import CheckpointError
 from adn.core.state import stages
+from adn.routers import Router, pooled
 from adn.routing import (
     AdvantageRouter,
     BudgetController,
@@ -26,8 +27,7 @@ from adn.routing import (
     RoutedNet,
     ThresholdPolicy,
 )
-from adn.routing.cascade import merge, select
-from adn.routing.routers import Router, pooled
+from adn.routing.two_routes import merge, select
 from adn.weights.checkpoint import read_metadata
 
 ALWAYS, NEVER = ThresholdPolicy(-math.inf), ThresholdPolicy(math.inf)
@@ -168,7 +168,7 @@ def test_a_stream_with_a_budget() -> None:
         _, decision = routed.step(image, target=14, cost=lambda: spent[-1])
         assert decision.cost == spent[-1]
     assert sum(spent[100:]) / 200 == pytest.approx(14, rel=0.05)
-    with pytest.raises(ValueError, match=r"a BudgetController follows a target: cascade\.step\(x, target=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r"a BudgetController follows a target: routed\.step\(x, target=\.\.\.\)"):
         routed.step(x[0])
 
 
@@ -249,9 +249,9 @@ def test_through_a_file(kind: str, tmp_path: Path) -> None:
 def test_what_is_refused() -> None:
     net, x = net_and_images()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match=r"no policy to decide by: cascade\.policy = "):
+    with pytest.raises(ValueError, match=r"no policy to decide by: routed\.policy = "):
         RoutedNet(net, Given())(x)
-    with pytest.raises(ValueError, match="this cascade has no router: train one"):
+    with pytest.raises(ValueError, match="there is no router: train one"):
         RoutedNet(net, policy=ALWAYS)(x)
     with pytest.raises(ValueError, match="both depths are TTTT; pass two"):
         RoutedNet(net, shallow="TTTT", deep="base")

@@ -14,8 +14,7 @@ from conftest import randomise
 from torch import nn
 
 import adn
-from adn.models.yolov7.cascade import YOLOv7Cascade
-from adn.models.yolov7.model import YOLOv7
+from adn.models.yolov7.model import YOLOv7, YOLOv7Cascade
 from adn.models.yolov7.recipes import YOLOv7Recipe
 from adn.routing import Cascade, RoutedNet, ThresholdPolicy
 from adn.tasks import DETECT, is_detector
@@ -205,5 +204,7 @@ def test_of_two_detectors() -> None:
         Cascade.from_detectors(first, YOLOv7(width=0.1, num_classes=4))
     with pytest.raises(ValueError, match="detectors of strides 32 and 64"):
         Cascade.from_detectors(first, YOLOv7("yolov7_w6", width=0.1, num_classes=3))
+    with pytest.raises(ValueError, match="a Linear does not give its maps to another detector"):
+        Cascade.from_detectors(nn.Linear(1, 1), second)
     with pytest.raises(ValueError, match="pass the net itself"):
         RoutedNet(adn.fuse(routed.net))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from adn.routers import AdvantageRouter, DifficultyRouter, pooled
 from adn.routing.losses import MedianOffset, advantage_loss, correlation, offset_loss
-from adn.routing.routers import AdvantageRouter, DifficultyRouter, pooled
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from .hf import official_names
 from .names import NAMES
 from .recipes import RECIPES, DetectionRecipe
 
-__all__ = ["ADAPTERS", "ENTRIES", "RECIPES"]
+__all__ = ["ADAPTERS", "ENTRIES", "LOOKS", "RECIPES"]
 
 
 def _build(**kwargs: Any) -> nn.Module:
@@ -34,6 +34,8 @@ def _adapted(model: nn.Module) -> Any:
 
 
 ADAPTERS = (_adapted,)
+LOOKS = ((r"\bclass_embed\.|\bdecoder_input_proj\.", "a DETR of Hugging Face's transformers"),
+         (r"\bdec_score_head\.", "an RT-DETR"))
 
 
 def _but(args: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

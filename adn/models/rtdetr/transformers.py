@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...convert import convert
 from ...core.behaviours import is_frozen, original_class
+from ...core.deploy import Deploy
 from ...core.state import is_any_depth, state_of
 from ...detect.detector import DetectorProtocol
-from ..entry import Deploy
 from . import STRIDE
 from .hf import official_names
 from .model import RTDETR

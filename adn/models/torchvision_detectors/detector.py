@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from ...core.deploy import Deploy
 from ...detect.detector import DetectorProtocol
 from ...detect.distill import DetectorDistillation
 from ...detect.targets import Targets, check_pixels
 from ...detect.training import total
-from ..entry import Deploy
 from ..registry import ENTRIES, interface_of
 from .recipes import TorchvisionRecipe
 
@@ -85,7 +85,7 @@ class TorchvisionDetector(DetectorProtocol):
 
     def distillation(self, recipe: TorchvisionRecipe, sizes: Sequence[int]) -> nn.Module:
         return _Distillation(self.model, alpha=recipe.alpha, levels=recipe.levels, base=recipe.base, weight=recipe.kd,
-                             temperature=recipe.temperature)
+                             temperature=recipe.temperature, classes=self.num_classes, masks=self.masks)
 
     def supervised(self, recipe: TorchvisionRecipe, sizes: Sequence[int]) -> nn.Module:
         return _Supervised(self.model)

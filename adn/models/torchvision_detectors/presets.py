@@ -11,7 +11,7 @@ from torch import nn
 from ..entry import Entry, Naming, State
 from .recipes import RECIPES, TorchvisionRecipe
 
-__all__ = ["ADAPTERS", "ENTRIES", "RECIPES"]
+__all__ = ["ADAPTERS", "ENTRIES", "LOOKS", "RECIPES"]
 
 # The authors' RetinaNet holds its backbone's body in one more module.
 NAMES: tuple[Naming, ...] = (("reference", "RetinaNet-ADN", ({"backbone.body.model": "backbone.body"},)),)
@@ -52,6 +52,9 @@ def _adapted(model: nn.Module) -> Any:
 
 
 ADAPTERS = (_adapted,)
+LOOKS = ((r"\broi_heads\.mask_predictor\.", "a Mask R-CNN of torchvision"),
+         (r"\broi_heads\.", "a Faster R-CNN of torchvision"),
+         (r"\bhead\.classification_head\.", "a RetinaNet, FCOS or SSD of torchvision"))
 
 
 def _of_size(size: int) -> dict[str, Any]:

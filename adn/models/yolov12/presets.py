@@ -11,7 +11,7 @@ from ..entry import Entry
 from . import STRIDE
 from .recipes import RECIPES, YOLORecipe
 
-__all__ = ["ENTRIES", "RECIPES"]
+__all__ = ["ENTRIES", "LOOKS", "RECIPES"]
 
 
 def _build(**kwargs: Any) -> nn.Module:
@@ -39,6 +39,7 @@ _ANY_DEPTH: dict[str, dict[str, Any]] = {
     "x": _SCALES["x"],
 }
 
+LOOKS = ((r"^(model\.)*\d+\.(cv2|conv)\.", "a YOLO"),)
 ENTRIES = {
     **{f"yolov12{scale}": entry(args) for scale, args in _SCALES.items()},
     # The package's large ones have narrower perceptrons: of 1.2, as their number of parameters shows.

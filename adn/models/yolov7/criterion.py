@@ -72,7 +72,8 @@ class DetectionLoss(nn.Module):
 
     def of_each(self, maps: Sequence[Tensor], targets: Targets) -> Tensor:
         """(B,): of each image the loss that it would have as a batch of its own."""
-        return torch.stack([*self._terms(self._sums(maps, targets), maps).values()]).sum(0)
+        terms = self._terms(self._sums(maps, targets), maps)
+        return torch.stack([*terms.values()]).sum(0)
 
     def _terms(self, sums: Sums, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         count, balance = sums.count.clamp(min=1), sums.objectness.new_tensor(BALANCE[len(maps)])

@@ -5,7 +5,7 @@ from torch import nn
 from ...core.kinds.stack import StackPlan
 from ...core.plan import Plan
 from ...families import family
-from .cascade import YOLOv7Cascade
+from .model import YOLOv7Cascade
 
 
 @family(whole=True)

@@ -47,8 +47,7 @@ def _build(**kwargs: Any) -> nn.Module:
 
 
 def _build_cascade(**kwargs: Any) -> nn.Module:
-    from .cascade import YOLOv7Cascade
-    from .model import YOLOv7
+    from .model import YOLOv7, YOLOv7Cascade
 
     return YOLOv7Cascade(YOLOv7(**kwargs), YOLOv7(**kwargs))
 

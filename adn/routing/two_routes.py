@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..measure.passes import evaluating, moved
 from ..measure.profile import clock_of
+from ..routers import Router
 from .policy import ThresholdPolicy
-from .routers import Router
 
 TIMES = ("within", "next")
 
@@ -39,18 +39,18 @@ class Decision(NamedTuple):
     cost: float | None
 
 
-class Cascade(nn.Module):
+class TwoRoutes(nn.Module):
     """Two routes through a net, a shallow and a deep one, and a router whose score says which is worth it.
 
-        cascade.policy = ThresholdPolicy.from_budget(cascade.scores(loader), *cascade.measure(x), budget=10)
-        outputs = cascade(images)
-        outputs, decision = cascade.route(images)
+        routed.policy = ThresholdPolicy.from_budget(routed.scores(loader), *routed.measure(x), budget=10)
+        outputs = routed(images)
+        outputs, decision = routed.route(images)
 
     Images of a batch take routes of their own: each route runs once, on those that take it, and a route that none takes
     does not run. Outputs are in the order of the images, and equal to those of each image alone.
 
     Args:
-        router: scores of features, see `adn.routing.routers`; None = in training, or where only one route is asked for.
+        router: scores of features, see `adn.routers`; None = in training, or where only one route is asked for.
         policy: what decides; None = given with each call.
         decide: when the score is known: "within" the image, before the routes part; or after it, for the "next" one of
             a stream (`step`).
@@ -91,7 +91,7 @@ class Cascade(nn.Module):
 
         Args:
             x: (B, ...), or a list of images where the net takes such.
-            policy: in place of the cascade's own.
+            policy: in place of its own.
 
         Raises:
             ValueError: without a policy or a router, or where the router was made for other features.
@@ -163,7 +163,7 @@ class Cascade(nn.Module):
             target: what it should cost on average, for a policy that follows one (`BudgetController`).
             cost: called once the image is done, gives what it cost, in the unit of the controller's costs (millijoules,
                 say); None = milliseconds, measured here, which waits for the device.
-            policy: in place of the cascade's own.
+            policy: in place of its own.
 
         Returns:
             What the route made of it, and the decision over this image (its score is that for the next).
@@ -173,10 +173,10 @@ class Cascade(nn.Module):
         """
         policy = self._policy(policy)
         if len(x) != 1:
-            raise ValueError(f"{len(x)} images; a stream comes one by one: cascade.step(x[i : i + 1])")
+            raise ValueError(f"{len(x)} images; a stream comes one by one: routed.step(x[i : i + 1])")
         follows = hasattr(policy, "update")
         if follows and target is None:
-            raise ValueError(f"a {type(policy).__name__} follows a target: cascade.step(x, target=...)")
+            raise ValueError(f"a {type(policy).__name__} follows a target: routed.step(x, target=...)")
         deep, start = self._ahead, time.perf_counter()
         outputs, features = self.run(x, deep)
         score = self._score(features, int(deep))
@@ -197,37 +197,14 @@ class Cascade(nn.Module):
     def _policy(self, policy: Policy | None) -> Policy:
         policy = self.policy if policy is None else policy
         if policy is None:
-            raise ValueError("no policy to decide by: cascade.policy = ThresholdPolicy.from_share("
-                             "cascade.scores(loader), share), or pass one with the call")
+            raise ValueError("no policy to decide by: routed.policy = ThresholdPolicy.from_share("
+                             "routed.scores(loader), share), or pass one with the call")
         return policy
 
     def _score(self, features: Sequence[Tensor], path: int | None = None) -> Tensor:
         if self.router is None:
-            raise ValueError("this cascade has no router: train one (adn route fit), or load weights that have one")
+            raise ValueError("there is no router: train one (adn route fit), or load weights that have one")
         return self.router(features, path)
-
-    @classmethod
-    def from_anydepth(cls, net: nn.Module, base: Any = "base", super: Any = "super", **settings: Any) -> Self:
-        """Two depths of one any-depth net; see `adn.routing.RoutedNet`."""
-        from .routed import RoutedNet
-
-        return RoutedNet(net, shallow=base, deep=super, **settings)
-
-    @classmethod
-    def from_detectors(cls, first: nn.Module, second: nn.Module, links: nn.Module | None = None, **settings: Any
-                       ) -> Self:
-        """Two YOLOv7, of which the second goes on with the first one's maps; see
-        `adn.models.yolov7.cascade.YOLOv7Cascade`.
-
-        Args:
-            links: None = fresh ones.
-            settings: of `adn.routing.RoutedNet`.
-        """
-        from ..convert import convert
-        from ..models.yolov7.cascade import YOLOv7Cascade
-        from .routed import RoutedNet
-
-        return RoutedNet(convert(YOLOv7Cascade(first, second, links)), **settings)
 
 
 def cost_of(policy: Policy, deep: Tensor) -> float | None:
