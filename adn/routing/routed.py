@@ -100,10 +100,7 @@ class RoutedNet(TwoRoutes):
         state = state_of(net)
         pair = state.full, state.base
         self.net = net
-        model = source_of(net)
-        # Of a cascade of detectors both routes begin with the same maps, and it has a router of its own.
-        self._shared = model if hasattr(model, "answer") else None
-        if self._shared is not None:
+        if (model := self._cascade) is not None:
             if isinstance(net, FusedNet):
                 raise ValueError(f"the routes of a {type(model).__name__} part where a deploy form does not stop: pass "
                                  "the net itself (adn.fuse runs the one or the other)")
@@ -148,14 +145,20 @@ class RoutedNet(TwoRoutes):
         place = f", at={self.at}" if self.at is not None else f", taps={list(self.taps)}" if self.taps else ""
         return f"shallow={self.depths[0]}, deep={self.depths[1]}, decide={self.decide!r}{place}"
 
+    @property
+    def _cascade(self) -> nn.Module | None:
+        """The model, if it is one of detectors, whose routes begin with the same maps, and which has a router."""
+        model = source_of(self.net)
+        return model if hasattr(model, "answer") else None
+
     def __getattr__(self, name: str) -> Any:
         if name in _OF_DETECTORS:  # for those who ask a detector
             return getattr(interface_of(self.net), name)
         return super().__getattr__(name)
 
     def begin(self, x: Any) -> tuple[Sequence[Tensor], Any]:
-        if self._shared is not None:
-            taps = self._shared.features(x)
+        if (model := self._cascade) is not None:
+            taps = model.features(x)
             return taps, taps
         return [x if torch.is_tensor(x) else torch.stack([_square(image, self.router.size) for image in x])], None
 
@@ -167,7 +170,10 @@ class RoutedNet(TwoRoutes):
 
     def _at(self, depth: Depth, x: Any, shared: Sequence[Tensor] | None) -> Any:
         set_depth(self.net, depth)
-        return self.net(x) if shared is None else self._shared.outputs(self._shared.answer(x, *shared))
+        if shared is None:
+            return self.net(x)
+        model = self._cascade
+        return model.outputs(model.answer(x, *shared))
 
     def route(self, x: Any, policy: Policy | None = None) -> tuple[Any, Decision]:
         if self.at is not None:
@@ -212,9 +218,8 @@ class RoutedNet(TwoRoutes):
         if policy is not None and type(policy).__name__ not in POLICIES:
             raise ValueError(f"a policy that is a {type(policy).__name__} has no place in a file: save with "
                              "routed.policy = None, and set it after loading")
-        own = self.router is None or self.router is getattr(self._shared, "router", None)  # in the net's own file
-        router = None if own else {"kind": type(self.router).__name__,
-                                                   "settings": self.router.settings}
+        own = self.router is None or self.router is getattr(self._cascade, "router", None)  # in the net's own file
+        router = None if own else {"kind": type(self.router).__name__, "settings": self.router.settings}
         shallow, deep = map(str, self.depths)
         values = {"shallow": shallow, "deep": deep, "decide": self.decide, "at": self.at, "taps": list(self.taps),
                   "router": router,
