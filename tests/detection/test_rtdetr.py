@@ -211,7 +211,7 @@ def test_parameter_counts(name: str) -> None:
     assert name in adn.list_models()
     count = sum(p.numel() for p in net.parameters())
     assert name not in PARAMETERS or count == PARAMETERS[name]
-    assert ("_adn" in vars(net)) == name.startswith("anydepth")
+    assert ("_adn" in vars(net)) == ENTRIES[name].any_depth
 
 
 GMACS = {
