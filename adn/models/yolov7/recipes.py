@@ -65,10 +65,4 @@ class YOLOv7Recipe(DetectorSettings):
 RECIPES: dict[str, YOLOv7Recipe] = {
     # Step 1 of the published training of a cascade; step 2 is `adn route fit`.
     "yolov7": YOLOv7Recipe(),
-    # A tiny cascade for the scenes of `adn scenes`, on a CPU. Weights make up for what the loss scales by the size of
-    # images and the number of classes.
-    "dyyolov7-digits": YOLOv7Recipe(
-        model="dyyolov7", model_kwargs={"width": 0.25}, epochs=6, batch_size=8, optimizer="adamw", lr=2e-3, lr_min=2e-5,
-        nominal_batch=None, warmup_epochs=1, size=128, hue=0.0, saturation=0.0, brightness=0.0, mosaic=0.0, blend=0.0,
-        scale=0.0, translate=0.0, flip=0.0, ema_decay=0.99, ema_ramp=40, objectness=10.0, classes=2.4),
 }
