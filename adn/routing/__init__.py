@@ -11,7 +11,7 @@ _WHERE = {
     "AdvantageRouter": "..routers",
     "BudgetController": ".controller",
     "Cascade": ".routed",
-    "Decision": ".two_routes",
+    "Decision": ".decisions",
     "DifficultyRouter": "..routers",
     "ImageRouter": ".routed",
     "MedianOffset": ".losses",

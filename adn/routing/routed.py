@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from ..core.depth import Depth
 from ..core.errors import CheckpointError
 from ..core.state import DepthLike, set_depth, stages, state_of
 from ..core.taps import listening
+from ..measure.passes import evaluating, moved
+from ..measure.profile import clock_of
 from ..models.registry import interface_of, source_of
 from ..routers import AdvantageRouter, DifficultyRouter, Router
 from ..runtime.fuse import FusedNet, fuse
 from .controller import BudgetController
+from .decisions import TIMES, Decision, Policy, cost_of, merge, select
 from .policy import ThresholdPolicy
-from .two_routes import Decision, Policy, TwoRoutes, cost_of
 
 
 class ImageRouter(Router):
@@ -65,7 +68,7 @@ class ImageRouter(Router):
         return x.to(self.head.weight.dtype)
 
 
-class RoutedNet(TwoRoutes):
+class RoutedNet(nn.Module):
     """An any-depth net, each of whose images runs at the one or the other of two depths.
 
         net = RoutedNet(adn.fuse(net), router, ThresholdPolicy.from_share(scores, 0.3))
@@ -74,6 +77,9 @@ class RoutedNet(TwoRoutes):
         stream = RoutedNet(net, router, BudgetController(...), decide="next")
         for frame in video:
             outputs, decision = stream.step(frame[None], target=15)
+
+    Images of a batch take routes of their own: each route runs once, on those that take it, and a route that none takes
+    does not run. Outputs are in the order of the images, and equal to those of each image alone.
 
     Which features the router sees: with an `ImageRouter` the image; with `at`, the input of what depends on that flag
     (an early stage), in the deploy form alone, where all before it runs once and only what is after it parts; of a
@@ -84,7 +90,9 @@ class RoutedNet(TwoRoutes):
         net: any-depth, in evaluation; a deploy form (`adn.fuse`) runs it in one go. Of a cascade of detectors
             (`dyyolov7`) both routes begin with the first backbone, which runs once and whose maps the router sees.
         router: see `adn.routers`; None = that of a cascade of detectors.
-        policy, decide: as of `TwoRoutes`.
+        policy: what decides; None = given with each call.
+        decide: when the score is known: "within" the image, before the routes part; or after it, for the "next" one of
+            a stream (`step`).
         shallow, deep: the two depths.
         at: index of a flag; the depths must agree on those before it.
         taps: names of stages (`adn.stages(net)`), for a router of a stream.
@@ -96,7 +104,11 @@ class RoutedNet(TwoRoutes):
     def __init__(self, net: nn.Module, router: Router | None = None, policy: Policy | None = None, *,
                  shallow: DepthLike = "base", deep: DepthLike = "super", decide: str = "within", at: int | None = None,
                  taps: Sequence[str] = ()) -> None:
-        super().__init__(router, policy, decide=decide)
+        super().__init__()
+        if decide not in TIMES:
+            raise ValueError(f"decide={decide!r}; pass one of {', '.join(map(repr, TIMES))}")
+        self.router, self.policy, self.decide = router, policy, decide
+        self._ahead = False  # of a stream: does the next image take the deep route?
         state = state_of(net)
         pair = state.full, state.base
         self.net = net
@@ -157,15 +169,18 @@ class RoutedNet(TwoRoutes):
         return super().__getattr__(name)
 
     def begin(self, x: Any) -> tuple[Sequence[Tensor], Any]:
+        """What both routes share of a batch: features for the router, and whatever they go on with."""
         if (model := self._cascade) is not None:
             taps = model.features(x)
             return taps, taps
         return [x if torch.is_tensor(x) else torch.stack([_square(image, self.router.size) for image in x])], None
 
     def shallow(self, x: Any, shared: Sequence[Tensor] | None = None) -> Any:
+        """What the shallow route makes of a batch."""
         return self._at(self.depths[0], x, shared)
 
     def deep(self, x: Any, shared: Sequence[Tensor] | None = None) -> Any:
+        """What the deep route makes of a batch."""
         return self._at(self.depths[1], x, shared)
 
     def _at(self, depth: Depth, x: Any, shared: Sequence[Tensor] | None) -> Any:
@@ -175,15 +190,30 @@ class RoutedNet(TwoRoutes):
         model = self._cascade
         return model.outputs(model.answer(x, *shared))
 
+    def forward(self, x: Any) -> Any:
+        """Of each image what its route makes of it."""
+        return self.route(x)[0]
+
     def route(self, x: Any, policy: Policy | None = None) -> tuple[Any, Decision]:
-        if self.at is not None:
-            return self._route_inside(x, self._policy(policy))
-        if not (isinstance(self.net, FusedNet) and torch.is_tensor(x) and x.is_cuda):
-            return super().route(x, policy)
+        """The outputs of a batch, and the decisions.
+
+        Args:
+            x: (B, ...), or a list of images where the net takes such.
+            policy: in place of its own.
+
+        Raises:
+            ValueError: without a policy or a router, or where the router was made for other features.
+        """
         policy = self._policy(policy)
-        score = self._score(self.begin(x)[0])
-        deep = score > policy.tau  # nobody waits for it, so that what it costs is not known
-        return self.net.per_image(x, self._rows(deep)), Decision(score, deep, None)
+        if self.at is not None:
+            return self._route_inside(x, policy)
+        features, shared = self.begin(x)
+        score = self._score(features)
+        deep = score > policy.tau
+        if isinstance(self.net, FusedNet) and torch.is_tensor(x) and x.is_cuda:
+            # Nobody waits for the decisions, so that what they cost is not known.
+            return self.net.per_image(x, self._rows(deep)), Decision(score, deep, None)
+        return self._both(x, shared, deep), Decision(score, deep, cost_of(policy, deep))
 
     def features(self, x: Any, deep: bool = False) -> Sequence[Tensor]:
         """What the router sees of a batch, and scores; of a stream that of the one or the other route."""
@@ -195,11 +225,80 @@ class RoutedNet(TwoRoutes):
         return self.run(x, deep)[1] if self.taps else self.begin(x)[0]
 
     def score(self, x: Any) -> Tensor:
+        """(B,): what the router says of a batch, whose routes do not run."""
         return self._score(self.features(x), 0)
 
+    def scores(self, loader: Iterable[Any]) -> list[float]:
+        """Of all images of a loader, in its order; for `ThresholdPolicy.from_share`."""
+        device = next(self.parameters()).device
+        found: list[float] = []
+        with evaluating(self), torch.no_grad():
+            for batch in loader:
+                x = batch[0] if isinstance(batch, tuple | list) else batch
+                found += self.score(moved(x, device)).tolist()
+        return found
+
+    def measure(self, x: Any, rounds: int = 20, warmup: int = 3) -> tuple[float, float]:
+        """What the whole shallow and the whole deep route cost, router included: medians in milliseconds, measured in
+        turn.
+
+        Args:
+            x: a batch as will come; of several images the time is of all of them.
+        """
+        clock = clock_of(x[0].device)
+        routes = [ThresholdPolicy(float("inf")), ThresholdPolicy(float("-inf"))]
+        times: list[list[float]] = [[], []]
+        with evaluating(self), torch.no_grad():
+            for step in range(-warmup, rounds):
+                for each, policy in zip(times, routes, strict=True):
+                    ms = clock(lambda images, policy=policy: self.route(images, policy), x)
+                    if step >= 0:
+                        each.append(ms)
+        shallow, deep = (sorted(each)[len(each) // 2] for each in times)
+        return shallow, deep
+
+    def reset(self) -> None:
+        """A stream begins: its first image takes the shallow route."""
+        self._ahead = False
+
+    def step(self, x: Any, *, target: float | None = None, cost: Callable[[], float] | None = None,
+             policy: Policy | None = None) -> tuple[Any, Decision]:
+        """The next image of a stream; the score that is made of it decides over the one after it.
+
+        Args:
+            x: a batch of one image.
+            target: what it should cost on average, for a policy that follows one (`BudgetController`).
+            cost: called once the image is done, gives what it cost, in the unit of the controller's costs (millijoules,
+                say); None = milliseconds, measured here, which waits for the device.
+            policy: in place of its own.
+
+        Returns:
+            What the route made of it, and the decision over this image (its score is that for the next).
+
+        Raises:
+            ValueError: as `route`; with more images than one, or a controller without a target.
+        """
+        policy = self._policy(policy)
+        if len(x) != 1:
+            raise ValueError(f"{len(x)} images; a stream comes one by one: routed.step(x[i : i + 1])")
+        follows = hasattr(policy, "update")
+        if follows and target is None:
+            raise ValueError(f"a {type(policy).__name__} follows a target: routed.step(x, target=...)")
+        deep, start = self._ahead, time.perf_counter()
+        outputs, features = self.run(x, deep)
+        score = self._score(features, int(deep))
+        if follows:
+            value = score.item()  # waits for all that was launched
+            spent = (time.perf_counter() - start) * 1e3 if cost is None else cost()
+            policy.update(target, spent, value)
+        self._ahead = policy.deep(score.item())
+        return outputs, Decision(score, torch.tensor([deep], device=score.device), spent if follows else None)
+
     def run(self, x: Any, deep: bool) -> tuple[Any, Sequence[Tensor]]:
+        """A batch by one route, and what the router sees of it."""
         if not self.taps:
-            return super().run(x, deep)
+            features, shared = self.begin(x)
+            return (self.deep if deep else self.shallow)(x, shared), features
         found: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
             for stage in stages(self.net):
@@ -248,6 +347,31 @@ class RoutedNet(TwoRoutes):
         if router is not None:
             router.to(next(net.parameters()).device)
         return routed.eval()
+
+    def _both(self, x: Any, shared: Any, deep: Tensor) -> Any:
+        """Each image by its route. One read of the decisions: the host has to know what to launch."""
+        chosen = deep.tolist()
+        if not any(chosen):
+            return self.shallow(x, shared)
+        if all(chosen):
+            return self.deep(x, shared)
+        parts = []
+        for route, value in ((self.shallow, False), (self.deep, True)):
+            places = [i for i, taken in enumerate(chosen) if taken is value]
+            parts.append((places, route(select(x, places, len(chosen)), select(shared, places, len(chosen)))))
+        return merge(parts)
+
+    def _policy(self, policy: Policy | None) -> Policy:
+        policy = self.policy if policy is None else policy
+        if policy is None:
+            raise ValueError("no policy to decide by: routed.policy = ThresholdPolicy.from_share("
+                             "routed.scores(loader), share), or pass one with the call")
+        return policy
+
+    def _score(self, features: Sequence[Tensor], path: int | None = None) -> Tensor:
+        if self.router is None:
+            raise ValueError("there is no router: train one (adn route fit), or load weights that have one")
+        return self.router(features, path)
 
     def _route_inside(self, x: Any, policy: Policy) -> tuple[Any, Decision]:
         inside = _Inside(self, policy)

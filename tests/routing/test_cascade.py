@@ -27,7 +27,7 @@ from adn.routing import (
     RoutedNet,
     ThresholdPolicy,
 )
-from adn.routing.two_routes import merge, select
+from adn.routing.decisions import merge, select
 from adn.weights.checkpoint import read_metadata
 
 ALWAYS, NEVER = ThresholdPolicy(-math.inf), ThresholdPolicy(math.inf)
