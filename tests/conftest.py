@@ -186,6 +186,19 @@ def golden(seeded: ModuleType) -> Callable[[str], tuple[dict, dict]]:
     return load
 
 
+@pytest.fixture(scope="session")
+def dynamic(seeded: ModuleType) -> ModuleType:
+    """What the fixtures of dynamic detection do to weights and inputs."""
+    spec = importlib.util.spec_from_file_location("golden_dynamic", GOLDEN / "dynamic_detection.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["seeded"] = seeded
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["seeded"]
+    return module
+
+
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Random affine parameters, statistics and layer scales, in place.
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
-import sys
 import weakref
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, randomise
+from conftest import randomise
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,19 +30,6 @@ from adn.train.recipes import default_recipe
 
 NAMES = ["yolov7", "yolov7x", "yolov7_w6"]
 TOLERANCE = 1e-4  # of the largest value of a map
-
-
-@pytest.fixture(scope="module")
-def dynamic(seeded: ModuleType) -> ModuleType:
-    """What the fixtures of dynamic detection do to weights and inputs."""
-    spec = importlib.util.spec_from_file_location("golden_dynamic", GOLDEN / "dynamic_detection.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["seeded"] = seeded
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules["seeded"]
-    return module
 
 
 def tiny(name: str = "yolov7", seed: int = 0, **kwargs: Any) -> nn.Module:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,15 +19,6 @@ from adn.tasks import DETECT, is_detector
 
 PARAMETERS = {"dyyolov7": 80_621_333, "dyyolov7x": 151_093_149, "dyyolov7_w6": 147_364_049}
 ALWAYS, NEVER = ThresholdPolicy(-math.inf), ThresholdPolicy(math.inf)
-
-
-@pytest.fixture(scope="session")
-def dynamic(seeded: ModuleType) -> ModuleType:
-    sys.path.insert(0, str(seeded.__file__).rpartition("/")[0])
-    sys.modules.setdefault("seeded", seeded)
-    import dynamic_detection
-
-    return dynamic_detection
 
 
 def narrow(name: str = "dyyolov7", classes: int = 4) -> nn.Module:

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
 
 from adn.routers import AdvantageRouter, DifficultyRouter, pooled
 from adn.routing.losses import MedianOffset, advantage_loss, correlation, offset_loss
-
-
-@pytest.fixture(scope="session")
-def dynamic(seeded: ModuleType) -> ModuleType:
-    """How weights and inputs of these fixtures are made of their names."""
-    sys.path.insert(0, str(seeded.__file__).rpartition("/")[0])
-    sys.modules.setdefault("seeded", seeded)
-    import dynamic_detection
-
-    return dynamic_detection
 
 
 @pytest.mark.parametrize("name", ["small", "dyyolov7"])
