@@ -76,8 +76,8 @@ class DetectorProtocol:
         Raises:
             ValueError: if that is not known of this detector.
         """
-        raise ValueError(f"what single images lose is not known of a {type(self).__name__}: a router can be trained "
-                         "for classifiers and cascades of detectors (dyyolov7)")
+        raise ValueError("what single images lose is not known of this detector: a router can be trained "
+                         "for classifiers, RT-DETR, YOLOv12 and cascades of detectors (dyyolov7)")
 
     def deploy(self) -> Deploy:
         """What its deploy form is made of."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,21 @@ class Supervised(Step):
         outputs = self._run(images, targets)
         terms = self.criterion(outputs, targets)
         return {**terms, "loss": self._reaching_all(total(terms), outputs)}
+
+
+def losses_alone(criterion: Callable[[Any, Targets], dict[str, Tensor]], outputs: Any, targets: Targets) -> Tensor:
+    """(B,): of each image the loss that it would have as a batch of its own; what routers learn from.
+
+    Args:
+        criterion: gives the weighted terms.
+        outputs: of a batch, as the criterion takes them: tensors (B, ...), in lists and dicts.
+    """
+    def of_image(value: Any, i: int) -> Any:
+        if isinstance(value, Mapping):
+            return {name: of_image(part, i) for name, part in value.items()}
+        return value[i : i + 1] if isinstance(value, Tensor) else [of_image(part, i) for part in value]
+
+    return torch.stack([total(criterion(of_image(outputs, i), [target])) for i, target in enumerate(targets)])
 
 
 def prefixed(net: str, terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -113,10 +113,9 @@ class RoutedNet(nn.Module):
         pair = state.full, state.base
         self.net = net
         if (model := self._cascade) is not None:
-            if isinstance(net, FusedNet):
-                raise ValueError(f"the routes of a {type(model).__name__} part where a deploy form does not stop: pass "
-                                 "the net itself (adn.fuse runs the one or the other)")
             self.router = model.router if router is None else router
+            if isinstance(net, FusedNet):
+                at = 0
         self.depths = Depth.parse(shallow, pair), Depth.parse(deep, pair)
         if self.depths[0] == self.depths[1]:
             raise ValueError(f"both depths are {self.depths[0]}; pass two")
@@ -218,10 +217,7 @@ class RoutedNet(nn.Module):
     def features(self, x: Any, deep: bool = False) -> Sequence[Tensor]:
         """What the router sees of a batch, and scores; of a stream that of the one or the other route."""
         if self.at is not None:
-            inside = _Inside(self, None)
-            with contextlib.suppress(_Done):
-                self.net.per_image(x, inside)
-            return [inside.features]
+            return self._inside(x, None)[1].features
         return self.run(x, deep)[1] if self.taps else self.begin(x)[0]
 
     def score(self, x: Any) -> Tensor:
@@ -279,6 +275,8 @@ class RoutedNet(nn.Module):
             ValueError: as `route`; with more images than one, or a controller without a target.
         """
         policy = self._policy(policy)
+        if self.decide != "next":
+            raise ValueError("this decides within the image; for a stream: RoutedNet(net, ..., decide='next')")
         if len(x) != 1:
             raise ValueError(f"{len(x)} images; a stream comes one by one: routed.step(x[i : i + 1])")
         follows = hasattr(policy, "update")
@@ -296,6 +294,9 @@ class RoutedNet(nn.Module):
 
     def run(self, x: Any, deep: bool) -> tuple[Any, Sequence[Tensor]]:
         """A batch by one route, and what the router sees of it."""
+        if self.at is not None:
+            outputs, inside = self._inside(x, deep)
+            return outputs, inside.features
         if not self.taps:
             features, shared = self.begin(x)
             return (self.deep if deep else self.shallow)(x, shared), features
@@ -374,10 +375,16 @@ class RoutedNet(nn.Module):
         return self.router(features, path)
 
     def _route_inside(self, x: Any, policy: Policy) -> tuple[Any, Decision]:
-        inside = _Inside(self, policy)
-        outputs = self.net.per_image(x, inside)
+        outputs, inside = self._inside(x, lambda score: score > policy.tau)
         cost = None if inside.deep.is_cuda else cost_of(policy, inside.deep)
         return outputs, Decision(inside.score, inside.deep, cost)
+
+    def _inside(self, x: Any, decide: Callable[[Tensor], Tensor] | bool | None) -> tuple[Any, _Inside]:
+        """A batch by the deploy form, which stops where the routes part if nothing is decided."""
+        inside = _Inside(self, decide)
+        with contextlib.suppress(_Done):
+            return self.net.per_image(x, inside), inside
+        return None, inside
 
     def _rows(self, deep: Tensor) -> Tensor:
         """int32 (flags, B): of each image the entries of its depth."""
@@ -385,7 +392,7 @@ class RoutedNet(nn.Module):
         return columns.to(deep.device)[deep.long()].T.contiguous()
 
     def _check_place(self, at: int) -> None:
-        if not isinstance(self.net, FusedNet) or self.decide != "within":
+        if not isinstance(self.net, FusedNet):
             raise ValueError("a decision inside a forward (at=) takes a deploy form: RoutedNet(adn.fuse(net), ...)")
         if not 0 <= at < len(self.depths[0]):
             raise ValueError(f"at={at}; pass the index of a flag, 0 to {len(self.depths[0]) - 1}")
@@ -412,27 +419,33 @@ class _Inside:
     """What a deploy form asks for the entries of each image: of flag `at` it makes the decision.
 
     Attributes:
-        features: the input of what depends on that flag.
+        features: what the router sees: the input of what depends on that flag; of a cascade of detectors, all maps of
+            the first backbone.
         score, deep: (B,), once they are known.
     """
 
-    def __init__(self, routed: RoutedNet, policy: Policy | None) -> None:
-        self.routed, self.policy = routed, policy
-        self.features: Tensor | None = None
+    def __init__(self, routed: RoutedNet, decide: Callable[[Tensor], Tensor] | bool | None) -> None:
+        self.routed, self.decide = routed, decide
+        self.features: Sequence[Tensor] = ()
         self.score: Tensor | None = None
         self.deep: Tensor | None = None
 
-    def __call__(self, k: int, features: Tensor) -> Tensor:
-        shallow, deep = (int(depth[k]) for depth in self.routed.depths)
+    def __call__(self, k: int, *inputs: Tensor) -> Tensor | list[bool | int]:
+        shallow, deep = (depth[k] for depth in self.routed.depths)
+        cascade = self.routed._cascade is not None
         if k == self.routed.at:
-            self.features = features
-            if self.policy is None:
+            self.features = inputs[1:] if cascade else inputs[:1]
+            if self.decide is None:
                 raise _Done
-            self.score = self.routed._score([features])
-            self.deep = self.score > self.policy.tau
-        if shallow == deep:
-            return torch.full((len(features),), shallow, dtype=torch.int32, device=features.device)
-        return torch.where(self.deep, deep, shallow).to(torch.int32)
+            if callable(self.decide):
+                self.score = self.routed._score(self.features)
+                self.deep = self.decide(self.score)
+        if shallow == deep or not callable(self.decide):
+            return [deep if self.decide else shallow] * len(inputs[0])
+        # On a GPU the decisions stay there, but over detectors: the host has to know which of them to launch.
+        if self.deep.is_cuda and not cascade:
+            return torch.where(self.deep, int(deep), int(shallow)).to(torch.int32)
+        return [deep if taken else shallow for taken in self.deep.tolist()]
 
 
 def _square(image: Tensor, size: int) -> Tensor:

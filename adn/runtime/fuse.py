@@ -31,6 +31,9 @@ from .layers import Layer
 from .per_image import checked_flags, fastest, split_run
 from .watch import Watch
 
+# A router inside a forward, see `FusedNet.per_image`.
+Asked = Callable[..., Tensor | list[bool | int]]
+
 
 def fuse(net: nn.Module) -> FusedNet:
     """The deploy form of a converted net: for inference, any-depth as before.
@@ -115,24 +118,24 @@ class FusedNet(nn.Module):
     def _run_head(self, head: Segment, x: Tensor) -> Tensor:
         return head.run(False, self.take(x))[0]
 
-    def per_image(self, x: Tensor, depths: Tensor | Callable[[int, Tensor], Tensor] | Sequence[DepthLike]) -> Any:
+    def per_image(self, x: Tensor, depths: Tensor | Asked | Sequence[DepthLike]) -> Any:
         """Every image of a batch at a depth of its own; the depth of the net does not matter.
 
         Args:
             x: (N, ...), or what else the net takes.
             depths: int32 (flags and stacks, N) on the device of x, 1 where image n bypasses the refinement path of flag
                 k, else 0, and in the row of a stack after how many of its layers n is done (they all run): any kernel
-                may have written it, and nothing waits for it. Or a router, called `router(k, features)` before what
-                depends on flag k, `features` being its input, for the (N,) of that flag. Or, where the host knows, N
-                depths: then the batch is split in every stage or, where that has been measured to be faster, run as a
-                whole; the first calls measure.
+                may have written it, and nothing waits for it. Or, where the host knows, N depths: then the batch is
+                split in every stage or, where that has been measured to be faster, run as a whole; the first calls
+                measure. Or a router, called `router(k, *inputs)` before what depends on flag k, with what that takes,
+                features first, for the column of that flag: (N,) on the device, or a list of N.
 
         Raises:
             ValueError: if a shape, type or device does not fit, or samples of a batch influence each other.
         """
         return self.around(x, lambda batch: self.run_per_image(batch, depths))
 
-    def run_per_image(self, x: Tensor, depths: Tensor | Callable[[int, Tensor], Tensor] | Sequence[DepthLike]) -> Any:
+    def run_per_image(self, x: Tensor, depths: Tensor | Asked | Sequence[DepthLike]) -> Any:
         """As `per_image`, of the segments alone."""
         if self._mixing is not None:
             raise ValueError(f"norm {self._mixing!r} has no running statistics, so samples of a batch influence each "
@@ -146,13 +149,20 @@ class FusedNet(nn.Module):
         if isinstance(depths, Tensor):
             flags = checked_flags(depths, (len(self._adn.full), len(x)), x.device, len(self._adn.full.layers))
             return self._run(x, lambda segment, inputs: segment.per_image(*inputs, flags[segment.flag]))
-        found: dict[int, Tensor] = {}
+        found: dict[int, Tensor | list[bool | int]] = {}
 
         def routed(segment: Segment, inputs: list[Any]) -> tuple:
             k = segment.flag
             if k not in found:
-                counts = 0 if isinstance(self._adn.full[k], bool) else len(x)
-                found[k] = checked_flags(depths(k, inputs[0]), (len(x),), x.device, counts)
+                found[k] = depths(k, *inputs)
+                if not isinstance(found[k], list):
+                    counts = 0 if isinstance(self._adn.full[k], bool) else len(x)
+                    found[k] = checked_flags(found[k], (len(x),), x.device, counts)
+                elif len(found[k]) != len(x) or not set(found[k]) <= set(segment.entries):
+                    raise ValueError(f"of flag {k} the router gave {found[k]} for {len(x)} images; pass one of "
+                                     f"{', '.join(map(str, segment.entries))} for each")
+            if isinstance(found[k], list):
+                return self._split(segment, inputs, found[k])
             return segment.per_image(*inputs, found[k])
 
         return self._run(x, routed)

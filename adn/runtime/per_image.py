@@ -81,17 +81,20 @@ def split_run(run: Callable[..., tuple], inputs: Sequence[Any], entries: Sequenc
     return pytree.tree_map(merge, *results)
 
 
-def picked(picks: Tensor, values: Sequence[int], *outputs: Tensor) -> Tensor:
+def picked(picks: Tensor, values: Sequence[int], *outputs: Any) -> Any:
     """For each sample the output that belongs to its value.
 
     Args:
         picks: int32 (N,).
-        values: as many as outputs, each (N, ...). What is none of them counts as the last.
+        values: as many as outputs, each a tensor (N, ...) or several in lists. What is none of them counts as the last.
     """
-    result = outputs[-1]
-    for value, output in zip(values[:-1], outputs[:-1], strict=True):
-        result = torch.where(_of_samples(picks == value, output), output, result)
-    return result
+    def pick(*of_values: Tensor) -> Tensor:
+        result = of_values[-1]
+        for value, output in zip(values[:-1], of_values[:-1], strict=True):
+            result = torch.where(_of_samples(picks == value, output), output, result)
+        return result
+
+    return pytree.tree_map(pick, *outputs)
 
 
 def fastest(ways: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3) -> str:

@@ -19,7 +19,7 @@ import adn
 from adn.core.state import is_any_depth
 from adn.data.mosaic import fitted
 from adn.detect.boxes import complete_iou
-from adn.detect.training import Supervised
+from adn.detect.training import Supervised, losses_alone, total
 from adn.models.registry import ENTRIES, RECIPES
 from adn.models.yolov7.criterion import DetectionLoss
 from adn.models.yolov7.layers import SPPCSPC, CBLinear, Conv, IDetect, ReOrg, Rep, fused
@@ -166,16 +166,14 @@ def test_losses_of_single_images(golden, dynamic) -> None:
         return [dynamic.fixture_input(manifest, f"p{i}_{detector}_{level}") for level in range(3)]
 
     for i, (difference, score, _, value, gradient, offset, _) in enumerate(arrays["full"]):
-        one, two = (loss.of_each(maps(i, detector), [target]).item() for detector in (1, 2))
+        one, two = (losses_alone(loss, maps(i, detector), [target]).item() for detector in (1, 2))
         assert one - two == pytest.approx(difference, abs=1e-6)
         assert one - two - offset == pytest.approx(gradient, abs=1e-6)
         assert score * (one - offset / 2) + (1 - score) * (two + offset / 2) == pytest.approx(value, abs=1e-6)
-        alone = loss(maps(i, 1), [target])
-        assert sum(alone.values()).item() == pytest.approx(one, abs=1e-6)
     # Of a batch: each image as alone, the objectness a mean over all cells.
     both = [torch.cat(x) for x in zip(maps(0, 1), maps(1, 1))]
-    each = [loss.of_each(maps(i, 1), [target]).item() for i in (0, 1)]
-    assert loss.of_each(both, [target] * 2).tolist() == pytest.approx(each, abs=1e-6)
+    each = [total(loss(maps(i, 1), [target])).item() for i in (0, 1)]
+    assert losses_alone(loss, both, [target] * 2).tolist() == pytest.approx(each, abs=1e-6)
     assert loss(both, [target] * 2)["obj"].item() == pytest.approx(
         sum(loss(maps(i, 1), [target])["obj"].item() for i in (0, 1)), abs=1e-5)
 
@@ -526,7 +524,7 @@ def test_losses_are_those_that_loops_find(seed: int) -> None:
 
 def test_an_image_without_objects_in_a_batch() -> None:
     loss, maps, targets = DetectionLoss(ANCHORS), raw(3), some_objects(4, 0, 2, dtype=torch.float64)
-    each = loss.of_each(maps, targets)
+    each = losses_alone(loss, maps, targets)
     alone = [loss([x[i : i + 1] for x in maps], targets[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(each, torch.stack([sum(terms.values()) for terms in alone]))
     assert alone[1]["box"] == alone[1]["cls"] == 0
@@ -549,7 +547,7 @@ def test_an_image_without_objects_in_a_batch() -> None:
     entropy = [F.softplus(x[..., 4]).mean().item() for x in maps]
     assert sum(loss(maps, nothing).values()).item() == pytest.approx(
         3 * 0.7 * (4 * entropy[0] + entropy[1] + 0.4 * entropy[2]))
-    assert loss.of_each(maps, nothing).mean().item() == pytest.approx(sum(loss(maps, nothing).values()).item() / 3)
+    assert losses_alone(loss, maps, nothing).sum().item() == pytest.approx(sum(loss(maps, nothing).values()).item())
 
 
 def test_weights_follow_the_number_of_maps_and_the_size() -> None:

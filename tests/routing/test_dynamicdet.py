@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,18 +92,34 @@ def test_names_of_the_original(name: str) -> None:
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in fresh.state_dict().items())
 
 
-def test_a_batch_is_its_images_alone() -> None:
-    """Mixed decisions; what is not taken does not run, and the first backbone runs once."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_batch_is_its_images_alone(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed decisions; what is not taken does not run, and the first backbone runs once. Of the deploy form, too."""
     net, x = narrow(), images()
-    routed = RoutedNet(net)
+    routed = RoutedNet(adn.fuse(net) if fused else net)
     with torch.no_grad():
-        scores = routed.score(x)
+        scores = RoutedNet(net).score(x)
+        torch.testing.assert_close(routed.score(x), scores, rtol=1e-4, atol=1e-5)
     policy = ThresholdPolicy.from_share(scores.tolist(), 0.5)
     calls: dict[str, list[int]] = {"backbone": [], "first": [], "second": []}
-    first, second = net.answer.routes
-    for name, module in (("backbone", net.backbone), ("first", first), ("second", second)):
-        module.register_forward_pre_hook(lambda _module, args, name=name: calls[name].append(len(args[0][0])
-                                         if isinstance(args[0], list) else len(args[0])))
+
+    def counted(name: str, run: Any) -> Any:
+        def call(*inputs: Any) -> Any:
+            calls[name].append(len(inputs[0][0] if isinstance(inputs[0], list) else inputs[0]))
+            return run(*inputs)
+
+        return call
+
+    if fused:
+        before, answer, _ = routed.net.segments
+        before._calls[False] = counted("backbone", before._calls[False])
+        for entry, name in ((1, "first"), (2, "second")):
+            answer._calls[entry] = counted(name, answer._calls[entry])
+        monkeypatch.setattr("adn.runtime.fuse.fastest", lambda ways, device: "split")
+    else:
+        first, second = net.answer.routes
+        for name, module in (("backbone", net.backbone), ("first", first), ("second", second)):
+            module.register_forward_pre_hook(lambda _module, args, name=name: counted(name, lambda *_: None)(*args))
     with torch.no_grad():
         outputs, decision = routed.route(x, policy)
         assert decision.deep.tolist() == [policy.deep(score) for score in scores.tolist()]
@@ -114,6 +131,8 @@ def test_a_batch_is_its_images_alone() -> None:
             torch.testing.assert_close(outputs["decoded"][i : i + 1], alone["decoded"], rtol=1e-4, atol=1e-4)
             for maps, own in zip(outputs["maps"], alone["maps"], strict=True):
                 torch.testing.assert_close(maps[i : i + 1], own, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(outputs["decoded"][i : i + 1], RoutedNet(net).route(image[None], policy)[0][
+                "decoded"], rtol=1e-4, atol=1e-3)
         calls["second"].clear()
         routed.route(x, NEVER)
         assert not calls["second"]
@@ -167,6 +186,36 @@ def test_both_detectors_learn() -> None:
                                loss.criterion(maps, targets)["first.box"])
 
 
+def test_both_ways_of_a_batch_agree() -> None:
+    """The deploy form picks from what both detectors made of all images, or parts them."""
+    net, x = narrow().double(), images(3).double()
+    fused, entries = adn.fuse(net), [2, 1, 2]
+    with torch.no_grad():
+        wanted = [fused(x)["decoded"] for adn_depth in ("1", "2") if adn.set_depth(fused, adn_depth) is None]
+        for given in (torch.tensor(entries, dtype=torch.int32), entries):
+            found = fused.per_image(x, lambda k, *inputs, given=given: given)
+            for i, entry in enumerate(entries):
+                torch.testing.assert_close(found["decoded"][i], wanted[entry - 1][i], rtol=1e-9, atol=1e-9)
+
+
+def test_a_stream_of_the_deploy_form() -> None:
+    """Decided for the next image: the score is that of the net, and what is not decided for does not run."""
+    net, x = narrow().double(), images(4).double()
+    scores = RoutedNet(net)
+    with torch.no_grad():
+        scores = scores.score(x)
+        policy = ThresholdPolicy(float(scores.median()))
+        routed = RoutedNet(adn.fuse(net), policy=policy, decide="next")
+        ahead = False
+        for image, score in zip(x, scores, strict=True):
+            outputs, decision = routed.step(image[None])
+            assert decision.deep.item() is ahead
+            torch.testing.assert_close(decision.score.item(), score.item(), rtol=1e-6, atol=1e-6)
+            with adn.at_depth(net, "2" if ahead else "1"):
+                torch.testing.assert_close(outputs["decoded"], net(image[None])["decoded"], rtol=1e-9, atol=1e-9)
+            ahead = policy.deep(score.item())
+
+
 def test_through_a_file(tmp_path: Path) -> None:
     net, x = narrow(), images(2)
     with torch.no_grad():
@@ -195,5 +244,3 @@ def test_of_two_detectors() -> None:
         Cascade.from_detectors(first, YOLOv7("yolov7_w6", width=0.1, num_classes=3))
     with pytest.raises(ValueError, match="a Linear does not give its maps to another detector"):
         Cascade.from_detectors(nn.Linear(1, 1), second)
-    with pytest.raises(ValueError, match="pass the net itself"):
-        RoutedNet(adn.fuse(routed.net))

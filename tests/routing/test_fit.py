@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import adn
 from adn.cli import main
 from adn.core.state import stages
+from adn.models.rtdetr.criterion import DetectionLoss as DETRLoss
+from adn.models.yolov12.criterion import DetectionLoss as YOLOLoss
 from adn.routing import AdvantageRouter, DifficultyRouter, ImageRouter, RoutedNet, ThresholdPolicy
 from adn.routing.fit import Seen, at_cost, collect, fit_router, gains, scores_of
 from adn.weights.checkpoint import read_metadata
@@ -56,6 +58,53 @@ def test_losses_and_features_are_those_of_single_images(kind: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(scores_of(routed.router, seen), routed.score(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.advantages, seen.losses[:, 0] - seen.losses[:, 1])
+
+
+def rtdetr() -> torch.nn.Module:
+    return adn.convert(adn.create_model(
+        "rtdetr_r18vd", num_classes=5, queries=20, hidden=32, decoder_hidden=32, feedforward=32, heads=4,
+        decoder_feedforward=32, decoder_layers=3, backbone_args={"width": 8}))
+
+
+def of_transformers() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[2, 2, 2, 2], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"])
+    return adn.convert(transformers.RTDetrForObjectDetection(transformers.RTDetrConfig(
+        backbone_config=backbone, num_labels=5, encoder_in_channels=[16, 32, 64], encoder_hidden_dim=32, d_model=32,
+        num_queries=10, encoder_ffn_dim=48, decoder_ffn_dim=48, decoder_in_channels=[32, 32, 32],
+        encoder_attention_heads=4, decoder_attention_heads=4, decoder_layers=3)))
+
+
+DETECTORS = {
+    "yolov12": (lambda: adn.create_model("anydepth_yolov12n", num_classes=5, width=0.25), YOLOLoss,
+                lambda outputs: outputs),
+    "rtdetr": (rtdetr, DETRLoss, lambda outputs: outputs),
+    "transformers": (of_transformers, DETRLoss,
+                     lambda outputs: {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes}),
+}
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_losses_of_detectors(kind: str) -> None:
+    """Of each image what it would lose as a batch of its own, at both depths, objects or none."""
+    make, criterion, outputs_of = DETECTORS[kind]
+    torch.manual_seed(0)
+    net = randomise(make()).double().eval()
+    x = torch.rand(3, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(1)
+    targets = [{"labels": torch.randint(5, (n,), generator=draw), "boxes": torch.rand(n, 4, generator=draw).double() * 0.4 + 0.2}
+               for n in (2, 0, 5)]
+    routed = RoutedNet(net, ImageRouter().double())
+    seen = collect(routed, [(x[:2], targets[:2]), (x[2:], targets[2:])], progress=False)
+    assert seen.right is None
+    for i, depth in enumerate(routed.depths):
+        for j, target in enumerate(targets):
+            with adn.at_depth(net, depth), torch.no_grad():
+                terms = criterion()(outputs_of(net(x[j : j + 1])), [target])
+            assert seen.losses[j, i].item() == pytest.approx(sum(terms.values()).item(), rel=1e-6)
+    assert seen.advantages.abs().min() > 0
 
 
 def planted(count: int = 1200, noise: float = 0.3) -> Seen:
@@ -124,8 +173,8 @@ def test_what_cannot_be_learnt() -> None:
     with pytest.raises(ValueError, match="labels from 0 to 7, but the net has 2 classes"):
         collect(RoutedNet(a_net(), ImageRouter()), [(torch.rand(2, 3, 24, 24), torch.tensor([0, 7]))], progress=False)
     with torch.device("meta"):
-        detector = adn.create_model("anydepth_rtdetr_r50vd")
-    with pytest.raises(ValueError, match="what single images lose is not known of a RTDETR: a router"):
+        detector = adn.create_model("anydepth_fasterrcnn_resnet50_fpn")
+    with pytest.raises(ValueError, match="what single images lose is not known of this detector: a router"):
         collect(RoutedNet(detector, ImageRouter()), [], progress=False)
 
 

@@ -368,6 +368,16 @@ class TestRouter:
         assert shapes == {0: (N, 64, 16, 16), 1: (N, 64, 16, 16), 2: (N, 128, 8, 8), 3: (N, 256, 4, 4)}
         assert y.shape == (N, 10)
 
+    def test_may_answer_on_the_host(self) -> None:
+        net, fused, x = prepared("resnet18")
+        depths = ["TTFF" if i % 2 else "TTTF" for i in range(N)]
+        found = fused.per_image(x, lambda k, features: [depth[k] == "T" for depth in depths])
+        assert difference(found, alone(net, x, depths)) < 1e-11
+        with pytest.raises(ValueError, match=r"of flag 0 the router gave \[True\] for \d+ images; pass one of False, True"):
+            fused.per_image(x, lambda k, features: [True])
+        with pytest.raises(ValueError, match="pass one of False, True for each"):
+            fused.per_image(x, lambda k, features: [3] * N)
+
 
 class TestBadInput:
     @pytest.fixture(scope="class")
@@ -380,7 +390,7 @@ class TestBadInput:
         (torch.zeros(4, 3), "float32; pass int32"),
         (torch.zeros(4, 3, dtype=torch.int32, device="meta"), "flags are on meta, the images on cpu"),
         (lambda k, features: torch.zeros(2, dtype=torch.int32), r"shape \(2,\); pass \(3,\)"),
-        (lambda k, features: [0, 1, 0], "list; pass an int32 tensor"),
+        (lambda k, features: (0, 1, 0), "tuple; pass an int32 tensor"),
         (["TTFF"], "1 depths for 3 images"),
         (["TTFF", "TT", "FFFF"], "TT"),
     ])

@@ -16,8 +16,9 @@ from ...core.regions import only_calls, unseen
 from ...core.state import state_of
 from ...detect.detector import Detector, checked
 from ...detect.targets import Targets, fitting
+from ...detect.training import losses_alone
 from . import STRIDE
-from .criterion import DistillationLoss
+from .criterion import DetectionLoss, DistillationLoss
 from .decoder import Decoder
 from .denoising import Denoising, Draws, make_queries
 from .distill import DetectionDistillation, DetectionSupervised
@@ -125,6 +126,10 @@ class RTDETR(Detector):
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.decoder.reset_classifier(num_classes)
+
+    def losses(self, outputs: Mapping[str, Any], targets: Targets) -> Tensor:
+        """Of the last layer that runs."""
+        return losses_alone(DetectionLoss(), outputs, targets)
 
     def supervised(self, _recipe: DetectionRecipe, sizes: Sequence[int]) -> nn.Module:
         return DetectionSupervised(self, multi_scale=sizes)

@@ -14,7 +14,10 @@ from ...core.behaviours import is_frozen, original_class
 from ...core.deploy import Deploy
 from ...core.state import is_any_depth, state_of
 from ...detect.detector import DetectorProtocol
+from ...detect.targets import Targets
+from ...detect.training import losses_alone
 from . import STRIDE
+from .criterion import DetectionLoss
 from .hf import official_names
 from .model import RTDETR
 from .postprocess import postprocess
@@ -37,7 +40,11 @@ class TransformersDetector(DetectorProtocol):
         return self.model.config.num_labels
 
     def postprocess(self, outputs: Any, sizes: Sequence[Tensor | Sequence[int]]) -> list[dict[str, Tensor]]:
-        return postprocess({"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes}, sizes)
+        return postprocess(_own_names(outputs), sizes)
+
+    def losses(self, outputs: Any, targets: Targets) -> Tensor:
+        """Those of this library's RT-DETR, of the last layer."""
+        return losses_alone(DetectionLoss(), _own_names(outputs), targets)
 
     def distillation(self, recipe: Any, sizes: Sequence[int]) -> nn.Module:
         raise ValueError(f"a {type(self.model).__name__} is trained in the form of this library: net = adn.convert("
@@ -83,3 +90,7 @@ class TransformersDetector(DetectorProtocol):
             "decoder_layers": config.decoder_layers, "points": config.decoder_n_points, "positions_by_rows": True,
             "freeze_norm": any(map(is_frozen, self.model.model.backbone.modules())),
         }
+
+
+def _own_names(outputs: Any) -> dict[str, Tensor]:
+    return {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from ...core.regions import only_calls
 from ...detect.detector import Detector, checked
-from ...detect.training import Supervised
+from ...detect.targets import Targets
+from ...detect.training import Supervised, losses_alone
 from . import STRIDE
 from .criterion import DetectionLoss, DistillationLoss
 from .distill import YOLODistillation
@@ -106,10 +107,12 @@ class YOLOv12(Detector):
         outputs = self.model[-1]([kept[i] for i in NECK[1:]])
         return outputs | {"features": [kept[i] for i in COMPARED]} if self.training else outputs
 
-
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.model[-1].reset_classifier(num_classes)
+
+    def losses(self, outputs: Mapping[str, Any], targets: Targets) -> Tensor:
+        return losses_alone(DetectionLoss(), {"maps": outputs["maps"]}, targets)
 
     def supervised(self, recipe: YOLORecipe, sizes: Sequence[int]) -> nn.Module:
         return Supervised(self, DetectionLoss(recipe.box, recipe.classes, recipe.distances), STRIDE, sizes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +16,6 @@ from .layers import ANCHORS, STRIDES, boxes_of
 
 # Of the objectness of each map, by their number.
 BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}
-
-
-class Sums(NamedTuple):
-    """Of images, by map: (B, levels), or of them together, (levels).
-
-    Attributes:
-        count: of cells with an object.
-        box: sum over these of 1 - complete IoU.
-        classes: sum over these of the cross-entropy, mean over classes.
-        objectness: mean over all cells of the cross-entropy.
-    """
-
-    count: Tensor
-    box: Tensor
-    classes: Tensor
-    objectness: Tensor
 
 
 class DetectionLoss(nn.Module):
@@ -66,23 +49,6 @@ class DetectionLoss(nn.Module):
         Raises:
             ValueError: targets do not fit the images.
         """
-        each = self._sums(maps, targets)
-        batch = Sums(each.count.sum(0), each.box.sum(0), each.classes.sum(0), each.objectness.mean(0))
-        return {name: len(maps[0]) * term for name, term in self._terms(batch, maps).items()}
-
-    def of_each(self, maps: Sequence[Tensor], targets: Targets) -> Tensor:
-        """(B,): of each image the loss that it would have as a batch of its own."""
-        terms = self._terms(self._sums(maps, targets), maps)
-        return torch.stack([*terms.values()]).sum(0)
-
-    def _terms(self, sums: Sums, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        count, balance = sums.count.clamp(min=1), sums.objectness.new_tensor(BALANCE[len(maps)])
-        classes = self.classes * (maps[0].shape[-1] - 5) / 80
-        return {"box": self.box * (sums.box / count).sum(-1),
-                "obj": self.objectness * (balance * sums.objectness).sum(-1),
-                "cls": classes * (sums.classes / count).sum(-1)}
-
-    def _sums(self, maps: Sequence[Tensor], targets: Targets) -> Sums:
         maps = [widened(x) for x in maps]
         height, width = (n * STRIDES[0] for n in maps[0].shape[2:4])
         objects = padded(pack(fitting(targets, len(maps[0])), maps[0].device, maps[0].dtype), width, height)
@@ -99,11 +65,15 @@ class DetectionLoss(nn.Module):
         sure = maps[0].new_zeros(len(boxes), sum(x[0, ..., 0].numel() for x in maps)).scatter_reduce_(
             1, found.cell, overlap.detach().clamp(min=0), "amax")
         parts = sure.split([x[0, ..., 0].numel() for x in maps], 1)
-        objectness = [F.binary_cross_entropy_with_logits(x[..., 4].flatten(1), part, reduction="none").mean(1)
-                      for x, part in zip(maps, parts)]
+        objectness = torch.stack([F.binary_cross_entropy_with_logits(x[..., 4].flatten(1), part)
+                                  for x, part in zip(maps, parts)])
+        # By map: of cells with an object their number, and the sums over them.
         of_levels = len(maps), found.cell.shape[1] // len(maps)
-        count, box, entropy = (x.unflatten(1, of_levels).sum(-1) for x in (positive, positive - overlap, classes))
-        return Sums(count, box, entropy, torch.stack(objectness, 1))
+        count, box, entropy = (x.unflatten(1, of_levels).sum((0, 2)) for x in (positive, positive - overlap, classes))
+        count, images = count.clamp(min=1), len(maps[0])
+        return {"box": images * self.box * (box / count).sum(),
+                "obj": images * self.objectness * (objectness.new_tensor(BALANCE[len(maps)]) * objectness).sum(),
+                "cls": images * self.classes * wanted.shape[-1] / 80 * (entropy / count).sum()}
 
 
 def _at(cells: Tensor, maps: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ...detect.detector import Detector, checked
 from ...detect.suppression import on_originals, suppressed
-from ...detect.training import Supervised, prefixed
+from ...detect.training import Supervised, losses_alone, prefixed
 from ...routers import DifficultyRouter
 from .criterion import DetectionLoss
 from .layers import STRIDES
@@ -229,7 +229,7 @@ class YOLOv7Cascade(Detector):
         maps = outputs["maps"]
         size = max(maps[0].shape[2:4]) * STRIDES[0]
         criterion = DetectionLoss(self.answer.routes[0].head[-1].anchor_grid, size=size)
-        return criterion.of_each(maps, targets)
+        return losses_alone(criterion, maps, targets)
 
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
