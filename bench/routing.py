@@ -24,7 +24,7 @@ from torch import nn
 import adn
 from adn.measure.cost import count_macs
 from adn.routing import AdvantageRouter, ImageRouter, RoutedNet
-from adn.routing.fit import at_cost, collect, fit_router, gains, scores_of
+from adn.routing.fit import Guesses, at_cost, collect, fit_router, gains, scores_of
 from adn.train import Recipe, fit
 
 SHARES = (0.25, 0.5, 0.75)
@@ -85,10 +85,10 @@ def main() -> None:
             measured = collect(routed, tests, progress=False)
             pair = tuple(costs[depth] for depth in routed.depths)
             scores = scores_of(routed.router, measured).tolist()
-            for gain in gains(measured, scores, pair, calibration, SHARES):
+            for gain in gains(Guesses(measured.right), scores, pair, calibration, SHARES):
                 rows.append({
                     "seed": seed, "router": what, "share": gain.share, "deep": round(gain.deep, 4),
-                    "depth": " or ".join(map(str, routed.depths)), "mmacs": round(gain.cost, 4), "top1": gain.top1,
+                    "depth": " or ".join(map(str, routed.depths)), "mmacs": round(gain.cost, 4), "top1": gain.routed,
                     "random": gain.random, "best_single_depth": at_cost(points, gain.cost), "best_possible": gain.best,
                     "correlation": round(max(row.correlation for row in fitted), 4)})
             print(f"seed {seed}, {what}: correlation {max(row.correlation for row in fitted):.3f}", flush=True)

@@ -1,10 +1,10 @@
 """Let a router choose the depth of each image: train one, measure what it gains, hold a latency.
 
-fit        trains a router between two depths of a classifier, or that of a cascade of
-           detectors (dyyolov7), on images that the net has not learnt by heart, and
-           writes both to one file.
+fit        trains a router between two depths of a classifier or a detector (RT-DETR,
+           YOLOv12, a cascade such as dyyolov7), on images that the net has not learnt
+           by heart, and writes both to one file.
 eval       prints accuracy against mean cost: of the router, of as many images drawn at
-           random, of every single depth; of a cascade average precision at five shares.
+           random, of single depths.
 threshold  times both routes here, and sets the share of images that take the deep one
            so that the mean is what you ask for.
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import math
 import sys
 from typing import Any
@@ -31,12 +30,26 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core.tables import table
+from ..core.depth import Depth
 from ..measure.accuracy import choose_depths, evaluate
+from ..measure.average_precision import BACKENDS, detections, images_of, require_backend
 from ..measure.cost import count_macs
+from ..measure.passes import no_image
 from ..measure.profile import profile, require_matplotlib
 from ..routers import AdvantageRouter
-from ..routing.fit import at_cost, collect, fit_router, gains, gains_table, plot_gains, scores_of
+from ..routing.fit import (
+    SHARES,
+    Boxes,
+    Guesses,
+    Outcomes,
+    at_cost,
+    collect,
+    fit_router,
+    gains,
+    gains_table,
+    plot_gains,
+    scores_of,
+)
 from ..routing.policy import ThresholdPolicy
 from ..routing.routed import ImageRouter, RoutedNet
 from ..runtime.fuse import fuse
@@ -46,7 +59,6 @@ from . import common
 
 _KEPT = 201  # quantiles of scores in a file
 _ROUNDS = 20
-_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a cascade
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                   epilog="adn route --help has examples.")
 
     fit = action("fit", "train a router between two depths of a net")
-    fit.add_argument("checkpoint", metavar="CHECKPOINT", help="an any-depth classifier, as adn.save writes it")
+    fit.add_argument("checkpoint", metavar="CHECKPOINT", help="an any-depth net, as adn.save writes it")
     fit.add_argument("data", metavar="DATA", help="images that the net has not learnt by heart; see adn eval")
     fit.add_argument("--out", required=True, metavar="FILE", help="file to write: net and router")
     fit.add_argument("--shallow", default="base", metavar="DEPTH", help="of images that are easy (default: base)")
@@ -78,9 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_.add_argument("checkpoint", metavar="ROUTED", help="what adn route fit wrote")
     evaluate_.add_argument("data", metavar="DATA", help="images that neither net nor router has seen")
     evaluate_.add_argument("--latency", action="store_true", help="cost in milliseconds, measured here (default: in "
-                           "millions of multiply-adds)")
+                           "multiply-adds)")
     evaluate_.add_argument("--depth", metavar="DEPTHS", help='single depths to compare with: "all", "chain" or a list '
-                           "(default: all)")
+                           "(default: all; of a detector chain)")
+    evaluate_.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="what compares boxes with "
+                           f"annotations; the numbers are the same (default: {BACKENDS[0]})")
     evaluate_.add_argument("--csv", metavar="FILE", help="write the tables to a file as well")
     evaluate_.add_argument("--plot", metavar="FILE", help="draw accuracy against cost (png, pdf)")
     threshold = action("threshold", "choose the share of deep routes, by a latency or as it is")
@@ -127,10 +141,10 @@ def _fit(args: argparse.Namespace) -> int:
     if not best > 0:
         raise ValueError("the router predicts nothing of these images: the net gains at random from being deep, or has "
                          "learnt them by heart. Pass images that it was not trained on, and more of them")
-    if others.right is not None:
+    if others.right is not None:  # of a detector adn route eval says it
         x = example(net, common.preparation(args, net)["size"])
         costs = tuple(count / 1e6 for count in count_macs(net, x, routed.depths))
-        print(gains_table(gains(others, scores.tolist(), costs), "MMACs"))
+        print(gains_table(gains(Guesses(others.right), scores.tolist(), costs), "MMACs"))
     routed.policy = ThresholdPolicy.from_share(scores.tolist(), args.share)
     kept = np.quantile(scores.numpy().astype(np.float64), np.linspace(0, 1, _KEPT)).tolist()
     extra = read_metadata(args.checkpoint)["extra"] | {"route": {"scores": kept}}
@@ -147,67 +161,62 @@ def _evaluate(args: argparse.Namespace) -> int:
         require_matplotlib(args.plot)
     routed, extra = _routed(args)
     net = routed.net
+    task, metric = task_of(net), task_of(net).metric
     data = common.open_images(args.data, args, net, args.split)
-    loader: DataLoader = common.make_loader(data, args, task_of(net))
-    if task_of(net) is DETECT:
-        return _evaluate_detector(args, routed, loader, extra["route"]["scores"])
-    seen = collect(routed, loader)
-    depths = choose_depths(net, args.depth or "all")
-    rows = evaluate(net, loader, depths, args.device)
+    loader = common.make_loader(data, args, task)
+    asked = choose_depths(net, args.depth or ("chain" if task is DETECT else "all"))
+    every = list(dict.fromkeys([*asked, *routed.depths]))
+    outcomes, scores, accuracies = (_boxes if task is DETECT else _guesses)(routed, loader, every, args)
     x = example(net, common.preparation(args, net)["size"])
-    every = list(dict.fromkeys([*depths, *routed.depths]))
     if args.latency:
         spent = {point.depth: point.p50_ms for point in profile(net, x, depths=every, rounds=_ROUNDS, progress=True)}
         costs, unit = routed.measure(x, rounds=_ROUNDS), "ms"
     else:
-        spent = dict(zip(every, (count / 1e6 for count in count_macs(net, x, every)), strict=True))
-        costs, unit = (spent[routed.depths[0]], spent[routed.depths[1]]), "MMACs"
-    points = [(spent[row.depth], row.top1) for row in rows]
-    found = gains(seen, scores_of(routed.router, seen).tolist(), costs, extra["route"]["scores"])
+        in_unit, unit = (1e9, "GMACs") if task is DETECT else (1e6, "MMACs")
+        spent = dict(zip(every, (count / in_unit for count in count_macs(net, x, every)), strict=True))
+        costs = spent[routed.depths[0]], spent[routed.depths[1]]
+    found = gains(outcomes, scores, costs, extra["route"]["scores"], SHARES[:: 1 if task is not DETECT else 2])
     print(gains_table(found, unit))
-    print("\nsingle depths: " + ", ".join(f"{row.depth} {row.top1:.2f} at {spent[row.depth]:.4g}" for row in rows))
+    print("\nsingle depths: " + ", ".join(f"{depth} {accuracies[depth]:.2f} at {spent[depth]:.4g}" for depth in every))
+    points = [(spent[depth], accuracies[depth]) for depth in every]
     for row in found:
         if 0 < row.share < 1 and min(points)[0] <= row.cost:
             fixed = at_cost(points, row.cost)
-            print(f"at {row.cost:.4g} {unit}: router {row.top1:.2f}, best single depth {fixed:.2f} "
-                  f"({row.top1 - fixed:+.2f})")
+            print(f"at {row.cost:.4g} {unit}: router {row.routed:.2f}, best single depth {fixed:.2f} "
+                  f"({row.routed - fixed:+.2f})")
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["kind", "share", "deep", unit.lower(), "top1", "random", "best"])
-            writer.writerows(["router", *dataclasses.astuple(row)[:2], row.cost, row.top1, row.random, row.best]
+            writer.writerow(["kind", "share", "deep", unit.lower(), metric.name, "random", "best"])
+            writer.writerows(["router", row.share, row.deep, row.cost, row.routed, row.random, row.best]
                              for row in found)
-            writer.writerows([f"depth {row.depth}", "", "", spent[row.depth], row.top1, "", ""] for row in rows)
+            writer.writerows([f"depth {depth}", "", "", spent[depth], accuracies[depth], "", ""] for depth in every)
     if args.plot:
-        plot_gains(found, [(str(row.depth), spent[row.depth], row.top1) for row in rows], unit, args.plot)
+        plot_gains(found, points, unit, metric.axis, args.plot)
     common.report_unreadable(data)
     return 0
 
 
-def _evaluate_detector(args: argparse.Namespace, routed: RoutedNet, loader: DataLoader, calibration: list[float]
-                       ) -> int:
-    """A cascade: average precision at shares of deep routes, each in a pass over the data."""
-    x = example(routed.net, common.preparation(args, routed.net)["size"])
-    if args.latency:
-        costs, unit = routed.measure(x, rounds=_ROUNDS), "ms"
-    else:
-        costs, unit = tuple(count / 1e9 for count in count_macs(routed.net, x, routed.depths)), "GMACs"
-    scores = np.array(routed.scores(loader))
-    rows = [("share", "deep (%)", unit, "AP", "AP50")]
-    found = []
-    for share in _SHARES:
-        routed.policy = ThresholdPolicy.from_share(calibration, share, costs)
-        row, = DETECT.evaluate(routed, loader, None, args.device)
-        deep = float((scores > routed.policy.tau).mean())
-        found.append((share, deep, routed.policy.cost(deep), row.ap, row.ap50))
-        rows.append((f"{share:.0%}", f"{100 * deep:.1f}", f"{found[-1][2]:.4g}", f"{row.ap:.2f}", f"{row.ap50:.2f}"))
-    print(table(rows))
-    if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([("share", "deep", unit.lower(), "ap", "ap50"), *found])
-    common.report_unreadable(loader.dataset)
-    return 0
+Measured = tuple[Outcomes, list[float], dict[Depth, float]]
+
+
+def _guesses(routed: RoutedNet, loader: DataLoader, depths: list[Depth], args: argparse.Namespace) -> Measured:
+    """Of a classifier: what both routes made of the images, their scores, and accuracy by depth."""
+    seen = collect(routed, loader)
+    rows = evaluate(routed.net, loader, depths, args.device)
+    return Guesses(seen.right), scores_of(routed.router, seen).tolist(), {row.depth: row.top1 for row in rows}
+
+
+def _boxes(routed: RoutedNet, loader: DataLoader, depths: list[Depth], args: argparse.Namespace) -> Measured:
+    """The same of a detector."""
+    require_backend(args.backend)
+    found = dict(zip(*detections(routed.net, loader, depths, args.device), strict=True))
+    shallow, deep = (found[depth] for depth in routed.depths)
+    if not shallow:
+        raise ValueError(no_image("evaluate on", loader))
+    accuracies = {depth: Boxes(images_of(loader), each, each, args.backend).at_random(0)
+                  for depth, each in found.items()}
+    return Boxes(images_of(loader), shallow, deep, args.backend), routed.scores(loader), accuracies
 
 
 def _threshold(args: argparse.Namespace) -> int:

@@ -125,7 +125,40 @@ def evaluate_detector(
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; pass one of {', '.join(map(repr, BACKENDS))}")
     require_backend(backend)
-    data = _images_of(loader)
+    chosen, found = detections(net, loader, depths, device, amp=amp, progress=progress)
+    data, rows = images_of(loader), []
+    if distributed:
+        found = _gather(found)
+    if not distributed or dist.get_rank() == 0:
+        if not found[0]:
+            raise ValueError(no_image("evaluate on", loader))
+        outlined = next(iter(found[0].values())).outlines is not None
+        bar = progress_bar(zip(chosen, found, strict=True), desc="compare", total=len(chosen), unit="depth",
+                           show=progress)
+        for depth, of_depth in bar:
+            results = to_results(data, of_depth)
+            if results_dir is not None:
+                _write(Path(results_dir), depth, results)
+            scores = score(data, results, of_depth, backend)
+            if outlined:
+                scores |= score(data, results, of_depth, backend, outlines=True)
+            rows.append(DetectionRow(depth, **scores, images=len(of_depth)))
+    box = [rows]
+    if distributed:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def detections(net: nn.Module, loader: Iterable[tuple[torch.Tensor, list[Target]] | None],
+               depths: Iterable[DepthLike] | None = None, device: torch.device | str | None = None, *,
+               amp: torch.dtype | str | None = None, progress: bool = True) -> tuple[list[Depth | None], list[Found]]:
+    """What a detector finds at several depths, in the order of the loader; arguments and errors as of
+    `evaluate_detector`.
+
+    Returns:
+        The depths, and of each what was found.
+    """
+    data = images_of(loader)
     if is_any_depth(net):
         chosen: list[Depth | None] = [*read_depths(net, depths)]
     elif depths is None:
@@ -155,26 +188,7 @@ def evaluate_detector(
             found[i][int(target["image_id"])] = Detections(numbers, outlines)
 
     run_over(net, loader, chosen, keep, device_of(net, device), amp, progress)
-    rows: list[DetectionRow] = []
-    if distributed:
-        found = _gather(found)
-    if not distributed or dist.get_rank() == 0:
-        if not found[0]:
-            raise ValueError(no_image("evaluate on", loader))
-        bar = progress_bar(zip(chosen, found, strict=True), desc="compare", total=len(chosen), unit="depth",
-                           show=progress)
-        for depth, of_depth in bar:
-            results = to_results(data, of_depth)
-            if results_dir is not None:
-                _write(Path(results_dir), depth, results)
-            scores = score(data, results, of_depth, backend)
-            if outlined:
-                scores |= score(data, results, of_depth, backend, outlines=True)
-            rows.append(DetectionRow(depth, **scores, images=len(of_depth)))
-    box = [rows]
-    if distributed:
-        dist.broadcast_object_list(box)
-    return box[0]
+    return chosen, found
 
 
 def score(data: CocoImages, results: Sequence[Mapping[str, Any]], image_ids: Iterable[int],
@@ -268,7 +282,12 @@ def _detector(net: nn.Module) -> nn.Module:
                      "of adn.detect.detector.Detector")
 
 
-def _images_of(loader: Any) -> CocoImages:
+def images_of(loader: Any) -> CocoImages:
+    """What a loader of a detector reads.
+
+    Raises:
+        ValueError: if that is not known.
+    """
     data = getattr(loader, "dataset", None)
     while isinstance(data, Subset):
         data = data.dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 from ..core.outputs import logits_of
 from ..core.progress import progress_bar
 from ..core.tables import table
+from ..data.coco import CocoImages
 from ..detect.detector import DetectorProtocol
 from ..measure.accuracy import check_classes
+from ..measure.average_precision import Found, score, to_results
 from ..measure.passes import device_of, no_image, run_over
 from ..measure.profile import require_matplotlib
 from ..models.registry import interface_of, task_name
@@ -214,6 +216,71 @@ def scores_of(router: Router, seen: Seen, batch_size: int = 1024) -> Tensor:
                       for i in range(0, len(seen.losses), batch_size)])
 
 
+class Outcomes(Protocol):
+    """What both routes made of the same N images."""
+
+    def of(self, deep: np.ndarray) -> float:
+        """Accuracy in percent if these of the images, bool (N,), take the deep route."""
+
+    def at_random(self, count: int) -> float:
+        """If as many, drawn at random, take it."""
+
+    def at_best(self, count: int) -> float | None:
+        """If those take it that gain most, which nobody can know; None = not known here either."""
+
+
+class Guesses:
+    """Of a classifier; accuracies are top-1.
+
+    Args:
+        right: bool (N, 2), is the label the best guess, of the shallow and of the deep route?
+    """
+
+    def __init__(self, right: Tensor) -> None:
+        self.right = right.double().numpy()
+        self._saved = np.sort(self.right[:, 1] - self.right[:, 0])[::-1]
+
+    def of(self, deep: np.ndarray) -> float:
+        return 100 * np.where(deep, self.right[:, 1], self.right[:, 0]).mean()
+
+    def at_random(self, count: int) -> float:
+        shallow, deep = 100 * self.right.mean(0)
+        return shallow + count / len(self.right) * (deep - shallow)
+
+    def at_best(self, count: int) -> float:
+        return 100 * (self.right[:, 0].mean() + self._saved[:count].sum() / len(self._saved))
+
+
+class Boxes:
+    """Of a detector; accuracies are COCO's average precision, at random a mean over some draws.
+
+    Args:
+        data: with the objects to find.
+        shallow, deep: what was found, of the same images in one order.
+        backend: see `adn.measure.average_precision.evaluate_detector`.
+    """
+
+    def __init__(self, data: CocoImages, shallow: Found, deep: Found, backend: str = "pycocotools", draws: int = 3
+                 ) -> None:
+        self.data, self.routes, self.backend, self.draws = data, (shallow, deep), backend, draws
+        self.images = list(shallow)
+
+    def of(self, deep: np.ndarray) -> float:
+        mixed = {image: self.routes[int(taken)][image] for image, taken in zip(self.images, deep, strict=True)}
+        found = score(self.data, to_results(self.data, mixed), mixed, self.backend)["ap"]
+        if found is None:
+            raise ValueError(f"{self.data.file} has no object to find, so no accuracy can be measured")
+        return found
+
+    def at_random(self, count: int) -> float:
+        generator, n = np.random.default_rng(0), len(self.images)
+        draws = self.draws if 0 < count < n else 1
+        return float(np.mean([self.of(generator.permutation(n) < count) for _ in range(draws)]))
+
+    def at_best(self, count: int) -> None:
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Gain:
     """What routing reaches with a share of deep routes.
@@ -221,41 +288,36 @@ class Gain:
     Attributes:
         share: asked for, of the images that the threshold was chosen by.
         deep: of the images it was measured on.
-        top1, random, best: accuracy in percent: of the router; of as many images drawn at random, on average; of as
-            many that gain most, which nobody can know.
+        routed, random, best: accuracy in percent: of the router; of as many images drawn at random, on average; of as
+            many that gain most, None if that is not known.
         cost: of an image on average, in the unit of the costs.
     """
 
     share: float
     deep: float
-    top1: float
+    routed: float
     random: float
-    best: float
+    best: float | None
     cost: float
 
 
-def gains(seen: Seen, scores: Sequence[float], costs: tuple[float, float], calibration: Sequence[float] | None = None,
-          shares: Sequence[float] = SHARES) -> list[Gain]:
+def gains(outcomes: Outcomes, scores: Sequence[float], costs: tuple[float, float],
+          calibration: Sequence[float] | None = None, shares: Sequence[float] = SHARES) -> list[Gain]:
     """Accuracy against mean cost.
 
     Args:
+        outcomes: of the images that it is measured on.
         scores: (N,), of these images.
         costs: of the shallow and the deep route.
         calibration: scores of other images, by which thresholds are chosen; None = of these.
         shares: of deep routes.
     """
-    right = seen.right.double().numpy()
-    scores = np.asarray(scores, dtype=np.float64)
-    saved = np.sort(right[:, 1] - right[:, 0])[::-1]
-    rows = []
+    scores, rows = np.asarray(scores, dtype=np.float64), []
     for share in shares:
         policy = ThresholdPolicy.from_share(scores if calibration is None else calibration, share, costs)
         deep = scores > policy.tau
-        routed = np.where(deep, right[:, 1], right[:, 0]).mean()
-        taken = int(deep.sum())
-        random = right[:, 0].mean() + deep.mean() * (right[:, 1].mean() - right[:, 0].mean())
-        best = right[:, 0].mean() + saved[:taken].sum() / len(saved)
-        rows.append(Gain(share, float(deep.mean()), *(round(100 * float(x), 4) for x in (routed, random, best)),
+        reached = outcomes.of(deep), outcomes.at_random(deep.sum()), outcomes.at_best(deep.sum())
+        rows.append(Gain(share, float(deep.mean()), *(None if x is None else round(float(x), 4) for x in reached),
                          policy.cost(float(deep.mean()))))
     return rows
 
@@ -263,8 +325,8 @@ def gains(seen: Seen, scores: Sequence[float], costs: tuple[float, float], calib
 def gains_table(rows: Sequence[Gain], unit: str) -> str:
     """As text in columns."""
     return table([("share", "deep (%)", unit, "router (%)", "random (%)", "best possible (%)"), *(
-        (f"{row.share:.0%}", f"{100 * row.deep:.1f}", f"{row.cost:.4g}", f"{row.top1:.2f}", f"{row.random:.2f}",
-         f"{row.best:.2f}") for row in rows)])
+        (f"{row.share:.0%}", f"{100 * row.deep:.1f}", f"{row.cost:.4g}", f"{row.routed:.2f}", f"{row.random:.2f}",
+         "" if row.best is None else f"{row.best:.2f}") for row in rows)])
 
 
 def at_cost(points: Sequence[tuple[float, float]], cost: float) -> float:
@@ -279,8 +341,13 @@ def at_cost(points: Sequence[tuple[float, float]], cost: float) -> float:
     return max(fitting)
 
 
-def plot_gains(rows: Sequence[Gain], depths: Sequence[tuple[str, float, float]], unit: str, path: str) -> None:
-    """Draw accuracy against mean cost: of the router, of chance, and of single depths (name, cost, accuracy).
+def plot_gains(rows: Sequence[Gain], points: Sequence[tuple[float, float]], unit: str, axis: str, path: str) -> None:
+    """Draw accuracy against mean cost: of the router, of chance, and of single depths (cost, accuracy).
+
+    Args:
+        unit: of costs.
+        axis: what the accuracy is called.
+        path: of the file.
 
     Raises:
         ImportError: without matplotlib.
@@ -293,12 +360,11 @@ def plot_gains(rows: Sequence[Gain], depths: Sequence[tuple[str, float, float]],
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     costs = [row.cost for row in rows]
-    axes.plot([cost for _, cost, _ in depths], [accuracy for *_, accuracy in depths], "o", color="0.7", markersize=5,
-              label=f"{len(depths)} single depths")
+    axes.plot(*zip(*points, strict=True), "o", color="0.7", markersize=5, label=f"{len(points)} single depths")
     axes.plot(costs, [row.random for row in rows], "--", color="0.45", label="as many images, drawn at random")
-    axes.plot(costs, [row.top1 for row in rows], "o-", color="tab:blue", label="router")
+    axes.plot(costs, [row.routed for row in rows], "o-", color="tab:blue", label="router")
     axes.set_xlabel(f"mean cost of an image ({unit})")
-    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_ylabel(axis)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)

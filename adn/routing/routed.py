@@ -230,6 +230,8 @@ class RoutedNet(nn.Module):
         found: list[float] = []
         with evaluating(self), torch.no_grad():
             for batch in loader:
+                if batch is None:
+                    continue
                 x = batch[0] if isinstance(batch, tuple | list) else batch
                 found += self.score(moved(x, device)).tolist()
         return found

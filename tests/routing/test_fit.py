@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import adn
 from adn.cli import main
 from adn.core.state import stages
+from adn.measure.average_precision import Detections
 from adn.models.rtdetr.criterion import DetectionLoss as DETRLoss
 from adn.models.yolov12.criterion import DetectionLoss as YOLOLoss
 from adn.routing import AdvantageRouter, DifficultyRouter, ImageRouter, RoutedNet, ThresholdPolicy
-from adn.routing.fit import Seen, at_cost, collect, fit_router, gains, scores_of
+from adn.routing.fit import Boxes, Guesses, Seen, at_cost, collect, fit_router, gains, scores_of
 from adn.weights.checkpoint import read_metadata
 
 
@@ -60,9 +61,9 @@ def test_losses_and_features_are_those_of_single_images(kind: str) -> None:
     torch.testing.assert_close(seen.advantages, seen.losses[:, 0] - seen.losses[:, 1])
 
 
-def rtdetr() -> torch.nn.Module:
+def rtdetr(classes: int = 5) -> torch.nn.Module:
     return adn.convert(adn.create_model(
-        "rtdetr_r18vd", num_classes=5, queries=20, hidden=32, decoder_hidden=32, feedforward=32, heads=4,
+        "rtdetr_r18vd", num_classes=classes, queries=20, hidden=32, decoder_hidden=32, feedforward=32, heads=4,
         decoder_feedforward=32, decoder_layers=3, backbone_args={"width": 8}))
 
 
@@ -78,7 +79,7 @@ def of_transformers() -> torch.nn.Module:
 
 
 DETECTORS = {
-    "yolov12": (lambda: adn.create_model("anydepth_yolov12n", num_classes=5, width=0.25), YOLOLoss,
+    "yolov12": (lambda classes=5: adn.create_model("anydepth_yolov12n", num_classes=classes, width=0.25), YOLOLoss,
                 lambda outputs: outputs),
     "rtdetr": (rtdetr, DETRLoss, lambda outputs: outputs),
     "transformers": (of_transformers, DETRLoss,
@@ -94,7 +95,8 @@ def test_losses_of_detectors(kind: str) -> None:
     net = randomise(make()).double().eval()
     x = torch.rand(3, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
-    targets = [{"labels": torch.randint(5, (n,), generator=draw), "boxes": torch.rand(n, 4, generator=draw).double() * 0.4 + 0.2}
+    targets = [{"labels": torch.randint(5, (n,), generator=draw),
+                "boxes": torch.rand(n, 4, generator=draw).double() * 0.4 + 0.2}
                for n in (2, 0, 5)]
     routed = RoutedNet(net, ImageRouter().double())
     seen = collect(routed, [(x[:2], targets[:2]), (x[2:], targets[2:])], progress=False)
@@ -148,14 +150,13 @@ def test_both_routes_features() -> None:
 
 def test_gains_are_the_definition() -> None:
     right = torch.tensor([[1, 1], [0, 1], [0, 0], [1, 0], [0, 1]], dtype=torch.bool)
-    seen = Seen([], torch.zeros(5, 2), right)
-    rows = gains(seen, [0.1, 0.9, 0.3, 0.2, 0.5], (1.0, 3.0), shares=(0, 0.4, 1))
-    assert [row.top1 for row in rows] == [40, 80, 60]
+    rows = gains(Guesses(right), [0.1, 0.9, 0.3, 0.2, 0.5], (1.0, 3.0), shares=(0, 0.4, 1))
+    assert [row.routed for row in rows] == [40, 80, 60]
     assert [row.deep for row in rows] == [0, 0.4, 1]
     assert [row.random for row in rows] == pytest.approx([40, 48, 60])
     assert [row.best for row in rows] == [40, 80, 60]
     assert [row.cost for row in rows] == pytest.approx([1, 1.8, 3])
-    other, = gains(seen, [0.1, 0.9, 0.3, 0.2, 0.5], (1.0, 3.0), calibration=[0.15, 0.25, 0.35], shares=(0.5,))
+    other, = gains(Guesses(right), [0.1, 0.9, 0.3, 0.2, 0.5], (1.0, 3.0), calibration=[0.15, 0.25, 0.35], shares=(0.5,))
     assert other.deep == 0.6  # 0.25 parts these otherwise than those
     assert at_cost([(1, 50.0), (2, 70.0), (3, 60.0)], 2.5) == 70
     with pytest.raises(ValueError, match=r"no depth costs 0\.5 or less; the cheapest costs 1"):
@@ -254,3 +255,60 @@ def test_what_the_command_refuses(command: str, message: str, tmp_path: Path, ca
     adn.save(RoutedNet(a_net(), ImageRouter()), routed)
     assert main([*command.format(net=net, routed=routed, data=data).split(), "--device", "cpu"]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("kind", "depths"), [
+    ("yolov12", []), ("yolov12", ["--at", "2", "--deep", "TTFFFFFF"]), ("rtdetr", ["--deep", "FFFFF|3"]),
+    ("rtdetr", ["--at", "1", "--deep", "TFFFF|3"])])
+def test_command_of_detectors(kind: str, depths: list[str], tmp_path: Path, capsys: pytest.CaptureFixture,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Average precision of the router, of chance and of single depths, from one pass over the images."""
+    assert main(["scenes", str(tmp_path), "--images", "40", "--val-images", "6", "--size", "64"]) == 0
+    net, routed, table = tmp_path / "net.safetensors", tmp_path / "routed.safetensors", tmp_path / "gains.csv"
+    torch.manual_seed(0)
+    adn.save(randomise(DETECTORS[kind][0](classes=10)).eval(), net, extra={"data": {"size": 64}})
+
+    def planted_savings(*args: object) -> Seen:
+        seen = collect(*args, progress=False)
+        bright = seen.features[0][0].flatten(1).mean(1).double()
+        return seen._replace(losses=torch.stack([bright / bright.std(), 0 * bright], 1))
+
+    monkeypatch.setattr("adn.cli.route.collect", planted_savings)
+    options = ["--workers", "0", "--device", "cpu"]
+    assert main(["route", "fit", str(net), str(tmp_path), "--split", "train", "--out", str(routed), "--epochs", "40",
+                 "--lr", "0.01", *depths, *options]) == 0
+    capsys.readouterr()
+    assert main(["route", "eval", str(routed), str(tmp_path), "--split", "val", "--csv", str(table), "--plot",
+                 str(tmp_path / "gains.png"), *options]) == 0
+    assert "single depths: FFFFF" in capsys.readouterr().out
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    found = [row for row in rows if row["kind"] == "router"]
+    assert [row["share"] for row in found] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+    single = {row["kind"]: row for row in rows if row["kind"] != "router"}
+    again = adn.load(routed)
+    for place, depth in zip((0, -1), again.depths, strict=True):
+        assert found[place]["ap"] == found[place]["random"]
+        assert float(found[place]["ap"]) == pytest.approx(float(single[f"depth {depth}"]["ap"]), abs=1e-4)
+        assert float(found[place]["gmacs"]) == pytest.approx(float(single[f"depth {depth}"]["gmacs"]))
+
+
+def test_precision_of_a_mixture() -> None:
+    """Each image by its route: what a perfect and a blind detector find together."""
+    class Data:
+        file, categories = "-", [type("Category", (), {"id": 7})]
+
+        def ground_truth(self, image_ids: list[int]) -> dict[str, object]:
+            boxes = [{"id": i + 1, "image_id": i, "category_id": 7, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
+                     for i in image_ids]
+            return {"images": [{"id": i} for i in image_ids], "categories": [{"id": 7}], "annotations": boxes}
+
+    nothing = {i: Detections(np.zeros((0, 6), dtype=np.float32)) for i in range(4)}
+    all_of_them = {i: Detections(np.array([[0, 0, 9, 9, 0.9, 0]], dtype=np.float32)) for i in range(4)}
+    outcomes = Boxes(Data(), nothing, all_of_them)
+    assert outcomes.of(np.zeros(4, dtype=bool)) == outcomes.at_random(0) == 0
+    assert outcomes.of(np.ones(4, dtype=bool)) == outcomes.at_random(4) == pytest.approx(100)
+    half = outcomes.of(np.array([True, False, True, False]))
+    assert 45 < half < 55
+    assert outcomes.at_random(2) == pytest.approx(half)
+    assert outcomes.at_best(2) is None
