@@ -124,13 +124,20 @@ class IDetect(nn.Module):
         self.to(self.ia[0].implicit)
 
     def forward(self, *maps: Tensor) -> list[Tensor]:
-        found = (im.implicit * conv(x + ia.implicit) for x, ia, conv, im in zip(maps, self.ia, self.m, self.im))
+        found = (_scaled(x, conv, ia.implicit, im.implicit) for x, ia, conv, im in zip(maps, self.ia, self.m, self.im))
         return [x.unflatten(1, (ANCHORS, -1)).permute(0, 1, 3, 4, 2) for x in found]
 
     def decoded(self, maps: Sequence[Tensor]) -> Tensor:
         """Raw maps to (B, N, 5 + classes): centre x, centre y, width and height in pixels, objectness, scores of the
         classes; map by map, anchor by anchor, row by row."""
         return decode(maps, self.anchor_grid)
+
+
+def _scaled(x: Tensor, conv: nn.Conv2d, before: Tensor, after: Tensor) -> Tensor:
+    """after * conv(x + before), of a 1x1 convolution and what is the same at all places of a map: on its weights, which
+    are fewer than the places of a map."""
+    bias = conv.bias + (conv.weight * before).sum((1, 2, 3))
+    return F.conv2d(x, conv.weight * after.transpose(0, 1), after.flatten() * bias)
 
 
 @fx.wrap
