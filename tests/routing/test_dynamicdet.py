@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compilations import count
 from conftest import randomise
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import adn
 from adn.models.yolov7.model import YOLOv7, YOLOv7Cascade
@@ -244,3 +247,72 @@ def test_of_two_detectors() -> None:
         Cascade.from_detectors(first, YOLOv7("yolov7_w6", width=0.1, num_classes=3))
     with pytest.raises(ValueError, match="a Linear does not give its maps to another detector"):
         Cascade.from_detectors(nn.Linear(1, 1), second)
+
+
+def test_a_depth_change_compiles_nothing() -> None:
+    """Neither of the net, nor of routing over it, once both routes have run."""
+    torch._dynamo.reset()
+    net, x = narrow(), images(4)
+    with torch.no_grad():
+        expected = {}
+        for depth in adn.depths(net):
+            with adn.at_depth(net, depth):
+                expected[depth] = net(x)["decoded"]
+        compiled = adn.compile(net, backend="aot_eager")
+        counts = count(compiled, x, expected)
+        assert (counts.depths, counts.recompiles, counts.given_up) == (2, 0, ())
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for depth in ("1", "2", "1"):
+                with adn.at_depth(compiled, depth):
+                    torch.testing.assert_close(compiled(x)["decoded"], expected[adn.Depth(depth)], rtol=1e-4, atol=1e-3)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_in_an_engine(fused: bool) -> None:
+    net, x = narrow().double(), images(3).double()
+    engine = adn.Engine(adn.fuse(net) if fused else net, batch_sizes=(1, 4))
+    for depth in ("2", "1", "2"):
+        with torch.no_grad(), adn.at_depth(net, depth):
+            torch.testing.assert_close(engine(x, depth=depth)["decoded"], net(x)["decoded"], rtol=1e-9, atol=1e-9)
+
+
+# GFLOPs at 10, 50, 90 and 100 % of images on the second route, as published (DynamicDet, on COCO).
+PUBLISHED = {"dyyolov7": (640, 104.7, (112.4, 143.2, 174.0, 181.7)),
+             "dyyolov7x": (640, 189.9, (201.7, 248.9, 296.1, 307.9)),
+             "dyyolov7_w6": (1280, 360.0, (384.2, 480.8, 577.4, 601.6))}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_operations_are_the_published_ones(name: str) -> None:
+    """Of the deploy form, whose first route is the published one to the digit where additions of biases count, too.
+    The published second route counts some of them, so that of it, and of mixtures, 0.15 % are left open."""
+    size, first, mixed = PUBLISHED[name]
+    with torch.device("meta"):
+        fused, x = adn.fuse(adn.create_model(name).eval()), torch.zeros(1, 3, size, size)
+    gflops, additions = [], []
+    for depth in ("1", "2"):
+        adn.set_depth(fused, depth)
+        biases = Outputs()
+        with FlopCounterMode(display=False) as counter, biases:
+            fused(x)
+        gflops.append(counter.get_total_flops() / 1e9)
+        additions.append(2 * biases.count / 1e9)
+    assert gflops[0] + additions[0] == pytest.approx(first, abs=0.06 if size == 640 else 0.2)
+    policy = ThresholdPolicy(0.0, costs=(gflops[0] + additions[0], gflops[1] + additions[0]))
+    for share, wanted in zip((0.1, 0.5, 0.9, 1.0), mixed, strict=True):
+        assert policy.cost(share) == pytest.approx(wanted, rel=1.5e-3)
+    exact = ThresholdPolicy(0.0, costs=(first, mixed[-1]))
+    assert [round(exact.cost(share), 1) for share in (0.1, 0.5, 0.9, 1.0)] == list(mixed)
+
+
+class Outputs(TorchDispatchMode):
+    """Counts the elements that convolutions give."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket is torch.ops.aten.convolution:
+            self.count += out.numel()
+        return out
