@@ -1,9 +1,9 @@
 """A router on an any-depth ResNet for CIFAR-10: accuracy at the mean cost of 25, 50 and 75 % deep images.
 
 Against as many deep images drawn at random, and the best single depth that costs no more. The net is trained as by
-`bench/cifar10.py`, small, on 10,000 images; routers on other ones (`--router-images`), as on those that a net has
-learnt by heart its losses say little; all of it is measured on the test images. Costs are multiply-adds of the net,
-without the router's. Thresholds are chosen on held-out images of the router.
+`bench/cifar10.py`, small, on 30,000 images; routers on other ones (`--router-images`), as on those that a net has
+learnt by heart its losses say little; all of it is measured on the test images. Costs are multiply-adds, of routes
+with the router's. Thresholds are chosen on held-out images of the router.
 
     python bench/routing.py --data DIR --csv bench/results/routing_cifar10_cpu.csv
 """
@@ -32,7 +32,7 @@ SHARES = (0.25, 0.5, 0.75)
 
 def routed_nets(net: nn.Module) -> dict[str, RoutedNet]:
     """By what the router sees: the image, or the input of the second or third stage."""
-    found = {"image": RoutedNet(net, ImageRouter(size=32), shallow="TTTT", deep="FFFF")}
+    found = {"image": RoutedNet(net, ImageRouter(size=32, width=8), shallow="TTTT", deep="FFFF")}
     fused = adn.fuse(net)
     for at, deep in ((1, "TFFF"), (2, "TTFF")):
         routed = RoutedNet(fused, shallow="TTTT", deep=deep, at=at)
@@ -45,7 +45,7 @@ def routed_nets(net: nn.Module) -> dict[str, RoutedNet]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--images", type=int, default=10_000, help="that the net is trained on")
+    parser.add_argument("--images", type=int, default=30_000, help="that the net is trained on")
     parser.add_argument("--router-images", type=int, default=20_000, help="that routers are trained on, after these")
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=12, help="of the net")
@@ -83,7 +83,7 @@ def main() -> None:
             fitted, held = fit_router(routed.router, seen, epochs=args.router_epochs, seed=seed, progress=False)
             calibration = scores_of(routed.router, seen.part(held)).tolist()
             measured = collect(routed, tests, progress=False)
-            pair = tuple(costs[depth] for depth in routed.depths)
+            pair = tuple(n / 1e6 for n in routed.macs(test.x[:1]))
             scores = scores_of(routed.router, measured).tolist()
             for gain in gains(Guesses(measured.right), scores, pair, calibration, SHARES):
                 rows.append({

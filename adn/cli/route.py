@@ -143,7 +143,7 @@ def _fit(args: argparse.Namespace) -> int:
                          "learnt them by heart. Pass images that it was not trained on, and more of them")
     if others.right is not None:  # of a detector adn route eval says it
         x = example(net, common.preparation(args, net)["size"])
-        costs = tuple(count / 1e6 for count in count_macs(net, x, routed.depths))
+        costs = tuple(count / 1e6 for count in routed.macs(x))
         print(gains_table(gains(Guesses(others.right), scores.tolist(), costs), "MMACs"))
     routed.policy = ThresholdPolicy.from_share(scores.tolist(), args.share)
     kept = np.quantile(scores.numpy().astype(np.float64), np.linspace(0, 1, _KEPT)).tolist()
@@ -174,7 +174,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     else:
         in_unit, unit = (1e9, "GMACs") if task is DETECT else (1e6, "MMACs")
         spent = dict(zip(every, (count / in_unit for count in count_macs(net, x, every)), strict=True))
-        costs = spent[routed.depths[0]], spent[routed.depths[1]]
+        costs = tuple(count / in_unit for count in routed.macs(x))
     found = gains(outcomes, scores, costs, extra["route"]["scores"], SHARES[:: 1 if task is not DETECT else 2])
     print(gains_table(found, unit))
     print("\nsingle depths: " + ", ".join(f"{depth} {accuracies[depth]:.2f} at {spent[depth]:.4g}" for depth in every))

@@ -30,14 +30,20 @@ def count_macs(net: nn.Module, x: Images, depths: Iterable[DepthLike], *, norms:
     """
     net = source_of(net)
     counts = []
-    # A counter is a dispatch mode, in which compiled code does not run.
-    with evaluating(net), torch.inference_mode(), _visible_attention(), torch.compiler.set_stance("force_eager"):
+    with evaluating(net):
         for depth in depths:
             set_depth(net, depth)
-            with FlopCounterMode(display=False, custom_mapping=_per_element() if norms else None) as counter:
-                try_forward(net, x)
-            counts.append(counter.get_total_flops() // 2)
+            counts.append(macs_of(lambda: try_forward(net, x), norms=norms))
     return counts
+
+
+def macs_of(call: Callable[[], object], *, norms: bool = False) -> int:
+    """Multiply-adds of a call, without gradients; see `count_macs`."""
+    # A counter is a dispatch mode, in which compiled code does not run.
+    with torch.inference_mode(), _visible_attention(), torch.compiler.set_stance("force_eager"), \
+            FlopCounterMode(display=False, custom_mapping=_per_element() if norms else None) as counter:
+        call()
+    return counter.get_total_flops() // 2
 
 
 def _per_element() -> dict[Any, Callable[..., int]]:

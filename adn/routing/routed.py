@@ -18,6 +18,7 @@ from ..core.depth import Depth
 from ..core.errors import CheckpointError
 from ..core.state import DepthLike, set_depth, stages, state_of
 from ..core.taps import listening
+from ..measure.cost import count_macs, macs_of
 from ..measure.passes import evaluating, moved
 from ..measure.profile import clock_of
 from ..models.registry import interface_of, source_of
@@ -235,6 +236,19 @@ class RoutedNet(nn.Module):
                 x = batch[0] if isinstance(batch, tuple | list) else batch
                 found += self.score(moved(x, device)).tolist()
         return found
+
+    def macs(self, x: Any) -> tuple[int, int]:
+        """Multiply-adds of an image by the whole shallow and the whole deep route, router included; see
+        `adn.measure.cost.count_macs`.
+
+        Args:
+            x: a batch of at least one image.
+        """
+        with evaluating(self), torch.no_grad():
+            features = self.features(x[:1])
+            router = macs_of(lambda: self._score(features))
+        shallow, deep = count_macs(self.net, x[:1], self.depths)
+        return shallow + router, deep + router
 
     def measure(self, x: Any, rounds: int = 20, warmup: int = 3) -> tuple[float, float]:
         """What the whole shallow and the whole deep route cost, router included: medians in milliseconds, measured in
