@@ -170,7 +170,8 @@ def example(net: nn.Module, size: int | None, batch: int = 1) -> torch.Tensor:
     resizes images to."""
     size = interface_of(net).size if size is None else size
     parameter = next(net.parameters())
-    channels = next((m.in_channels for m in source_of(net).modules() if isinstance(m, nn.Conv2d)), 3)
+    convs = () if is_detector(net) else (m for m in net.modules() if isinstance(m, nn.Conv2d))
+    channels = next((conv.in_channels for conv in convs), 3)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, channels, size, size, generator=generator).to(parameter.device, parameter.dtype)
 

@@ -20,7 +20,6 @@ In Python the file is a net like any other: adn.load("routed.safetensors")(image
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 from typing import Any
@@ -46,6 +45,7 @@ from ..routing.fit import (
     collect,
     fit_router,
     gains,
+    gains_csv,
     gains_table,
     plot_gains,
     scores_of,
@@ -185,12 +185,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             print(f"at {row.cost:.4g} {unit}: router {row.routed:.2f}, best single depth {fixed:.2f} "
                   f"({row.routed - fixed:+.2f})")
     if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["kind", "share", "deep", unit.lower(), metric.name, "random", "best"])
-            writer.writerows(["router", row.share, row.deep, row.cost, row.routed, row.random, row.best]
-                             for row in found)
-            writer.writerows([f"depth {depth}", "", "", spent[depth], accuracies[depth], "", ""] for depth in every)
+        gains_csv(args.csv, found, {depth: (spent[depth], accuracies[depth]) for depth in every}, unit, metric.name)
     if args.plot:
         plot_gains(found, points, unit, metric.axis, args.plot)
     common.report_unreadable(data)

@@ -65,6 +65,12 @@ class Digits:
             padded = F.pad(self.x[chosen], [SHIFT] * 4, value=self.x.min().item())
             yield padded[:, :, dy : dy + SIZE, dx : dx + SIZE], self.y[chosen]
 
+    @property
+    def preparation(self) -> dict[str, object]:
+        """How a picture of a digit becomes what a net sees, see `adn.data.images.eval_transform`."""
+        return {"size": SIZE, "resize": SIZE, "interpolation": "bilinear", "mean": [self.mean] * 3,
+                "std": [self.std] * 3}
+
     def held_out(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(self.held_out_x.split(120), self.held_out_y.split(120), strict=True))
 
@@ -91,10 +97,8 @@ def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = 
     torch.manual_seed(seed)
     net = create_model(f"anydepth_{RECIPE.model}", num_classes=10, **RECIPE.model_kwargs)
     state_of(net).class_names = [str(digit) for digit in range(10)]
-    preparation = {"size": SIZE, "resize": SIZE, "interpolation": "bilinear", "mean": [digits.mean] * 3,
-                   "std": [digits.std] * 3}
     fit(net, digits.batches, None, recipe, out=out, overwrite=again, progress=progress,
-        config={"demo": True, "recipe": recipe.to_dict()}, extra={"data": preparation})
+        config={"demo": True, "recipe": recipe.to_dict()}, extra={"data": digits.preparation})
     rows = evaluate(net, digits.held_out(), progress=progress)
     result = profile(net, digits.held_out_x[:1], accuracy=rows, rounds=40, progress=progress)
     result.to_csv(out / "depths.csv")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.depth import Depth
 from ..core.outputs import logits_of
 from ..core.progress import progress_bar
 from ..core.tables import table
@@ -327,6 +330,16 @@ def gains_table(rows: Sequence[Gain], unit: str) -> str:
     return table([("share", "deep (%)", unit, "router (%)", "random (%)", "best possible (%)"), *(
         (f"{row.share:.0%}", f"{100 * row.deep:.1f}", f"{row.cost:.4g}", f"{row.routed:.2f}", f"{row.random:.2f}",
          "" if row.best is None else f"{row.best:.2f}") for row in rows)])
+
+
+def gains_csv(path: str | os.PathLike[str], rows: Sequence[Gain], depths: Mapping[Depth, tuple[float, float]],
+              unit: str, metric: str) -> None:
+    """Write what routing gains, and of single depths cost and accuracy, to a file."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["kind", "share", "deep", unit.lower(), metric, "random", "best"])
+        writer.writerows(["router", row.share, row.deep, row.cost, row.routed, row.random, row.best] for row in rows)
+        writer.writerows([f"depth {depth}", "", "", *of_depth, "", ""] for depth, of_depth in depths.items())
 
 
 def at_cost(points: Sequence[tuple[float, float]], cost: float) -> float:

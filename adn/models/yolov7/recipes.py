@@ -65,4 +65,10 @@ class YOLOv7Recipe(DetectorSettings):
 RECIPES: dict[str, YOLOv7Recipe] = {
     # Step 1 of the published training of a cascade; step 2 is `adn route fit`.
     "yolov7": YOLOv7Recipe(),
+    # A cascade of scenes of digits, small enough for a CPU; objectness, which is scaled by the size of the images, and
+    # classes count more than published.
+    "dyyolov7-digits": YOLOv7Recipe(
+        model="dyyolov7", model_kwargs={"width": 0.25}, size=128, epochs=12, batch_size=8, optimizer="adamw", lr=2e-3,
+        lr_min=2e-5, nominal_batch=None, warmup_epochs=1, ema_decay=0.99, ema_ramp=40, flip=0.0, hue=0.0,
+        saturation=0.0, brightness=0.0, mosaic=0.0, blend=0.0, scale=0.0, translate=0.0, objectness=10.0, classes=2.4),
 }
