@@ -34,8 +34,8 @@ def routed_nets(net: nn.Module) -> dict[str, RoutedNet]:
     """By what the router sees: the image, or the input of the second or third stage."""
     found = {"image": RoutedNet(net, ImageRouter(size=32, width=8), shallow="TTTT", deep="FFFF")}
     fused = adn.fuse(net)
-    for at, deep in ((1, "TFFF"), (2, "TTFF")):
-        routed = RoutedNet(fused, shallow="TTTT", deep=deep, at=at)
+    for at in (1, 2):  # stages before it are the same for both depths: those of the super-net
+        routed = RoutedNet(fused, shallow="F" * at + "T" * (4 - at), deep="FFFF", at=at)
         features, = routed.features(torch.zeros(1, 3, 32, 32, device=next(net.parameters()).device))
         routed.router = AdvantageRouter({"stage": features.shape[1]}, path_width=0, grid=(2, 2))
         found[f"input of stage {at + 1}"] = routed

@@ -11,7 +11,7 @@ import numpy as np
 
 from .policy import checked_costs, checked_scores
 
-UNITS = ("cost", "fps")
+UNITS = ("cost", "fps", "rate")
 _STATE = ("tau", "integral", "mean", "target")
 
 
@@ -38,10 +38,11 @@ class BudgetController:
         scores: of images that stand for those to come, for feedforward and for the rails.
         kp, ki: gains, in shares of the span of thresholds per span of costs.
         beta: of the exponential mean of costs: m = beta m + (1 - beta) cost.
-        unit: what targets are: "cost", or "fps", images per second at costs in milliseconds.
+        unit: what targets are: "cost"; "fps", images per second at costs in milliseconds; or "rate", these too, where
+            the error is m's images per second less the target's, and gains count per span of those.
         feedforward: begin where scores say that the target would be met, not in the middle of the rails.
         jump: forget the integral where the target becomes so much harder at once, in its own unit: costs fall, or
-            images per second rise. None = never.
+            images per second rise; of a "rate" either way. None = never.
         margin: how far beyond the scores the rails lie.
         rails: lowest and highest threshold, where they are not those of `scores`.
         start: the mean of costs before there is one; None = the first target.
@@ -63,6 +64,8 @@ class BudgetController:
         checked_costs(c1, c2)
         if unit not in UNITS:
             raise ValueError(f"unit={unit!r}; pass one of {', '.join(map(repr, UNITS))}")
+        if unit == "rate" and not c1:
+            raise ValueError('unit="rate" with a route that costs nothing; pass costs above 0')
         if not (kp >= 0 and ki >= 0 and 0 <= beta < 1):
             raise ValueError(f"kp={kp}, ki={ki}, beta={beta}; pass gains of at least 0, and a beta of at least 0 and "
                              "below 1")
@@ -79,7 +82,8 @@ class BudgetController:
                              "0 where scores are all the same")
         self.c1, self.c2, self.unit = float(c1), float(c2), unit
         self.low, self.high = float(low), float(high)
-        scale = (self.high - self.low) / (self.c2 - self.c1)
+        span = 1000 / self.c1 - 1000 / self.c2 if unit == "rate" else self.c2 - self.c1
+        scale = (self.high - self.low) / span
         self.kp, self.ki, self.beta = kp * scale, ki * scale, beta
         self.feedforward, self.jump, self._start = feedforward, jump, start
         self.incremental, self.anti_windup = incremental, anti_windup
@@ -127,7 +131,7 @@ class BudgetController:
         before = wanted if self.mean is None else self.mean
         mean = self.beta * before + (1 - self.beta) * cost
         integral = 0.0 if self.jump is not None and self.target is not None and self._jumped(wanted) else self.integral
-        error = wanted - mean
+        error = 1000 / mean - 1000 / wanted if self.unit == "rate" else wanted - mean
         integral += error
         start = self.tau if self.incremental else self.tau_ff(wanted)
         unlimited = start - self.kp * error - self.ki * integral
@@ -178,14 +182,17 @@ class BudgetController:
         return controller
 
     def _cost(self, target: float) -> float:
-        if self.unit == "fps" and not target > 0:
+        if self.unit == "cost":
+            return float(target)
+        if not target > 0:
             raise ValueError(f"target={target}; pass images per second, above 0")
-        return 1000 / target if self.unit == "fps" else float(target)
+        return 1000 / target
 
     def _jumped(self, wanted: float) -> bool:
-        if self.unit == "fps":
-            return 1000 / wanted - 1000 / self.target > self.jump
-        return self.target - wanted > self.jump
+        if self.unit == "cost":
+            return self.target - wanted > self.jump
+        faster = 1000 / wanted - 1000 / self.target
+        return (abs(faster) if self.unit == "rate" else faster) > self.jump
 
 
 class RollingShare:

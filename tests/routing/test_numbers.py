@@ -155,6 +155,35 @@ def test_earlier_forms_are_the_references(label: str, golden) -> None:
             controller.update(target, (full if deep else shallow) + router, score)
 
 
+def test_errors_in_images_per_second() -> None:
+    """The form of a demonstration video, written out: gains per span of rates, the integral forgotten at jumps of
+    either direction. It holds what is asked for."""
+    rng = np.random.default_rng(2)
+    scores, (c1, c2), (kp, ki, beta, jump) = rng.normal(size=100), (10.0, 20.0), (1.0, 0.1, 0.85, 1.0)
+    controller = BudgetController(c1, c2, scores, kp, ki, beta, jump=jump, unit="rate")
+    low, high = scores.min() - 0.03, scores.max() + 0.03
+    gain = (high - low) / (1000 / c1 - 1000 / c2)
+    integral, mean, before, deep, rates = 0.0, None, None, False, []
+    for t, target in enumerate(np.repeat([60.0, 90.0, 70.0], 300)):
+        cost, score = (c2 if deep else c1) * rng.normal(1, 0.02), rng.normal()
+        mean = beta * (1000 / target if mean is None else mean) + (1 - beta) * cost
+        if t and abs(target - before) > jump:
+            integral = 0.0
+        error = 1000 / mean - target
+        integral += error
+        share = np.clip((1000 / target - c1) / (c2 - c1), 0, 1)
+        wanted = np.clip(np.quantile(scores, 1 - share), low, high) - kp * gain * error - ki * gain * integral
+        tau = np.clip(wanted, low, high)
+        integral += (wanted - tau) / (ki * gain)
+        assert controller.update(target, cost, score) == pytest.approx(tau, abs=1e-9)
+        before, deep = target, controller.deep(score)
+        rates.append(cost)
+    for start, target in ((100, 60), (400, 90), (700, 70)):
+        assert 1000 / np.mean(rates[start : start + 200]) == pytest.approx(target, rel=0.05)
+    with pytest.raises(ValueError, match='unit="rate" with a route that costs nothing'):
+        BudgetController(0, 1, scores, kp, ki, beta, unit="rate")
+
+
 def stream(controller: BudgetController, targets: np.ndarray, disturbed: slice) -> np.ndarray:
     """What images cost, of routes of 10 and 20 that are noisy, and cost twice as much for a while."""
     rng = np.random.default_rng(0)
