@@ -109,7 +109,7 @@ class RoutedNet(nn.Module):
         if decide not in TIMES:
             raise ValueError(f"decide={decide!r}; pass one of {', '.join(map(repr, TIMES))}")
         self.router, self.policy, self.decide = router, policy, decide
-        self._ahead = False  # of a stream: does the next image take the deep route?
+        self._ahead: bool | _Awaited = False  # of a stream: does the next image take the deep route?
         state = state_of(net)
         pair = state.full, state.base
         self.net = net
@@ -278,7 +278,8 @@ class RoutedNet(nn.Module):
         """The next image of a stream; the score that is made of it decides over the one after it.
 
         Args:
-            x: a batch of one image.
+            x: a batch of one image. On a GPU nothing waits for it, but with a policy that follows a target: its score
+                is on its way to the host until the next image comes.
             target: what it should cost on average, for a policy that follows one (`BudgetController`).
             cost: called once the image is done, gives what it cost, in the unit of the controller's costs (millijoules,
                 say); None = milliseconds, measured here, which waits for the device.
@@ -298,14 +299,16 @@ class RoutedNet(nn.Module):
         follows = hasattr(policy, "update")
         if follows and target is None:
             raise ValueError(f"a {type(policy).__name__} follows a target: routed.step(x, target=...)")
-        deep, start = self._ahead, time.perf_counter()
+        deep, start = bool(self._ahead), time.perf_counter()
         outputs, features = self.run(x, deep)
         score = self._score(features, int(deep))
         if follows:
             value = score.item()  # waits for all that was launched
             spent = (time.perf_counter() - start) * 1e3 if cost is None else cost()
             policy.update(target, spent, value)
-        self._ahead = policy.deep(score.item())
+            self._ahead = policy.deep(value)
+        else:
+            self._ahead = _Awaited(score, policy)
         return outputs, Decision(score, torch.tensor([deep], device=score.device), spent if follows else None)
 
     def run(self, x: Any, deep: bool) -> tuple[Any, Sequence[Tensor]]:
@@ -425,6 +428,25 @@ _OF_DETECTORS = ("num_classes", "postprocess", "letterbox", "stride", "adn_task"
 # Of files.
 ROUTERS = {kind.__name__: kind for kind in (AdvantageRouter, DifficultyRouter, ImageRouter)}
 POLICIES = {kind.__name__: kind for kind in (BudgetController, ThresholdPolicy)}
+
+
+class _Awaited:
+    """Whether a policy is for the deep route, by a score that may not be on the host yet; asked for, that is waited for.
+    """
+
+    def __init__(self, score: Tensor, policy: Policy) -> None:
+        self.policy, self.event = policy, None
+        self.score = score.detach()
+        if score.is_cuda:
+            self.score = torch.empty(score.shape, dtype=score.dtype, pin_memory=True)
+            self.score.copy_(score.detach(), non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def __bool__(self) -> bool:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.policy.deep(self.score.item())
 
 
 class _Done(Exception):

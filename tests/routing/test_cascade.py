@@ -153,6 +153,18 @@ def test_a_stream_is_causal() -> None:
     assert len(seen) == 2 * len(x)
 
 
+def test_a_score_is_read_when_the_next_image_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while the host could launch something else."""
+    net, x = net_and_images()
+    routed, reads, item = RoutedNet(net, Given(), ThresholdPolicy(0.0), decide="next"), [], Tensor.item
+    monkeypatch.setattr(Tensor, "item", lambda self: reads.append(self.shape) or item(self))
+    with torch.no_grad():
+        routed.step(x[:1])
+        assert not reads
+        routed.step(x[1:2])
+        assert reads == [(1,)]
+
+
 def test_a_stream_with_a_budget() -> None:
     """Costs given by the caller, energies say, come to what is asked for."""
     net, _ = net_and_images()
