@@ -11,7 +11,7 @@ from PIL import Image
 import adn
 from adn.cli import main
 from adn.demo import digits as demo
-from adn.demo import scenes
+from adn.demo import routes, scenes
 from adn.tasks import is_detector
 
 pytest.importorskip("sklearn")
@@ -120,3 +120,39 @@ def test_every_depth_is_right(seed: int, tmp_path: Path) -> None:
     result = demo.run(tmp_path, seed=seed, progress=False)
     assert len(result.profile) == 16
     assert min(point.top1 for point in result.profile) >= 95
+
+
+def test_clutter_is_on_half_of_them() -> None:
+    x = demo.Digits.load().x[:400]
+    found, hard = routes.clutter(x, torch.Generator().manual_seed(0))
+    assert 160 < hard.sum() < 240
+    assert torch.equal(found[~hard], x[~hard])
+    assert (found[hard] != x[hard]).flatten(1).any(1).all()
+    assert all(torch.equal(a, b) for a, b in zip(routes.clutter(x, torch.Generator().manual_seed(0)), (found, hard),
+                                                 strict=True))
+
+
+def test_a_user_sees_what_runs_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+                                    ) -> None:
+    out, whole = tmp_path / "demo", demo.Digits.load()
+    few = dataclasses.replace(whole, x=whole.x[:160], y=whole.y[:160], held_out_x=whole.held_out_x[:60],
+                              held_out_y=whole.held_out_y[:60])
+    monkeypatch.setattr(demo.Digits, "load", lambda: few)
+    monkeypatch.setattr(routes, "FOR_ROUTER", 60)
+    assert main(["demo", "--task", "route", "--out", str(out), "--epochs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "at FFFF, the others at TTTT" in printed
+    for name in ("routing.png", "routes.png"):
+        with Image.open(out / name) as figure:
+            assert figure.size[0] > 500
+    lines = (out / "routing.csv").read_text().splitlines()
+    assert sum(line.startswith("router,") for line in lines) == 11
+    assert sum(line.startswith("depth ") for line in lines) == 16
+    routed = adn.load(out / "routed.safetensors")
+    with torch.inference_mode():
+        assert routed(few.held_out_x).shape == (60, 10)
+    assert main(["route", "threshold", str(out / "routed.safetensors"), "--share", "0.3"]) == 0, "what it says is next"
+    with pytest.raises(SystemExit):
+        main(["demo", "--task", "sing"])
+    assert main(["demo", "--task", "route", "--compare", "--out", str(out)]) == 2
+    assert "leave it out" in capsys.readouterr().err

@@ -431,8 +431,7 @@ POLICIES = {kind.__name__: kind for kind in (BudgetController, ThresholdPolicy)}
 
 
 class _Awaited:
-    """Whether a policy is for the deep route, by a score that may not be on the host yet; asked for, that is waited for.
-    """
+    """Whether a policy is for the deep route, by a score that may not be on the host yet: whoever asks waits for it."""
 
     def __init__(self, score: Tensor, policy: Policy) -> None:
         self.policy, self.event = policy, None

@@ -576,9 +576,9 @@ def test_targets_that_do_not_fit() -> None:
 
 def test_recipe() -> None:
     recipe = default_recipe("detect", "yolov7x")
-    assert recipe is RECIPES["yolov7"]
+    assert recipe is RECIPES["dyyolov7"]
     assert (recipe.model, recipe.epochs, recipe.optimizer, recipe.lr, recipe.momentum, recipe.weight_decay) == (
-        "yolov7", 300, "nesterov", 0.01, 0.937, 5e-4)
+        "dyyolov7", 300, "nesterov", 0.01, 0.937, 5e-4)
     assert (recipe.schedule, recipe.lr_min, recipe.warmup_epochs, recipe.ema) == ("cosine", 1e-3, 3, True)
     assert (recipe.mosaic, recipe.blend, recipe.box, recipe.objectness, recipe.classes) == (1, 0.15, 0.05, 0.7, 0.3)
     with pytest.raises(ValueError, match="multiples of 32"):
@@ -587,13 +587,13 @@ def test_recipe() -> None:
 
 def test_it_is_of_one_depth() -> None:
     with pytest.raises(ValueError, match="of one depth"):
-        tiny().distillation(RECIPES["yolov7"], ())
+        tiny().distillation(RECIPES["dyyolov7"], ())
 
 
 @pytest.mark.parametrize("name", ["yolov7", "yolov7_w6"])
 def test_every_parameter_learns(name: str) -> None:
     net = tiny(name)
-    recipe = RECIPES["yolov7"].but(model=name, size=128)
+    recipe = RECIPES["dyyolov7"].but(model=name, size=128)
     step = net.supervised(recipe, ())
     assert isinstance(step, Supervised)
     assert step.summed
@@ -626,7 +626,7 @@ def test_both_detectors_of_a_cascade_learn() -> None:
 
 def test_it_learns_two_images() -> None:
     net = tiny()
-    step = net.supervised(RECIPES["yolov7"].but(size=64), ())
+    step = net.supervised(RECIPES["dyyolov7"].but(size=64), ())
     x, targets = torch.rand(2, 3, 64, 64), some_objects(2, 1)
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     losses = []

@@ -20,7 +20,7 @@ class YOLOv7Recipe(DetectorSettings):
     bias_ending: ClassVar[str] = ".bias"
     whole_norms: ClassVar[bool] = False
 
-    model: str = "yolov7"
+    model: str = "dyyolov7"
     epochs: int = 300
     batch_size: int = 16
     optimizer: str = "nesterov"
@@ -64,7 +64,7 @@ class YOLOv7Recipe(DetectorSettings):
 
 RECIPES: dict[str, YOLOv7Recipe] = {
     # Step 1 of the published training of a cascade; step 2 is `adn route fit`.
-    "yolov7": YOLOv7Recipe(),
+    "dyyolov7": YOLOv7Recipe(),
     # A cascade of scenes of digits, small enough for a CPU; objectness, which is scaled by the size of the images, and
     # classes count more than published.
     "dyyolov7-digits": YOLOv7Recipe(
