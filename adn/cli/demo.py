@@ -90,7 +90,7 @@ def _route(out: Path, seed: int, settings: dict[str, int]) -> None:
     from ..routing.fit import at_cost, gains_table
 
     print(f"{1437 - routes.FOR_ROUTER} digits for a ResNet-18 to learn from, {routes.FOR_ROUTER} for its router, 360 "
-          f"held out, these in {routes.VERSIONS} versions each; {routes.CLUTTERED:.0%} of all under clutter", flush=True)
+          f"held out, in {routes.VERSIONS} versions each; {routes.CLUTTERED:.0%} of all under clutter", flush=True)
     result = routes.run(out, seed=seed, **settings)
     shallow, deep = result.routed.depths
     print(f"\naccuracy on the held-out digits, by the share of images that run at {deep}, the others at {shallow}:\n")
