@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .runtime.compile import compile
     from .runtime.engine import Engine
     from .runtime.fuse import FusedNet, fuse
+    from .runtime.onnx import export_onnx
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "create_model",
     "depths",
     "evaluate",
+    "export_onnx",
     "extract",
     "fit_budget",
     "freeze_batch_norm",
@@ -70,6 +72,7 @@ __getattr__, __dir__ = lazy.attach(globals(), {
     "FusedNet": ".runtime.fuse",
     "accelerate": ".runtime.accelerate",
     "compile": ".runtime.compile",
+    "export_onnx": ".runtime.onnx",
     "fuse": ".runtime.fuse",
     "fusions": ".runtime.accelerate",
     "use_kernels": ".runtime.accelerate",

@@ -18,7 +18,7 @@ import adn.tasks
 from adn.cli import build_parser, main
 from adn.measure.accuracy import Row
 
-COMMANDS = ["demo", "scenes", "train", "eval", "predict", "detect", "profile", "calibrate", "route"]
+COMMANDS = ["demo", "scenes", "train", "eval", "predict", "detect", "profile", "calibrate", "route", "export"]
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

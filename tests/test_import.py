@@ -29,7 +29,7 @@ before = time.perf_counter()
 import adn
 took = time.perf_counter() - before
 assert not torch.cuda.is_initialized()
-optional = {"matplotlib", "sklearn", "tensorboard", "triton"} & set(sys.modules) - loaded
+optional = {"matplotlib", "onnx", "onnxruntime", "sklearn", "tensorboard", "triton"} & set(sys.modules) - loaded
 assert not optional, optional
 print(took)
 """

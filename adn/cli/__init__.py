@@ -18,7 +18,7 @@ For a detector the number of decoder layers follows: "TTTTT|4".
 """
 
 # In the order in which a user meets them.
-COMMANDS = ("demo", "scenes", "train", "eval", "predict", "detect", "profile", "calibrate", "route")
+COMMANDS = ("demo", "scenes", "train", "eval", "predict", "detect", "profile", "calibrate", "route", "export")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,22 +15,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from adn_kernels.deformable_attention import deformable_attention_reference
 from adn_kernels.private import pytree
 
 from ..core.behaviours import check_filled
 from ..core.depth import Depth
 from ..core.files import atomic_write
+from ..core.progress import progress_bar
 from ..core.state import DepthLike, at_depth, stages, state_of, unwrap
 from ..core.state import depths as all_depths
+from ..core.trace import CannotTrace
 from ..export.extract import extract
 from ..measure.passes import evaluating
 from ..models.registry import deploy_of
@@ -40,6 +45,9 @@ from .per_image import BypassedBlock, EitherNorm
 DEPTH = "depth"  # the second input of a file
 OPSET = 20
 MOST_CHECKED = 64
+# Ops of this library that nets call themselves, which the exporter does not know.
+_IN_PLAIN_PYTORCH = {
+    torch.ops.adn.deformable_attention.default: lambda *args: deformable_attention_reference(*args[:4])}
 _LARGEST = 2**31  # bytes of a file without others
 _EXTRA = 'pip install "adn[onnx]"'
 
@@ -83,7 +91,11 @@ def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor, *
         raise ValueError(f"a {type(model).__name__} cannot be written to ONNX by this library: what it does depends on "
                          "values; export its deploy form's parts by hand, or use adn.Engine")
     source = model if form.model is None else form.model
-    inside = extract(source, chosen).eval() if chosen is not None else _Everything(source)
+    try:
+        inside = extract(source, chosen).eval() if chosen is not None else _Everything(source)
+    except CannotTrace as error:
+        raise ValueError(f"{error}. What torch.fx does not follow torch.export may: write each depth to a file of its "
+                         "own, depth=") from error
     names = _names_of(source, example)
     file = _exported(inside, example, None if chosen is not None else _entries(state_of(source).full), names,
                      dynamic_batch, opset)
@@ -249,33 +261,32 @@ def _exported(module: nn.Module, example: Tensor, entries: Tensor | None, names:
     inputs = {"images": batch} if entries is None else {"images": batch, DEPTH: entries}
     try:
         with torch.no_grad(), _quiet():
+            traced = torch.export.export(module, tuple(inputs.values()), strict=False,
+                                         dynamic_shapes=(shapes, *(() if entries is None else (None,))))
             program = torch.onnx.export(
-                module, tuple(inputs.values()), dynamo=True, opset_version=opset, input_names=[*inputs],
-                output_names=[*names], dynamic_shapes=(shapes, *(() if entries is None else (None,))), optimize=False,
-                verbose=False)
+                traced.run_decompositions(_IN_PLAIN_PYTORCH), dynamo=True, opset_version=opset, input_names=[*inputs],
+                output_names=[*names], optimize=False, verbose=False)
+            onnxscript.optimizer.fold_constants(program.model)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"this net cannot be exported: {reason[0]}. Is it the size of the batch? Then pass "
                          "dynamic_batch=False") from error
-    onnxscript.optimizer.fold_constants(program.model)
     return program.model_proto
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporter prints and warns of."""
-    import logging
-    import warnings
-
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    """Without what the exporters note and warn of."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in loggers.items():
+                logger.setLevel(level)
 
 
 # ------------------------------------------------------------------------------------------------------------- the file
@@ -329,7 +340,7 @@ def _make_if(graph: Any, condition: str, wheres: Sequence[Any]) -> None:
     for place, nodes in zip((1, 2), branches, strict=True):
         made = {name for node in nodes for name in node.output}
         body, results = [*nodes], []
-        for i, where in enumerate(wheres):
+        for where in wheres:
             name = where.input[place]
             if name not in made or name in results:  # a branch may only give what is made in it, and once
                 body.append(helper.make_node("Identity", [name], [f"{where.output[0]}_{place}"]))
@@ -414,8 +425,6 @@ def _compare(path: Path, net: nn.Module, example: Tensor, depths: Sequence[Depth
     """The largest difference at each depth, of the example, and of its first image alone."""
     import onnxruntime
 
-    from ..core.progress import progress_bar
-
     onnxruntime.set_default_logger_severity(3)
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     if len(depths) > MOST_CHECKED:
@@ -434,7 +443,7 @@ def _compare(path: Path, net: nn.Module, example: Tensor, depths: Sequence[Depth
                 difference = (torch.from_numpy(given[name]).double() - reference.double()).abs().max().item()
                 worst = max(worst, difference / max(1.0, reference.abs().max().item()))
         if not worst <= tolerance:
-            raise ValueError(f"the file gives something else than the net at depth {depth}: a difference of {worst:.2g} "
-                             f"of the largest value, where {tolerance:g} is allowed. It has not been written")
+            raise ValueError(f"the file gives something else than the net at depth {depth}: a difference of {worst:.2g}"
+                             f" of the largest value, where {tolerance:g} is allowed. It has not been written")
         found[depth] = worst
     return found
