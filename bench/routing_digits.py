@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -59,10 +58,8 @@ def run(seed: int, data: str, args: argparse.Namespace) -> list[dict[str, object
     train, held_out = (open_coco(data, split) for split in ("train", "val"))
     net = DETECT.build(DetectionConfig(data, "", recipe), len(train.class_names), True)
     DETECT.prepare(net, recipe, Data(train, held_out, len(train.class_names), []))
-    start = time.perf_counter()
     loss = DETECT.loss(net.to(args.device), recipe)
     net = fit(net, TrainBatches(train, recipe, collate=collate), None, recipe, loss=loss).net.eval()
-    minutes = (time.perf_counter() - start) / 60
     train.transform = held_out.transform
     learnt_from, measured_on = (DataLoader(each, 50, collate_fn=collate) for each in (train, held_out))
     routed = RoutedNet(net)
@@ -73,8 +70,8 @@ def run(seed: int, data: str, args: argparse.Namespace) -> list[dict[str, object
     costs = tuple(count / 1e9 for count in routed.macs(torch.zeros(1, 3, recipe.size, recipe.size, device=args.device)))
     found = gains(Boxes(images_of(measured_on), shallow, deep), routed.scores(measured_on), costs, calibration, SHARES)
     return [{"seed": seed, "share": row.share, "deep": round(row.deep, 4), "gmacs": round(row.cost, 4),
-             "ap": row.routed, "random": row.random, "correlation": round(max(e.correlation for e in fitted), 4),
-             "train_minutes": round(minutes, 1)} for row in found]
+             "ap": row.routed, "random": row.random, "correlation": round(max(e.correlation for e in fitted), 4)}
+            for row in found]
 
 
 if __name__ == "__main__":
