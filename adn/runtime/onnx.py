@@ -295,19 +295,39 @@ def _quiet() -> Iterator[None]:
 def _branch(file: Any) -> None:
     """Make `If` of each `Where` whose condition is an entry of the depth, and which is between what was computed."""
     graph = file.graph
+    _drop_unused(graph)
     constant = {initializer.name for initializer in graph.initializer}
     chosen_by: dict[str, str] = {}  # values that are made of the depth alone
-    groups: dict[str, set[str]] = {}
+    groups: dict[str, list[set[str]]] = {}  # by condition; of those none is made of another
+    after: dict[str, set[str]] = {}  # which of them a value is made of
     for node in graph.node:
-        if node.op_type == "Constant":
-            constant.add(node.output[0])
+        if constant.issuperset(filter(None, node.input)):
+            constant.update(node.output)
         elif all(name in constant or name in chosen_by or name == DEPTH for name in node.input if name) and any(
                 name == DEPTH or name in chosen_by for name in node.input):
             chosen_by.update(dict.fromkeys(node.output, DEPTH))
+        before = set().union(*(after.get(name, ()) for name in node.input))
         if node.op_type == "Where" and node.input[0] in chosen_by and not constant.issuperset(node.input[1:]):
-            groups.setdefault(node.input[0], set()).add(node.output[0])
-    for condition, outputs in groups.items():
-        _make_if(graph, condition, [node for node in graph.node if outputs.issuperset(node.output)])
+            own = groups.setdefault(node.input[0], [])
+            if not own or not own[-1].isdisjoint(before):
+                own.append(set())
+            own[-1].add(node.output[0])
+            before.add(node.output[0])
+        if before:
+            after.update(dict.fromkeys(node.output, before))
+    for condition, own in groups.items():
+        for outputs in own:
+            _make_if(graph, condition, [node for node in graph.node if outputs.issuperset(node.output)])
+
+
+def _drop_unused(graph: Any) -> None:
+    needed, kept = {output.name for output in graph.output}, []
+    for node in reversed(graph.node):
+        if not needed.isdisjoint(node.output):
+            needed.update(_reads(node))
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
 
 
 def _make_if(graph: Any, condition: str, wheres: Sequence[Any]) -> None:
@@ -333,7 +353,7 @@ def _make_if(graph: Any, condition: str, wheres: Sequence[Any]) -> None:
                 for user in users.get(name, ()))
 
         for node in reversed(graph.node):
-            if id(node) not in last and all(map(inside, node.output)) and any(users.get(name) for name in node.output):
+            if id(node) not in last and all(map(inside, node.output)):
                 mine[id(node)] = node
         branches.append([node for node in graph.node if id(node) in mine])
     bodies = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def agree(path: Path, net: nn.Module, x: Tensor) -> None:
     assert len(seen) == len(adn.depths(net)), "every depth computes something else"
 
 
-@pytest.mark.parametrize("name", few(CLASSIFIERS, ("resnet18", "mobilenetv2_050", "vit_tiny_patch16_224").__contains__))
+@pytest.mark.parametrize("name", few(CLASSIFIERS, ("resnet18", "convnext_atto", "vit_tiny_patch16_224").__contains__))
 def test_every_depth_from_one_file(name: str, tmp_path: Path) -> None:
     net, x = classifier(name)
     path = tmp_path / "net.onnx"
@@ -82,17 +84,21 @@ def nodes(graph: Any, kinds: str) -> int:
 def test_what_a_depth_leaves_out_is_in_a_branch(tmp_path: Path) -> None:
     """Of a net with batch norms both paths of each stage, of one with layer norms the refinement blocks alone. Weights
     are outside, each once."""
-    for name, always in (("resnet18", "Conv"), ("vit_tiny_patch16_224", "Softmax")):
+    for name, always in (("resnet18", "Conv"), ("vit_tiny_patch16_224", "Softmax"),
+                         ("swin_tiny_patch4_window7_224", "MatMul")):
         net, x = classifier(name)
         export_onnx(net, tmp_path / f"{name}.onnx", x[:1], progress=False)
         file = onnx.load(tmp_path / f"{name}.onnx")
         flags = len(adn.get_depth(net))
-        assert nodes(file.graph, "If") == flags
+        assert nodes(file.graph, "If") == (6 if name.startswith("swin") else flags)  # 1, 1, 3 and 1 blocks
         branches = [attribute.g for node in file.graph.node if node.op_type == "If" for attribute in node.attribute]
         assert not any(branch.initializer for branch in branches)
         assert sum(nodes(branch, always) for branch in branches) >= flags
         essential = nodes(file.graph, always)
-        assert essential == (1 if name == "resnet18" else len(net.blocks) - flags * 1)
+        # Of six blocks four; of twelve blocks six with six products each, and one between two stages and to the classes.
+        assert essential == {"resnet18": 1, "vit_tiny_patch16_224": 4}.get(name, essential)
+        if name.startswith("swin"):
+            assert sum(nodes(branch, always) for branch in branches) == 6 * 6
         stored = sum(np.prod(each.dims) for each in file.graph.initializer)
         held = sum(value.numel() for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked"))
         assert stored <= 1.02 * held
@@ -197,6 +203,39 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyt
     assert (prepared["size"], prepared["resize"]) == (64, 72)
     assert main(["export", "--checkpoint", str(checkpoint), "--onnx", str(path), "--batch", "0"]) == 2
     assert "--batch 0; pass at least 1" in capsys.readouterr().err
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["export", "--checkpoint", str(checkpoint), "--onnx", str(path)]) == 2
     assert 'ONNX files need onnxruntime: pip install "adn[onnx]"' in capsys.readouterr().err
+
+
+def test_served_without_this_library(tmp_path: Path) -> None:
+    """By a script that has neither it nor torch."""
+    net, x = classifier()
+    export_onnx(net, tmp_path / "net.onnx", x[:1], progress=False)
+    script = Path(__file__).resolve().parents[2] / "bench" / "serve_onnx.py"
+    run = ("import runpy, sys; sys.modules |= {'torch': None, 'adn': None, 'timm': None}; "
+           f"sys.argv = ['serve', {str(tmp_path / 'net.onnx')!r}, '--frames', '20', '--threads', '1']; "
+           f"runpy.run_path({str(script)!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("quiet: TTTT ")
+    assert "FFFF" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["quiet", "busy", "quiet"]
+    assert all("% over the budget; " in line for line in lines[2:])
+
+
+def test_the_budget_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve_onnx import AnyDepth, Budget
+
+    assert AnyDepth.entries("TFT|12") == [1, 0, 1, 12]
+    budget = Budget([1.0, 2.0, 3.0], 3.5)
+    assert budget.choose() == 2
+    for _ in range(20):
+        i = budget.choose()
+        budget.took(i, 2 * budget.costs[i])  # twice as slow as when it was quiet
+    assert budget.choose() == 0
+    for _ in range(20):
+        i = budget.choose()
+        budget.took(i, budget.costs[i])
+    assert budget.choose() == 2
