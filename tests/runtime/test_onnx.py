@@ -95,7 +95,7 @@ def test_what_a_depth_leaves_out_is_in_a_branch(tmp_path: Path) -> None:
         assert not any(branch.initializer for branch in branches)
         assert sum(nodes(branch, always) for branch in branches) >= flags
         essential = nodes(file.graph, always)
-        # Of six blocks four; of twelve blocks six with six products each, and one between two stages and to the classes.
+        # Of six blocks four; of twelve blocks six, with six products each.
         assert essential == {"resnet18": 1, "vit_tiny_patch16_224": 4}.get(name, essential)
         if name.startswith("swin"):
             assert sum(nodes(branch, always) for branch in branches) == 6 * 6
