@@ -104,7 +104,8 @@ def main() -> None:
 def summary(rows: list[dict[str, object]]) -> str:
     """Means over seeds."""
     table = [("router sees", "share", "MMACs", "router", "random", "best single depth", "best possible")]
-    for key in dict.fromkeys((row["router"], row["share"]) for row in rows if row["router"]):
+    rows = [row for row in rows if row["router"]]
+    for key in dict.fromkeys((row["router"], row["share"]) for row in rows):
         of_key = [row for row in rows if (row["router"], row["share"]) == key]
         table.append((key[0], f"{key[1]:.0%}", *(f"{np.mean([row[name] for row in of_key]):.2f}" for name in (
             "mmacs", "top1", "random", "best_single_depth", "best_possible"))))
