@@ -16,7 +16,8 @@ import adn_kernels
 PUBLIC = {
     "CheckpointError", "ConversionError", "Depth", "Engine", "FusedNet", "Plan", "Profile", "SelfDistillation",
     "StagePlan", "accelerate", "at_depth", "calibrate", "compile", "convert", "convert_sync_batchnorm", "create_model",
-    "depths", "evaluate", "extract", "fit_budget", "freeze_batch_norm", "fuse", "fusions", "fx_leaf_modules",
+    "depths", "evaluate", "export_onnx", "extract", "fit_budget", "freeze_batch_norm", "fuse", "fusions",
+    "fx_leaf_modules",
     "get_depth", "list_models", "load", "load_weights", "plan", "profile", "save", "set_depth", "stages", "update_bn",
     "use_kernels",
 }

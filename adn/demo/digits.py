@@ -9,6 +9,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..convert import convert
 from ..core.state import state_of
@@ -75,6 +76,14 @@ class Digits:
         return list(zip(self.held_out_x.split(120), self.held_out_y.split(120), strict=True))
 
 
+def new(recipe: Recipe) -> nn.Module:
+    """The any-depth net that a recipe is for, with fresh weights; it knows what its classes are called."""
+    torch.manual_seed(recipe.seed)
+    net = create_model(f"anydepth_{recipe.model}", num_classes=10, **recipe.model_kwargs)
+    state_of(net).class_names = [str(digit) for digit in range(10)]
+    return net
+
+
 def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = RECIPE.epochs, progress: bool = True
         ) -> Demo:
     """Convert, train by self-distillation, evaluate and time all depths; write model, table and figure to `out`.
@@ -94,9 +103,7 @@ def run(out: str | Path, *, seed: int = 0, compare: bool = False, epochs: int = 
     digits, out = Digits.load(), Path(out)
     again = is_demo(out)
     recipe = RECIPE.but(seed=seed, epochs=epochs)
-    torch.manual_seed(seed)
-    net = create_model(f"anydepth_{RECIPE.model}", num_classes=10, **RECIPE.model_kwargs)
-    state_of(net).class_names = [str(digit) for digit in range(10)]
+    net = new(recipe)
     fit(net, digits.batches, None, recipe, out=out, overwrite=again, progress=progress,
         config={"demo": True, "recipe": recipe.to_dict()}, extra={"data": digits.preparation})
     rows = evaluate(net, digits.held_out(), progress=progress)

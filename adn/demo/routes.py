@@ -11,19 +11,18 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.depth import Depth
-from ..core.state import depths, state_of
+from ..core.state import depths
 from ..detect.draw import grid
 from ..measure.accuracy import evaluate
 from ..measure.cost import count_macs
 from ..measure.profile import METRICS, require_matplotlib
-from ..models.registry import create_model
 from ..routing.fit import Gain, Guesses, collect, fit_router, gains, gains_csv, plot_gains, scores_of
 from ..routing.policy import ThresholdPolicy
 from ..routing.routed import ImageRouter, RoutedNet
 from ..train import fit
 from ..weights.checkpoint import save
 from . import is_demo
-from .digits import RECIPE, SIZE, Digits
+from .digits import RECIPE, SIZE, Digits, new
 
 CHANNELS = [16, 32, 64, 128]  # of the net: one for which the task is hard
 FOR_ROUTER = 500  # of the digits to learn from, which the net does not see
@@ -81,9 +80,7 @@ def run(out: str | Path, *, seed: int = 0, epochs: int = RECIPE.epochs, progress
     again = is_demo(out)
     learnt = dataclasses.replace(digits, x=digits.x[:-FOR_ROUTER], y=digits.y[:-FOR_ROUTER])
     recipe = RECIPE.but(seed=seed, epochs=epochs, model_kwargs={"channels": CHANNELS})
-    torch.manual_seed(seed)
-    net = create_model(f"anydepth_{RECIPE.model}", num_classes=10, channels=CHANNELS)
-    state_of(net).class_names = [str(digit) for digit in range(10)]
+    net = new(recipe)
     extra = {"data": digits.preparation}
     fit(net, lambda epoch: ((clutter(x)[0], y) for x, y in learnt.batches(epoch)), None, recipe, out=out,
         overwrite=again, progress=progress, config={"demo": True, "recipe": recipe.to_dict()}, extra=extra)
