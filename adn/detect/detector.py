@@ -79,6 +79,11 @@ class DetectorProtocol:
         raise ValueError("what single images lose is not known of this detector: a router can be trained "
                          "for classifiers, RT-DETR, YOLOv12 and cascades of detectors (dyyolov7)")
 
+    def comparable(self, given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+                   ) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        """The outputs of two forms of this net by name, in one order, where rounding may have changed it."""
+        return given, wanted
+
     def deploy(self) -> Deploy:
         """What its deploy form is made of."""
         return Deploy()

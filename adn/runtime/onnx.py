@@ -38,7 +38,7 @@ from ..core.state import depths as all_depths
 from ..core.trace import CannotTrace
 from ..export.extract import extract
 from ..measure.passes import evaluating
-from ..models.registry import deploy_of
+from ..models.registry import deploy_of, interface_of
 from .cut import Segment, cut, filled
 from .per_image import BypassedBlock, EitherNorm
 
@@ -446,6 +446,7 @@ def _compare(path: Path, net: nn.Module, example: Tensor, depths: Sequence[Depth
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
+    interface = interface_of(net)
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     if len(depths) > MOST_CHECKED:
         depths = [depths[0], *random.Random(0).sample(depths[1:-1], MOST_CHECKED - 2), depths[-1]]
@@ -455,12 +456,14 @@ def _compare(path: Path, net: nn.Module, example: Tensor, depths: Sequence[Depth
         worst = 0.0
         for batch in batches:
             inputs = {"images": batch.numpy()} | ({DEPTH: entries_of(depth)} if takes_depth else {})
-            given = dict(zip(names, session.run([*names], inputs), strict=True))
+            given = dict(zip(names, map(torch.from_numpy, session.run([*names], inputs)), strict=True))
             with evaluating(net), at_depth(net, depth), torch.no_grad():
-                wanted = net(batch)
-            for name, place in names.items():
-                reference = _at(wanted, place)
-                difference = (torch.from_numpy(given[name]).double() - reference.double()).abs().max().item()
+                outputs = net(batch)
+            wanted = {name: _at(outputs, place) for name, place in names.items()}
+            if hasattr(interface, "comparable"):
+                given, wanted = interface.comparable(given, wanted)
+            for name, reference in wanted.items():
+                difference = (given[name].double() - reference.double()).abs().max().item()
                 worst = max(worst, difference / max(1.0, reference.abs().max().item()))
         if not worst <= tolerance:
             raise ValueError(f"the file gives something else than the net at depth {depth}: a difference of {worst:.2g}"

@@ -239,3 +239,20 @@ def test_the_budget_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
         i = budget.choose()
         budget.took(i, budget.costs[i])
     assert budget.choose() == 2
+
+
+def test_queries_that_change_places_are_the_same() -> None:
+    """Not those of which many are others."""
+    net, x = rtdetr()
+    with torch.no_grad():
+        wanted = net(x)
+    order = torch.randperm(20)
+    swapped = {name: value[:, order] for name, value in wanted.items()}
+    for a, b in zip(*(each.values() for each in net.comparable(swapped, wanted)), strict=True):
+        assert torch.equal(a, b)
+        assert len(a) == 40
+    swapped["query_index"] = swapped["query_index"].clone()
+    swapped["query_index"][0, :4] = 1000
+    found, reference = net.comparable(swapped, wanted)
+    assert found is swapped
+    assert reference is wanted

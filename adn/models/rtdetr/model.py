@@ -131,6 +131,16 @@ class RTDETR(Detector):
         """Of the last layer that runs."""
         return losses_alone(DetectionLoss(), outputs, targets)
 
+    def comparable(self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+                   ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """By query: which of two with nearly the same score comes first, or is the last that is taken, is a matter of
+        rounding. Where more than one in fifty is not in both, they are left as they are."""
+        image, mine, other = (given["query_index"][:, :, None] == wanted["query_index"][:, None]).nonzero().unbind(1)
+        if len(image) < 0.98 * wanted["query_index"].numel():
+            return given, wanted
+        return ({name: value[image, mine] for name, value in given.items()},
+                {name: value[image, other] for name, value in wanted.items()})
+
     def supervised(self, _recipe: DetectionRecipe, sizes: Sequence[int]) -> nn.Module:
         return DetectionSupervised(self, multi_scale=sizes)
 
