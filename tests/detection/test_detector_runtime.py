@@ -198,7 +198,7 @@ def test_each_image_as_if_alone(kind: str) -> None:
     fused, table, expected = fuse(net), table_of(depths), alone(net, x, depths)
     asked: list[tuple[int, tuple[int, ...]]] = []
 
-    def router(k: int, features: Tensor) -> Tensor:
+    def router(k: int, features: Tensor, *others: Tensor) -> Tensor:
         asked.append((k, tuple(features.shape)))
         return table[k]
 
