@@ -5,7 +5,7 @@
   --task detect     an any-depth YOLO, 256 depths of which nine are shown, on
                     scenes of these digits; some four minutes on two cores
   --task route      depth chosen by the input: half of the digits are under
-                    clutter, and a small router sees which have to run deep
+                    clutter, and a small router chooses which run deep
 
 A net is trained by self-distillation between its deepest and its shallowest
 self, and then evaluated and timed at depths of which it was trained at two.

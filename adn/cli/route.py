@@ -22,7 +22,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ from ..routing.fit import (
 from ..routing.policy import ThresholdPolicy
 from ..routing.routed import ImageRouter, RoutedNet
 from ..runtime.fuse import fuse
-from ..tasks import DETECT, example, task_of
+from ..tasks import example, task_of
 from ..weights.checkpoint import load, read_metadata, save
 from . import common
 
@@ -161,21 +162,21 @@ def _evaluate(args: argparse.Namespace) -> int:
         require_matplotlib(args.plot)
     routed, extra = _routed(args)
     net = routed.net
-    task, metric = task_of(net), task_of(net).metric
+    task, metric, way = task_of(net), task_of(net).metric, _WAYS[task_of(net).name]
     data = common.open_images(args.data, args, net, args.split)
     loader = common.make_loader(data, args, task)
-    asked = choose_depths(net, args.depth or ("chain" if task is DETECT else "all"))
+    asked = choose_depths(net, args.depth or way.depths)
     every = list(dict.fromkeys([*asked, *routed.depths]))
-    outcomes, scores, accuracies = (_boxes if task is DETECT else _guesses)(routed, loader, every, args)
+    outcomes, scores, accuracies = way.measure(routed, loader, every, args)
     x = example(net, common.preparation(args, net)["size"])
     if args.latency:
         spent = {point.depth: point.p50_ms for point in profile(net, x, depths=every, rounds=_ROUNDS, progress=True)}
         costs, unit = routed.measure(x, rounds=_ROUNDS), "ms"
     else:
-        in_unit, unit = (1e9, "GMACs") if task is DETECT else (1e6, "MMACs")
-        spent = dict(zip(every, (count / in_unit for count in count_macs(net, x, every)), strict=True))
-        costs = tuple(count / in_unit for count in routed.macs(x))
-    found = gains(outcomes, scores, costs, extra["route"]["scores"], SHARES[:: 1 if task is not DETECT else 2])
+        unit = way.unit
+        spent = dict(zip(every, (count / way.macs for count in count_macs(net, x, every)), strict=True))
+        costs = tuple(count / way.macs for count in routed.macs(x))
+    found = gains(outcomes, scores, costs, extra["route"]["scores"], way.shares)
     print(gains_table(found, unit))
     print("\nsingle depths: " + ", ".join(f"{depth} {accuracies[depth]:.2f} at {spent[depth]:.4g}" for depth in every))
     points = [(spent[depth], accuracies[depth]) for depth in every]
@@ -212,6 +213,21 @@ def _boxes(routed: RoutedNet, loader: DataLoader, depths: list[Depth], args: arg
     accuracies = {depth: Boxes(images_of(loader), each, each, args.backend).at_random(0)
                   for depth, each in found.items()}
     return Boxes(images_of(loader), shallow, deep, args.backend), routed.scores(loader), accuracies
+
+
+class _Way(NamedTuple):
+    """How routing over a net of a task is measured: by what, at which depths, in how many multiply-adds, at which
+    shares of deep routes (each costs a detector some comparisons with the annotations)."""
+
+    measure: Callable[[RoutedNet, DataLoader, list[Depth], argparse.Namespace], Measured]
+    depths: str
+    macs: float
+    unit: str
+    shares: Sequence[float]
+
+
+_WAYS = {"classify": _Way(_guesses, "all", 1e6, "MMACs", SHARES),
+         "detect": _Way(_boxes, "chain", 1e9, "GMACs", SHARES[::2])}
 
 
 def _threshold(args: argparse.Namespace) -> int:

@@ -1,5 +1,5 @@
-"""Depth chosen by the input: digits, half of them under clutter, one any-depth net, and a router that sees which are
-hard."""
+"""Depth chosen by the input: digits, half of them under clutter, one any-depth net, and a router that chooses which
+run deep."""
 
 from __future__ import annotations
 

@@ -48,13 +48,15 @@ MOST_CHECKED = 64
 # Ops of this library that nets call themselves, which the exporter does not know.
 _IN_PLAIN_PYTORCH = {
     torch.ops.adn.deformable_attention.default: lambda *args: deformable_attention_reference(*args[:4])}
+# A difference up to this is none, in parts of the largest value of an output, or absolute where that is below 1.
+_TOLERANCE = 1e-4
 _LARGEST = 2**31  # bytes of a file without others
 _EXTRA = 'pip install "adn[onnx]"'
 
 
 def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor, *, depth: DepthLike | None = None,
                 dynamic_batch: bool = True, opset: int = OPSET, extra: Mapping[str, Any] | None = None,
-                tolerance: float = 1e-4, progress: bool = True) -> dict[Depth, float]:
+                progress: bool = True) -> dict[Depth, float]:
     """Write a net to an ONNX file that holds every depth, and compare it with the net at each of them, in ONNX Runtime.
 
     The file has two inputs: `images`, and `depth`, bool (flags,), True where the refinement path of a stage is
@@ -70,8 +72,6 @@ def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor, *
         dynamic_batch: take batches of any size; else of that of the example.
         opset: of ONNX, 18 or later.
         extra: further properties, such as the `data` of a checkpoint; values become JSON.
-        tolerance: the largest difference that is none, in parts of the largest value of an output, or absolute where
-            that is below 1.
         progress: show how many depths have been compared.
 
     Returns:
@@ -106,7 +106,7 @@ def export_onnx(net: nn.Module, path: str | os.PathLike[str], example: Tensor, *
     with atomic_write(path) as temporary:
         _write(file, temporary)
         return _compare(temporary, source, example, [chosen] if chosen is not None else all_depths(source), names,
-                        chosen is None, dynamic_batch, tolerance, progress)
+                        chosen is None, dynamic_batch, progress)
 
 
 def require_onnx() -> None:
@@ -441,7 +441,7 @@ def _write(file: Any, path: Path) -> None:
 
 
 def _compare(path: Path, net: nn.Module, example: Tensor, depths: Sequence[Depth], names: Mapping[str, Any],
-             takes_depth: bool, dynamic_batch: bool, tolerance: float, progress: bool) -> dict[Depth, float]:
+             takes_depth: bool, dynamic_batch: bool, progress: bool) -> dict[Depth, float]:
     """The largest difference at each depth, of the example, and of its first image alone."""
     import onnxruntime
 
@@ -465,8 +465,8 @@ def _compare(path: Path, net: nn.Module, example: Tensor, depths: Sequence[Depth
             for name, reference in wanted.items():
                 difference = (given[name].double() - reference.double()).abs().max().item()
                 worst = max(worst, difference / max(1.0, reference.abs().max().item()))
-        if not worst <= tolerance:
+        if not worst <= _TOLERANCE:
             raise ValueError(f"the file gives something else than the net at depth {depth}: a difference of {worst:.2g}"
-                             f" of the largest value, where {tolerance:g} is allowed. It has not been written")
+                             f" of the largest value, where {_TOLERANCE:g} is allowed. It has not been written")
         found[depth] = worst
     return found

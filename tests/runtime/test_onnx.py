@@ -256,3 +256,21 @@ def test_queries_that_change_places_are_the_same() -> None:
     found, reference = net.comparable(swapped, wanted)
     assert found is swapped
     assert reference is wanted
+
+
+class OneByOne(nn.Module):
+    """Counts its images in Python, so that it is for batches of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = timm.create_model("resnet18", num_classes=7, channels=[8, 16, 24, 32])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.net(x[i : i + 1]) for i in range(x.shape[0])])
+
+
+def test_a_batch_of_one_size(tmp_path: Path) -> None:
+    net, x = adn.convert(OneByOne(), plan=["net.layer1", "net.layer2"]).eval(), torch.randn(2, 3, 64, 64)
+    with pytest.raises(ValueError, match="pass dynamic_batch=False"):
+        export_onnx(net, tmp_path / "net.onnx", x, depth="base", progress=False)
+    export_onnx(net, tmp_path / "net.onnx", x, depth="base", dynamic_batch=False, progress=False)  # as it says
